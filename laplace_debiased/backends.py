@@ -1,0 +1,198 @@
+"""Kronecker factors from laplace-torch's curvature backends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from curvlinops import FisherType, KFACType
+from laplace.curvature import BackPackInterface, CurvatureInterface
+from laplace.curvature.asdl import AsdlInterface
+from laplace.curvature.curvlinops import CurvlinopsInterface
+from laplace.utils import Kron, split_batch
+from torch import Tensor
+from tqdm import tqdm
+
+from laplace_debiased.eigenbasis import Factors
+from laplace_debiased.factors import DirectionalCurvatures, KroneckerFactors
+from laplace_debiased.layers import curvature_blocks, find_layers
+from laplace_debiased.output_curvature import OutputCurvature
+from laplace_debiased.sweep import (
+    Accumulator,
+    SweepSummary,
+    check_finite_inputs,
+    check_targets,
+    sweep,
+)
+
+
+@dataclass
+class CurvatureSource:
+    """Measures curvature by a laplace-torch backend.
+
+    Args:
+        backend: The backend.
+        params: The parameters.
+        options: Options of the backend's ``kron``: with curvlinops ``mc_samples`` and
+            ``kfac_approx``, with ASDL those of its Fisher configuration.
+        seed: Seed for sampled labels.
+        progress_bar: Whether to show a progress bar.
+    """
+
+    backend: CurvatureInterface
+    params: list[Tensor]
+    options: dict[str, Any]
+    seed: int
+    progress_bar: bool = False
+
+    def kfacs(
+        self, loader: Iterable, num_data: int
+    ) -> tuple[list[Factors], SweepSummary]:
+        """Compute K-FAC's factors.
+
+        Args:
+            loader: Yields the points.
+            num_data: Number of points it yields.
+
+        Returns:
+            The factors ``[G, A]`` or ``[G]`` of each parameter, G summed over the
+            points, and a summary with their negative log likelihood as the loss.
+
+        Raises:
+            ValueError: If data, layers or backend are not supported.
+        """
+        if not isinstance(self.backend, CurvlinopsInterface):
+            return self._kfacs_of_backend(loader, num_data)
+        approximation = self.options.get("kfac_approx", KFACType.EXPAND)
+        blocks = self._blocks()
+        factors = KroneckerFactors(blocks, approximation)
+        summary = self._sweep(loader, blocks, factors)
+        kfacs = factors.kfacs(self.params[0].dtype)
+        return scale_gradients(kfacs, self.backend.factor), summary
+
+    def directional_curvatures(
+        self, loader: Iterable, eigenvectors: list[Factors]
+    ) -> tuple[list[Factors], SweepSummary]:
+        """Measure exact curvature along given directions.
+
+        Args:
+            loader: Yields the points.
+            eigenvectors: Directions of each parameter.
+
+        Returns:
+            The curvatures of each parameter, summed over the points, and a summary
+            as in :meth:`kfacs`.
+
+        Raises:
+            ValueError: If data, layers or backend are not supported.
+        """
+        blocks = self._blocks()
+        curvatures = DirectionalCurvatures(blocks, eigenvectors)
+        summary = self._sweep(loader, blocks, curvatures)
+        eigenvalues = curvatures.eigenvalues(self.params[0].dtype)
+        return scale_gradients(eigenvalues, self.backend.factor), summary
+
+    def loss(self, loader: Iterable) -> SweepSummary:
+        """Compute the loss alone, by forward passes.
+
+        Args:
+            loader: Yields the points.
+
+        Returns:
+            A summary as in :meth:`kfacs`.
+        """
+        return self._sweep(loader, [], KroneckerFactors([]))
+
+    def _blocks(self) -> list:
+        layers = find_layers(self.backend.model, self.params)
+        return curvature_blocks(layers, separate_weight_and_bias=True)
+
+    def _sweep(
+        self, loader: Iterable, blocks: list, accumulator: Accumulator
+    ) -> SweepSummary:
+        layers = list({block.layer.name: block.layer for block in blocks}.values())
+        output_curvature = OutputCurvature(
+            self.backend.lossfunc,
+            FisherType(self.backend._kron_fisher_type).value,
+            self.options.get("mc_samples", 1),
+        )
+        data = (split_batch(batch, self.backend.dict_key_y) for batch in loader)
+        summary = sweep(
+            self.backend.model,
+            layers,
+            tqdm(
+                data, "[Computing Hessian]", len(loader), disable=not self.progress_bar
+            ),
+            output_curvature,
+            accumulator,
+            seed=self.seed,
+        )
+        return replace(summary, loss=self.backend.factor * summary.loss)
+
+    def _kfacs_of_backend(
+        self, loader: Iterable, num_data: int
+    ) -> tuple[list[Factors], SweepSummary]:
+        """Sum what the backend computes for each batch."""
+        backend = self.backend
+        device, dtype = self.params[0].device, self.params[0].dtype
+        total = Kron.init_from_model(self.params, device, dtype)
+        loss = torch.zeros((), device=device, dtype=dtype)
+        num_outputs = 0
+        for batch in tqdm(loader, "[Computing Hessian]", disable=not self.progress_bar):
+            X, y = split_batch(batch, backend.dict_key_y)
+            X, y = (X.to(device) if isinstance(X, Tensor) else X), y.to(device)
+            if isinstance(X, MutableMapping) and isinstance(backend, BackPackInterface):
+                raise ValueError(
+                    "The BackPACK backends do not support dict-like inputs."
+                )
+            check_finite_inputs(X)
+            with torch.no_grad():
+                output = backend.model(X)
+            y = check_targets(output, y, backend.lossfunc)
+            num_outputs = output.shape[-1]
+            batch_loss, batch_kron = backend.kron(X, y, N=num_data, **self.options)
+            total += Kron(self._aligned(batch_kron.kfacs))
+            loss = loss + batch_loss.detach()
+        return total.kfacs, SweepSummary(num_data, num_data, loss, num_outputs)
+
+    def _aligned(self, kfacs: list[Factors]) -> list[Factors]:
+        """Select the factors of the parameters that take part, in their order.
+
+        Raises:
+            ValueError: If the backend has no factors for a parameter.
+        """
+        if isinstance(self.backend, AsdlInterface):
+            # ASDL returns frozen parameters, too
+            owners = [
+                param
+                for module in self.backend.model.modules()
+                if getattr(module, "fisher", None) is not None
+                for param in (module.weight, getattr(module, "bias", None))
+                if param is not None
+            ]
+            of = {id(p): kfac for p, kfac in zip(owners, kfacs, strict=True)}
+            kfacs = [of[id(param)] for param in self.params if id(param) in of]
+        sizes = [torch.Size([len(f) for f in kfac]).numel() for kfac in kfacs]
+        if sizes != [param.numel() for param in self.params]:
+            raise ValueError(
+                f"{type(self.backend).__name__} has no Kronecker factors for some "
+                "parameters: their layers are not supported by it. Exclude them by "
+                "`requires_grad_(False)`, or use the default backend."
+            )
+        return kfacs
+
+
+def scale_gradients(kfacs: list[Factors], factor: float) -> list[Factors]:
+    """Scale the first factor of each block, and so the curvature.
+
+    Args:
+        kfacs: Factors ``[G, A]``, or ``[G]``, or eigenvalues, of each block.
+        factor: The factor.
+
+    Returns:
+        The scaled factors. Blocks that hold the same tensor still do.
+    """
+    scaled = {id(first): factor * first for first, *_ in kfacs}
+    return [[scaled[id(first)], *others] for first, *others in kfacs]

@@ -1,0 +1,218 @@
+"""Kronecker factors and directional curvatures, accumulated from rows.
+
+Both accumulators see a layer's input rows once and its gradient rows once for each
+column of the output curvature's square root (:mod:`laplace_debiased.sweep`).
+"""
+
+from __future__ import annotations
+
+import torch
+from curvlinops import KFACType
+from torch import Tensor
+
+from laplace_debiased.eigenbasis import Factors
+from laplace_debiased.layers import Block, Layer
+
+_CHUNK_ENTRIES = 2**24
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is summed in single precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _zeros(block: Block, *shape: int) -> Tensor:
+    """Return zeros to accumulate in, where the block's parameters live."""
+    parameter = next(block.layer.module.parameters())
+    dtype = _accumulation_dtype(parameter.dtype)
+    return torch.zeros(*shape, dtype=dtype, device=parameter.device)
+
+
+def _with_bias_column(rows: Tensor) -> Tensor:
+    """Append a one to each row: the bias as a weight of a constant input."""
+    return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
+
+
+class KroneckerFactors:
+    r"""K-FAC's factors: input covariance A and gradient covariance G of each layer.
+
+    With rows :math:`x_{ns}, g_{ns}` and weights :math:`w_n`,
+
+    - *expand*: :math:`A = \sum_{ns} w_n x_{ns} x_{ns}^\top / (S \sum_n w_n)`,
+      :math:`G = \sum_{ns} w_n g_{ns} g_{ns}^\top`;
+    - *reduce*: rows are first averaged (inputs) or summed (gradients) over positions.
+
+    Source: Eschenhagen et al., 2023 (arXiv 2311.00636), Sections 3.2 and 3.3. Groups of
+    a convolution are averaged in A, as curvlinops does.
+
+    Args:
+        blocks: The curvature blocks.
+        kfac_approx: ``"expand"`` or ``"reduce"``.
+
+    Raises:
+        ValueError: If ``kfac_approx`` is not supported.
+    """
+
+    def __init__(self, blocks: list[Block], kfac_approx: str = KFACType.EXPAND):
+        if kfac_approx not in KFACType:
+            raise ValueError(
+                f"`kfac_approx` must be 'expand' or 'reduce', got {kfac_approx!r}."
+            )
+        self._blocks = blocks
+        self._expand = kfac_approx == KFACType.EXPAND
+        self._joint: dict[str, bool] = {}
+        self._input_covariances: dict[str, Tensor] = {}
+        self._gradient_covariances: dict[str, Tensor] = {}
+        for block in blocks:
+            d_out, *d_in = block.shape
+            name = block.layer.name
+            self._gradient_covariances[name] = _zeros(block, d_out, d_out)
+            if block.has_weight:
+                self._joint[name] = block.has_bias
+                self._input_covariances[name] = _zeros(block, *d_in, *d_in)
+        self._total_weight: Tensor | float = 0.0
+
+    def start_batch(self, weights: Tensor) -> None:
+        """Take note of the examples' weights ``[batch]``."""
+        self._weights = weights
+        self._total_weight = self._total_weight + weights.sum()
+
+    def add_inputs(self, layer: Layer, rows: Tensor) -> None:
+        """Add a batch of input rows ``[batch, S, groups, features]``."""
+        if layer.name not in self._joint:
+            return
+        rows = rows.to(_accumulation_dtype(rows.dtype))
+        rows = rows.squeeze(2) if rows.shape[2] == 1 else rows.mean(2)
+        if not self._expand:
+            rows = rows.mean(1, keepdim=True)
+        if self._joint[layer.name]:
+            rows = _with_bias_column(rows)
+        weighted = rows * (self._weights / rows.shape[1]).to(rows.dtype)[:, None, None]
+        covariance = self._input_covariances[layer.name]
+        covariance.addmm_(weighted.flatten(0, 1).T, rows.flatten(0, 1))
+
+    def add_gradients(self, layer: Layer, rows: Tensor) -> None:
+        """Add a batch of gradient rows, which carry the square root of the weights."""
+        rows = rows.to(_accumulation_dtype(rows.dtype)).flatten(2)
+        rows = rows.flatten(0, 1) if self._expand else rows.sum(1)
+        self._gradient_covariances[layer.name].addmm_(rows.T, rows)
+
+    def kfacs(self, dtype: torch.dtype) -> list[Factors]:
+        """Return the factors of each block.
+
+        Args:
+            dtype: The factors' dtype.
+
+        Returns:
+            ``[G, A]`` for each block with a weight, ``[G]`` for a bias. A weight and
+            its bias hold the same G.
+        """
+        inputs = {
+            name: (covariance / self._total_weight).to(dtype)
+            for name, covariance in self._input_covariances.items()
+        }
+        gradients = {
+            name: covariance.to(dtype)
+            for name, covariance in self._gradient_covariances.items()
+        }
+        return [
+            [gradients[block.layer.name], inputs[block.layer.name]]
+            if block.has_weight
+            else [gradients[block.layer.name]]
+            for block in self._blocks
+        ]
+
+
+class DirectionalCurvatures:
+    r"""Exact curvature of each layer's GGN block along given directions.
+
+    For :math:`u = u_{G,i} \otimes u_{A,j}` it is :math:`u^\top H u = \sum_n w_n
+    \sum_k (\sum_s (u_{G,i}^\top g_{nks}) (u_{A,j}^\top x_{ns}))^2`: the ``ggn``
+    magnitudes, EKFAC's eigenvalue correction (George et al., 2018, arXiv 1806.03884)
+    if directions and data are its own.
+
+    Without weight sharing (``S = 1``) the square of the product is the product of the
+    squares, one matrix product for the batch. Otherwise the rotated per-example
+    gradients ``[batch, d_out, d_in]`` are formed, a chunk of examples at a time.
+
+    Args:
+        blocks: The curvature blocks.
+        eigenvectors: The directions ``[U_G, U_A]`` or ``[U_G]`` of each block.
+    """
+
+    def __init__(self, blocks: list[Block], eigenvectors: list[Factors]):
+        self._blocks = blocks
+        self._eigenvectors = eigenvectors
+        self._inputs: dict[int, Tensor] = {}
+        self._curvatures = [_zeros(block, *block.shape) for block in blocks]
+
+    def _blocks_of(self, layer: Layer) -> list[tuple[int, Block]]:
+        return [
+            (index, block)
+            for index, block in enumerate(self._blocks)
+            if block.layer is layer
+        ]
+
+    def start_batch(self, weights: Tensor) -> None:
+        """Forget the last batch; weights come with the gradient rows."""
+        self._inputs.clear()
+
+    def add_inputs(self, layer: Layer, rows: Tensor) -> None:
+        """Rotate and keep a batch of input rows ``[batch, S, groups, features]``."""
+        for index, block in self._blocks_of(layer):
+            if block.has_weight:
+                own = _with_bias_column(rows) if block.has_bias else rows
+                self._inputs[index] = own @ self._eigenvectors[index][1]
+
+    def add_gradients(self, layer: Layer, rows: Tensor) -> None:
+        """Add a batch of gradient rows, which carry the square root of the weights."""
+        for index, block in self._blocks_of(layer):
+            basis = self._eigenvectors[index][0]
+            if block.has_weight:
+                curvature = _squared_gradients(rows, self._inputs[index], basis)
+            else:
+                summed = rows.flatten(2).sum(1) @ basis
+                curvature = (summed**2).sum(0, dtype=_accumulation_dtype(rows.dtype))
+            self._curvatures[index] += curvature
+
+    def eigenvalues(self, dtype: torch.dtype) -> list[Factors]:
+        """Return the curvatures of each block.
+
+        Args:
+            dtype: The curvatures' dtype.
+
+        Returns:
+            ``[matrix]`` of shape ``[d_out, d_in]``, or ``[vector]`` for a bias.
+        """
+        return [[curvature.to(dtype)] for curvature in self._curvatures]
+
+
+def _squared_gradients(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tensor:
+    """Sum the squares of the rotated per-example gradients over the batch.
+
+    Args:
+        gradients: Gradient rows ``[batch, S, groups, d_out / groups]``.
+        inputs: Input rows ``[batch, S, groups, d_in]``, rotated already.
+        basis: Eigenvectors ``[d_out, d_out]`` for the gradients.
+
+    Returns:
+        The sums ``[d_out, d_in]``.
+    """
+    _, positions, groups, d_in = inputs.shape
+    dtype = _accumulation_dtype(gradients.dtype)
+    if groups == 1:
+        gradients = gradients @ basis
+        if positions == 1:
+            squares = gradients.flatten(1).to(dtype) ** 2
+            return squares.T @ inputs.flatten(1).to(dtype) ** 2
+
+    total = inputs.new_zeros(len(basis), d_in, dtype=dtype)
+    size = max(1, _CHUNK_ENTRIES // total.numel())
+    # [batch, groups, positions, features]: one matrix product for an example and group
+    gradients, inputs = gradients.transpose(1, 2), inputs.transpose(1, 2)
+    for g, x in zip(gradients.split(size), inputs.split(size), strict=True):
+        products = (g.mT @ x).flatten(1, 2)
+        if groups > 1:
+            products = basis.T @ products
+        total += (products**2).sum(0, dtype=dtype)
+    return total

@@ -1,0 +1,396 @@
+r"""Laplace approximations with debiased Kronecker-factored curvature.
+
+The posterior precision is :math:`U \mathrm{diag}(\lambda) U^\top + \delta I`, with
+eigenvectors from some of the training points and eigenvalues measured on others
+(arXiv 2410.14325). Importing this module registers the structures with laplace-torch:
+``Laplace(model, likelihood, hessian_structure="kron_debiased")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from laplace import KronLaplace, KronLLLaplace, ParametricLaplace
+from laplace.curvature import CurvatureInterface
+from laplace.curvature.curvlinops import CurvlinopsInterface
+from laplace.utils.enums import Likelihood
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader
+
+from laplace_debiased.backends import CurvatureSource, scale_gradients
+from laplace_debiased.curvature import CURVATURES, GGNCurvature, KFACCurvature
+from laplace_debiased.eigenbasis import decompose
+from laplace_debiased.guard import preserved
+from laplace_debiased.operator import check_magnitudes
+from laplace_debiased.sampling import MIN_BUDGET, Roles, explicit_roles, split_roles
+
+
+@dataclass(frozen=True)
+class Debiasing:
+    """How directions and magnitudes are obtained.
+
+    Args:
+        magnitudes: ``"kfac"`` or ``"ggn"``.
+        direction_fraction: Share of the points that give directions.
+        budget: Number of points that get backward passes; None for all.
+        seed: Seed of the assignment, and of sampled labels.
+
+    Raises:
+        TypeError: If an argument has a wrong type.
+        ValueError: If an argument is out of range.
+    """
+
+    magnitudes: str = "kfac"
+    direction_fraction: float = 0.5
+    budget: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        check_magnitudes(self.magnitudes)
+        if not 0 < self.direction_fraction < 1:
+            raise ValueError(
+                "`direction_fraction` must lie strictly between 0 and 1, "
+                f"got {self.direction_fraction}."
+            )
+        if self.budget is not None and not isinstance(self.budget, int):
+            raise TypeError(f"`budget` must be None or an int, got {self.budget!r}.")
+        if self.budget is not None and self.budget < MIN_BUDGET:
+            raise ValueError(
+                f"`budget` must be at least {MIN_BUDGET}, one point for directions and "
+                f"one for magnitudes, got {self.budget}."
+            )
+        if not isinstance(self.seed, int):
+            raise TypeError(f"`seed` must be an int, got {self.seed!r}.")
+
+
+class KronDebiasedLaplace(KronLaplace):
+    """Laplace approximation with debiased K-FAC over all weights.
+
+    Has the interface of laplace-torch's ``KronLaplace`` and its keywords.
+
+    Args:
+        model: The trained network.
+        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        *args: Further arguments of ``KronLaplace``.
+        magnitudes: Which directional curvature replaces the eigenvalues: ``"kfac"``
+            (that of the other points' K-FAC, the paper's) or ``"ggn"`` (that of each
+            layer's exact GGN block; needs a curvlinops backend).
+        direction_fraction: Share of the points that give directions; the others give
+            magnitudes.
+        budget: Number of training points, drawn uniformly, that get backward passes;
+            None for all that the loader yields.
+        seed: Makes draw and assignment of the points reproducible.
+        **kwargs: Further keywords of ``KronLaplace``.
+
+    Raises:
+        TypeError: If an argument has a wrong type.
+        ValueError: If an argument is out of range or does not fit the others.
+    """
+
+    _key = ("all", "kron_debiased")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        *args: Any,
+        magnitudes: str = "kfac",
+        direction_fraction: float = 0.5,
+        budget: int | None = None,
+        seed: int = 0,
+        **kwargs: Any,
+    ):
+        self.debiasing = Debiasing(magnitudes, direction_fraction, budget, seed)
+        super().__init__(model, likelihood, *args, **kwargs)
+        # laplace-torch's last-layer class forgets `damping` on the way
+        arguments = signature(super().__init__).bind(model, likelihood, *args, **kwargs)
+        self.damping = arguments.arguments.get("damping", False)
+        self._check_ggn_support(self.damping, self._backend_cls)
+
+    def _check_ggn_support(
+        self, damping: bool, backend: type[CurvatureInterface]
+    ) -> None:
+        if self.debiasing.magnitudes != "ggn":
+            return
+        if damping:
+            raise ValueError(
+                "`damping=True` needs factored eigenvalues: use `magnitudes='kfac'`."
+            )
+        if not issubclass(backend, CurvlinopsInterface):
+            raise ValueError(
+                "`magnitudes='ggn'` needs a curvlinops backend, got "
+                f"{backend.__name__}: use `CurvlinopsGGN` or `magnitudes='kfac'`."
+            )
+
+    @property
+    def _fitted_params(self) -> list[Tensor]:
+        """The parameters that the posterior is over."""
+        return self.params
+
+    @property
+    def prior_precision_diag(self) -> Tensor:
+        """Diagonal of the prior precision, ``[params]``."""
+        sizes = [param.numel() for param in self._fitted_params]
+        precisions = self.prior_precision.expand(len(sizes))
+        return torch.cat(
+            [p.expand(size) for p, size in zip(precisions, sizes, strict=True)]
+        )
+
+    def fit(
+        self,
+        train_loader: DataLoader,
+        magnitude_loader: DataLoader | None = None,
+        override: bool = True,
+        progress_bar: bool = False,
+    ) -> None:
+        """Fit the posterior at the model's parameters.
+
+        Curvature and loss are scaled from the points used to N, the size of
+        ``train_loader.dataset``. If anything fails, the last fitted posterior and the
+        model stay as they were.
+
+        Args:
+            train_loader: Yields ``(X, y)``, or mappings with the keys ``dict_key_x``
+                and ``dict_key_y``. Without ``magnitude_loader``, its points are
+                assigned to the two roles at random, reproducibly by ``seed``.
+            magnitude_loader: Yields the points that give magnitudes; then
+                ``train_loader`` yields those that give directions.
+            override: Whether to forget the last fit. Otherwise the data count as
+                further data: with ``kfac`` magnitudes, the factors of both roles add
+                up; with ``ggn``, the new magnitudes are measured in the eigenbasis in
+                hand and add up.
+            progress_bar: Whether to show progress bars.
+
+        Raises:
+            ValueError: If data or model are not valid.
+        """
+        roles = self._roles(train_loader, magnitude_loader)
+        online = not override and self.H_facs is not None
+        with preserved(self.model):
+            self.model.eval()
+            self._prepare(roles)
+            curvature, loss, num_outputs = self._measure(roles, online, progress_bar)
+
+        num_data = roles.num_data
+        if online:
+            num_data += self.n_data
+            curvature = self.H_facs.merge(curvature, self.n_data / num_data)
+            loss = self.loss + loss
+        H = curvature.decompose(self.damping)
+        mean = parameters_to_vector(self._fitted_params)
+        self.H_facs, self.H = curvature, H
+        self.mean = mean if self.enable_backprop else mean.detach()
+        self.loss, self.n_data, self.n_outputs = loss, num_data, num_outputs
+        self.model.output_size = num_outputs
+        self.model.eval()
+
+    def _roles(
+        self, train_loader: DataLoader, magnitude_loader: DataLoader | None
+    ) -> Roles:
+        """Decide which points give directions and which magnitudes."""
+        if magnitude_loader is not None:
+            return explicit_roles(train_loader, magnitude_loader)
+        d = self.debiasing
+        return split_roles(train_loader, d.direction_fraction, d.budget, d.seed)
+
+    def _prepare(self, roles: Roles) -> None:
+        """Do what has to be done before curvature can be measured."""
+
+    def _measure(
+        self, roles: Roles, online: bool, progress_bar: bool
+    ) -> tuple[KFACCurvature | GGNCurvature, Tensor, int]:
+        """Measure curvature and loss, scaled to ``roles.num_data`` points."""
+        source = CurvatureSource(
+            self.backend,
+            self._fitted_params,
+            self._asdl_fisher_kwargs,
+            self.debiasing.seed,
+            progress_bar,
+        )
+        magnitude_scale = roles.num_data / roles.num_magnitudes
+        if self.debiasing.magnitudes == "ggn" and online:
+            first = source.loss(roles.directions)
+            eigenvectors = self.H_facs.eigenvectors
+        else:
+            kfacs, first = source.kfacs(roles.directions, roles.num_directions)
+            directions = scale_gradients(kfacs, roles.num_data / roles.num_directions)
+        if self.debiasing.magnitudes == "ggn":
+            if not online:
+                eigenvectors = decompose(directions)
+            values, second = source.directional_curvatures(
+                roles.magnitudes, eigenvectors
+            )
+            values = scale_gradients(values, magnitude_scale)
+            curvature = GGNCurvature(eigenvectors, values)
+        else:
+            kfacs, second = source.kfacs(roles.magnitudes, roles.num_magnitudes)
+            magnitudes = scale_gradients(kfacs, magnitude_scale)
+            curvature = KFACCurvature(directions, magnitudes)
+        num_used = roles.num_directions + roles.num_magnitudes
+        loss = (first.loss + second.loss) * (roles.num_data / num_used)
+        return curvature, loss, first.num_outputs
+
+    def _glm_predictive_distribution(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        with preserved(self.model):  # some backends clear gradients and leave hooks
+            return super()._glm_predictive_distribution(*args, **kwargs)
+
+    def _sampled_outputs(
+        self,
+        X: Tensor | MutableMapping[str, Any],
+        n_samples: int,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Iterator[Tensor]:
+        """Yield the network's output for each posterior sample.
+
+        laplace-torch writes the samples into the model; here it is called functionally.
+        """
+        X = X.to(self._device) if isinstance(X, Tensor) else X
+        fitted = {id(param) for param in self._fitted_params}
+        names = [n for n, p in self.model.named_parameters() if id(p) in fitted]
+        shapes = [param.shape for param in self._fitted_params]
+        for sample in self.sample(n_samples, generator):
+            parts = sample.split([shape.numel() for shape in shapes])
+            params = {
+                name: part.view(shape)
+                for name, part, shape in zip(names, parts, shapes, strict=True)
+            }
+            output = functional_call(self.model, params, (X,), model_kwargs)
+            yield output if self.enable_backprop else output.detach()
+
+    def _nn_functional_samples(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.stack(list(self._sampled_outputs(*args, **kwargs)))
+
+    def _nn_predictive_samples(self, *args: Any, **kwargs: Any) -> Tensor:
+        samples = self._nn_functional_samples(*args, **kwargs)
+        if self.likelihood == Likelihood.CLASSIFICATION:
+            return samples.softmax(-1)
+        return samples
+
+    def _nn_predictive_classification(
+        self, X: Tensor | MutableMapping[str, Any], n_samples: int, **kwargs: Any
+    ) -> Tensor:
+        outputs = self._sampled_outputs(X, n_samples, **kwargs)
+        return sum(output.softmax(-1) for output in outputs) / n_samples
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the fitted posterior.
+
+        Returns:
+            A dictionary of plain values and tensors, which ``torch.load`` reads with
+            ``weights_only=True``.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+        """
+        state_dict = ParametricLaplace.state_dict(self)
+        state_dict["H"], state_dict["H_magnitudes"] = self.H_facs.tensors()
+        state_dict["magnitudes"] = self.debiasing.magnitudes
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a fitted posterior.
+
+        Args:
+            state_dict: From :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it is of another class, kind of magnitudes, likelihood or
+                network.
+        """
+        own = self.debiasing.magnitudes
+        if state_dict.get("magnitudes", own) != own:
+            raise ValueError(
+                f"`state_dict` has {state_dict['magnitudes']!r} magnitudes, this "
+                f"object {own!r}."
+            )
+        ParametricLaplace.load_state_dict(self, state_dict)
+        tensors = state_dict["H"], state_dict["H_magnitudes"]
+        self.H_facs = CURVATURES[own](*tensors)
+        self.H = self.H_facs.decompose(self.damping)
+
+
+class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
+    """Laplace approximation with debiased K-FAC over the last layer.
+
+    Has the interface of laplace-torch's ``KronLLLaplace``, its keywords, and those of
+    :class:`KronDebiasedLaplace`. As in laplace-torch, ``override=False`` is refused.
+    """
+
+    _key = ("last_layer", "kron_debiased")
+
+    @property
+    def _fitted_params(self) -> list[Tensor]:
+        return list(self.model.last_layer.parameters())
+
+    def fit(
+        self,
+        train_loader: DataLoader,
+        magnitude_loader: DataLoader | None = None,
+        override: bool = True,
+        progress_bar: bool = False,
+    ) -> None:
+        """See :meth:`KronDebiasedLaplace.fit`."""
+        if not override:
+            raise ValueError(
+                "Last-layer Laplace approximations do not support `override=False`."
+            )
+        super().fit(train_loader, magnitude_loader, override, progress_bar)
+
+    def _prepare(self, roles: Roles) -> None:
+        if self.model.last_layer is None:
+            self._find_last_layer(next(iter(roles.directions)))
+            self._count_last_layer()
+
+    def _count_last_layer(self) -> None:
+        """Check the prior against the last layer, once that is known."""
+        params = self._fitted_params
+        self.n_params = sum(param.numel() for param in params)
+        self.n_layers = len(params)
+        self.prior_precision = self._prior_precision
+        self.prior_mean = self._prior_mean
+        self._init_H()
+
+    def _sampled_outputs(
+        self,
+        X: Tensor | MutableMapping[str, Any],
+        n_samples: int,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Iterator[Tensor]:
+        X = X.to(self._device) if isinstance(X, Tensor) else X
+        _, features = self.model.forward_with_features(X, **model_kwargs)
+        for sample in self.sample(n_samples, generator):
+            weight_size = self.model.last_layer.weight.numel()
+            weight = sample[:weight_size].view_as(self.model.last_layer.weight)
+            bias = sample[weight_size:] if sample.numel() > weight_size else None
+            output = nn.functional.linear(features, weight, bias)
+            yield output if self.enable_backprop else output.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`KronDebiasedLaplace.state_dict`."""
+        state_dict = super().state_dict()
+        state_dict["_last_layer_name"] = self._last_layer_name
+        state_dict["found_last_layer"] = self.model._last_layer_name
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`KronDebiasedLaplace.load_state_dict`."""
+        if self._last_layer_name != state_dict.get("_last_layer_name"):
+            raise ValueError(
+                f"`state_dict` has last_layer_name {state_dict['_last_layer_name']!r}, "
+                f"this object {self._last_layer_name!r}."
+            )
+        if self.model.last_layer is None and "found_last_layer" in state_dict:
+            # laplace-torch saves a training batch instead, and searches again
+            self.model.set_last_layer(state_dict["found_last_layer"])
+            self._count_last_layer()
+        super().load_state_dict(state_dict)

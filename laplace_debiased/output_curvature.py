@@ -1,0 +1,166 @@
+r"""Square roots of the loss curvature in the network's output.
+
+The GGN is :math:`\sum_n J_n^\top \Lambda_n J_n`. With
+:math:`\Lambda_n = \sum_k s_{nk} s_{nk}^\top`, it is a sum of outer products of
+:math:`J_n^\top s_{nk}`, one backward pass for each *column* :math:`s_{\cdot k}`.
+All square roots are computed for the whole batch at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from curvlinops import FisherType
+from torch import Generator, Tensor
+from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
+
+Loss = MSELoss | CrossEntropyLoss | BCEWithLogitsLoss
+
+_FISHER_TYPES = (FisherType.TYPE2, FisherType.MC, FisherType.EMPIRICAL)
+
+
+@dataclass(frozen=True)
+class OutputCurvature:
+    """Curvature of a loss in the output, by one of the Fisher types.
+
+    Args:
+        loss_func: The loss. Averaging over the examples (``reduction="mean"``) is left
+            to whoever knows their number; averaging over outputs is done here.
+        fisher_type: ``"type-2"`` (exact Hessian), ``"mc"`` (labels sampled from the
+            model) or ``"empirical"`` (gradients at the targets).
+        mc_samples: Number of labels sampled for each example with ``"mc"``.
+
+    Raises:
+        ValueError: If an argument is not supported.
+    """
+
+    loss_func: Loss
+    fisher_type: str = FisherType.TYPE2
+    mc_samples: int = 1
+
+    def __post_init__(self):
+        if not isinstance(self.loss_func, Loss):
+            raise ValueError(
+                "`loss_func` must be MSELoss, CrossEntropyLoss or BCEWithLogitsLoss, "
+                f"got {self.loss_func!r}."
+            )
+        if self.loss_func.reduction not in {"sum", "mean"}:
+            raise ValueError(
+                "`loss_func` must have reduction 'sum' or 'mean', "
+                f"got {self.loss_func.reduction!r}."
+            )
+        for option in ("weight", "pos_weight"):
+            if getattr(self.loss_func, option, None) is not None:
+                raise ValueError(
+                    f"`loss_func` must not have `{option}`: pass weights of the points "
+                    "instead."
+                )
+        if self.fisher_type not in _FISHER_TYPES:
+            raise ValueError(
+                "`fisher_type` must be 'type-2', 'mc' or 'empirical', "
+                f"got {self.fisher_type!r}."
+            )
+        if self.mc_samples < 1 or (
+            self.mc_samples != 1 and self.fisher_type != FisherType.MC
+        ):
+            raise ValueError(
+                "`mc_samples` must be at least 1, and is 1 unless `fisher_type='mc'`, "
+                f"got {self.mc_samples} with {self.fisher_type!r}."
+            )
+
+    def columns(self, output: Tensor, target: Tensor, generator: Generator) -> Tensor:
+        """Compute the columns to backpropagate.
+
+        Args:
+            output: Network output ``[batch, outputs]``.
+            target: Targets: classes ``[batch]`` or probabilities ``[batch, outputs]``
+                for cross-entropy, ``[batch, outputs]`` otherwise.
+            generator: Random numbers for sampled labels.
+
+        Returns:
+            Columns ``[columns, batch, outputs]``; the sum of their outer products is
+            each example's curvature (for sampled labels: in expectation).
+        """
+        output = output.detach()
+        if self.fisher_type == FisherType.TYPE2:
+            columns = self._hessian_sqrt(output)
+        elif self.fisher_type == FisherType.MC:
+            residuals = [
+                self._residual(output, self._sample(output, generator))
+                for _ in range(self.mc_samples)
+            ]
+            columns = torch.stack(residuals) / self.mc_samples**0.5
+        else:
+            columns = self._residual(output, target).unsqueeze(0)
+        return columns * self._output_scale(output) ** 0.5
+
+    def total_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Compute each example's loss.
+
+        Args:
+            output: Network output ``[batch, outputs]``.
+            target: Targets as in :meth:`columns`.
+
+        Returns:
+            The loss of each example ``[batch]``, summed over its outputs.
+        """
+        functional = {
+            MSELoss: torch.nn.functional.mse_loss,
+            CrossEntropyLoss: torch.nn.functional.cross_entropy,
+            BCEWithLogitsLoss: torch.nn.functional.binary_cross_entropy_with_logits,
+        }[self._loss_type]
+        options = (
+            {"label_smoothing": self.loss_func.label_smoothing}
+            if self._loss_type is CrossEntropyLoss
+            else {}
+        )
+        loss = functional(output, target, reduction="none", **options)
+        return loss.reshape(output.shape[0], -1).sum(1)
+
+    @property
+    def _loss_type(self) -> type[Loss]:
+        return next(t for t in Loss.__args__ if isinstance(self.loss_func, t))
+
+    def _output_scale(self, output: Tensor) -> float:
+        """MSELoss and BCEWithLogitsLoss average over the outputs, too."""
+        averages = self.loss_func.reduction == "mean"
+        if averages and self._loss_type is not CrossEntropyLoss:
+            return 1 / output.shape[1]
+        return 1.0
+
+    def _hessian_sqrt(self, output: Tensor) -> Tensor:
+        """Square root of the loss Hessian, ``[columns, batch, outputs]``.
+
+        MSE: 2 I. Cross-entropy: diag(p) - p pᵀ = S Sᵀ with S = diag(√p) - p √pᵀ. BCE:
+        diag(p (1 - p)).
+        """
+        if self._loss_type is CrossEntropyLoss:
+            p = output.softmax(1)
+            sqrt = p.sqrt()
+            return sqrt.diag_embed().movedim(2, 0) - p * sqrt.T.unsqueeze(2)
+        if self._loss_type is MSELoss:
+            diagonal = torch.full_like(output, 2**0.5)
+        else:
+            p = output.sigmoid()
+            diagonal = (p * (1 - p)).sqrt()
+        return diagonal.diag_embed().movedim(2, 0)
+
+    def _residual(self, output: Tensor, target: Tensor) -> Tensor:
+        """Gradient of each example's loss in its output, ``[batch, outputs]``."""
+        output = output.requires_grad_()
+        with torch.enable_grad():
+            loss = self.total_loss(output, target).sum()
+        return torch.autograd.grad(loss, output)[0]
+
+    def _sample(self, output: Tensor, generator: Generator) -> Tensor:
+        """Draw labels from the likelihood that the loss implies."""
+        if self._loss_type is CrossEntropyLoss:
+            return output.softmax(1).multinomial(1, generator=generator).squeeze(1)
+        if self._loss_type is BCEWithLogitsLoss:
+            return output.sigmoid().bernoulli(generator=generator)
+        noise = torch.randn(
+            output.shape, dtype=output.dtype, device=output.device, generator=generator
+        )
+        # exp(-MSE) is a Gaussian of variance one half
+        return output + 0.5**0.5 * noise

@@ -1,0 +1,211 @@
+"""One pass over a data source: a forward pass a batch, a backward pass a column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+from torch.nn import CrossEntropyLoss
+from tqdm import tqdm
+
+from laplace_debiased.capture import capture_rows
+from laplace_debiased.layers import Layer
+from laplace_debiased.output_curvature import OutputCurvature
+
+Inputs = Tensor | MutableMapping[str, Any]
+
+
+class Accumulator(Protocol):
+    """What a sweep feeds with rows."""
+
+    def start_batch(self, weights: Tensor) -> None:
+        """Begin a batch of examples with weights ``[batch]``."""
+
+    def add_inputs(self, layer: Layer, rows: Tensor) -> None:
+        """Take input rows ``[batch, S, groups, d_in / groups]``."""
+
+    def add_gradients(self, layer: Layer, rows: Tensor) -> None:
+        """Take the gradient rows ``[batch, S, groups, d_out / groups]`` of a column."""
+
+
+@dataclass(frozen=True)
+class SweepSummary:
+    """What a sweep saw.
+
+    Args:
+        num_data: Number of examples.
+        total_weight: Sum of their weights.
+        loss: Weighted sum of their losses, a scalar tensor.
+        num_outputs: Number of network outputs.
+    """
+
+    num_data: int
+    total_weight: float
+    loss: Tensor
+    num_outputs: int
+
+
+def sweep(
+    model: nn.Module,
+    layers: list[Layer],
+    data: Iterable[tuple[Inputs, Tensor]],
+    output_curvature: OutputCurvature,
+    accumulator: Accumulator,
+    *,
+    weights: Tensor | None = None,
+    seed: int = 0,
+    progress_bar: bool = False,
+    description: str = "Curvature",
+) -> SweepSummary:
+    """Feed the rows of a data source to an accumulator.
+
+    The model is called functionally on detached parameters, so that neither its
+    gradients nor its ``requires_grad`` flags matter or change.
+
+    Args:
+        model: The neural network.
+        layers: The layers to record; none for the loss alone.
+        data: Batches ``(X, y)``, iterated over once. ``X`` is a tensor, or a mapping
+            that the model itself moves to its device.
+        output_curvature: Square roots of the loss curvature in the output.
+        accumulator: Receives the rows.
+        weights: A weight for each example, in the order of ``data``; None for ones.
+        seed: Seed for sampled labels.
+        progress_bar: Whether to show a progress bar over the batches.
+        description: The progress bar's label.
+
+    Returns:
+        A summary of the pass.
+
+    Raises:
+        ValueError: If the data are empty, not finite, or of a wrong shape or dtype, or
+            there are not as many weights as examples.
+    """
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    generator = Generator(device=device).manual_seed(seed)
+    detached = {name: param.detach() for name, param in model.named_parameters()}
+
+    num_data, num_outputs = 0, 0
+    loss = torch.zeros((), dtype=dtype, device=device)
+    total_weight = 0.0
+    bar = tqdm(data, desc=f"[{description}]", disable=not progress_bar)
+    for X, y in bar:
+        X, y = (X.to(device) if isinstance(X, Tensor) else X), y.to(device)
+        check_finite_inputs(X)
+        batch_size = len(y)
+        batch_weights = _batch_weights(weights, num_data, batch_size).to(
+            dtype=torch.promote_types(dtype, torch.float32), device=device
+        )
+        accumulator.start_batch(batch_weights)
+        with (
+            torch.enable_grad(),
+            capture_rows(layers, batch_size, accumulator.add_inputs) as tape,
+        ):
+            output = functional_call(model, detached, (X,))
+        y = check_targets(output, y, output_curvature.loss_func)
+        losses = output_curvature.total_loss(output.detach(), y)
+        columns = []
+        if layers:
+            columns = output_curvature.columns(output, y, generator)
+            columns = columns * batch_weights.sqrt().to(columns.dtype)[:, None]
+        for index, column in enumerate(columns):
+            retain_graph = index < len(columns) - 1
+            for layer, rows in tape.gradient_rows(output, column, retain_graph):
+                accumulator.add_gradients(layer, rows)
+
+        num_data, num_outputs = num_data + batch_size, output.shape[1]
+        total_weight += batch_weights.sum().item()
+        loss = loss + (batch_weights * losses).sum().to(dtype)
+
+    if num_data == 0:
+        raise ValueError("The data source is empty: there is nothing to fit.")
+    if weights is not None and len(weights) != num_data:
+        raise ValueError(
+            f"Got {len(weights)} weights for {num_data} examples: one each is needed."
+        )
+    if not loss.isfinite():
+        raise ValueError(f"The loss is {loss.item()}: model or targets are not finite.")
+    return SweepSummary(num_data, total_weight, loss, num_outputs)
+
+
+def _batch_weights(weights: Tensor | None, start: int, batch_size: int) -> Tensor:
+    """Return the weights of the batch that begins with example ``start``."""
+    if weights is None:
+        return torch.ones(batch_size)
+    own = weights[start : start + batch_size]
+    if len(own) < batch_size:
+        raise ValueError(
+            f"Got {len(weights)} weights, but at least {start + batch_size} examples: "
+            "one each is needed."
+        )
+    return own
+
+
+def check_finite_inputs(X: Inputs) -> None:
+    """Refuse inputs with NaN or infinite entries.
+
+    Args:
+        X: A batch of inputs.
+
+    Raises:
+        ValueError: If an entry is not finite.
+    """
+    tensors = X.values() if isinstance(X, MutableMapping) else [X]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and not tensor.isfinite().all():
+            raise ValueError("Inputs contain NaN or infinite entries.")
+
+
+def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
+    """Refuse outputs and targets that a loss cannot compare.
+
+    Args:
+        output: Network output.
+        y: Targets.
+        loss_func: The loss.
+
+    Returns:
+        The targets.
+
+    Raises:
+        ValueError: If the output is not ``[batch, outputs]`` and finite, or the
+            targets have a wrong shape, dtype or range.
+    """
+    if output.ndim != 2 or output.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"The model's output must have shape [{len(y)}, outputs] for a batch of "
+            f"{len(y)}, got {tuple(output.shape)}."
+        )
+    if not output.isfinite().all():
+        raise ValueError("The model's output contains NaN or infinite entries.")
+    if isinstance(loss_func, CrossEntropyLoss) and not y.is_floating_point():
+        if y.ndim != 1 or y.dtype == torch.bool:
+            raise ValueError(
+                "Targets for classification must be class indices of shape [batch] and "
+                f"integer dtype, got shape {tuple(y.shape)} and {y.dtype}."
+            )
+        if y.min() < 0 or y.max() >= output.shape[1]:
+            raise ValueError(
+                f"Class indices must lie in 0..{output.shape[1] - 1}, the model's "
+                f"outputs, got {y.min().item()}..{y.max().item()}."
+            )
+        return y.long()
+    if y.shape != output.shape or not y.is_floating_point():
+        kind = (
+            "class indices [batch] of integer dtype, or probabilities"
+            if isinstance(loss_func, CrossEntropyLoss)
+            else "floating-point"
+        )
+        raise ValueError(
+            f"Targets must be {kind} of the output's shape {tuple(output.shape)}: the "
+            f"output has {output.ndim} dims, the target {y.ndim}, of shape "
+            f"{tuple(y.shape)} and {y.dtype}."
+        )
+    if not y.isfinite().all():
+        raise ValueError("Targets contain NaN or infinite entries.")
+    return y
