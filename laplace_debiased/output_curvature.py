@@ -148,7 +148,7 @@ class OutputCurvature:
 
     def _residual(self, output: Tensor, target: Tensor) -> Tensor:
         """Gradient of each example's loss in its output, ``[batch, outputs]``."""
-        output = output.requires_grad_()
+        output = output.detach().requires_grad_()
         with torch.enable_grad():
             loss = self.total_loss(output, target).sum()
         return torch.autograd.grad(loss, output)[0]

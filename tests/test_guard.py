@@ -1,0 +1,42 @@
+import pytest
+import torch
+from torch import nn
+
+from laplace_debiased.guard import preserved
+
+
+def test_gradients_and_modes_are_restored():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    model[0].weight.grad = gradient = torch.randn(2, 2)
+    expected = gradient.clone()
+    model[1].eval()
+    with preserved(model):
+        model.train()
+        model(torch.ones(1, 2)).sum().backward()
+        model.zero_grad()
+        model[0].bias.grad = torch.ones(2)
+    assert model[0].weight.grad is gradient
+    assert torch.equal(gradient, expected)
+    assert model[0].bias.grad is None
+    assert model.training and not model[1].training
+
+
+def test_hooks_and_flags_are_restored_after_an_error():
+    model = nn.Sequential(nn.Linear(2, 2))
+    kept = []
+    model.register_forward_hook(lambda *_: kept.append(1))
+    with pytest.raises(KeyboardInterrupt), preserved(model):
+        model.register_forward_pre_hook(lambda *_: kept.append(2))
+        model[0].register_forward_hook(lambda *_: kept.append(3))
+        model[0].register_full_backward_hook(lambda *_: kept.append(4))
+        model.requires_grad_(False)
+        raise KeyboardInterrupt
+    model(torch.ones(1, 2)).sum().backward()
+    assert kept == [1]
+
+
+def test_hooks_stay_without_an_error():
+    model = nn.Linear(2, 2)
+    with preserved(model):
+        handle = model.register_forward_hook(lambda *_: None)
+    assert handle.id in model._forward_hooks

@@ -1,0 +1,156 @@
+import pytest
+import torch
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
+
+from laplace_debiased.sampling import explicit_roles, split_roles
+
+SIZE = 20
+
+
+@pytest.fixture
+def dataset():
+    return TensorDataset(torch.arange(SIZE).float()[:, None], torch.zeros(SIZE))
+
+
+def points(loader):
+    return [int(x) for X, _ in loader for x in X.flatten()]
+
+
+def roles(loader, fraction=0.5, budget=None, seed=0):
+    split = split_roles(loader, fraction, budget, seed)
+    directions, magnitudes = points(split.directions), points(split.magnitudes)
+    assert len(directions) == split.num_directions
+    assert len(magnitudes) == split.num_magnitudes
+    return directions, magnitudes
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.8, 0.99])
+@pytest.mark.parametrize("batch_size", [1, 3, SIZE, 100])
+def test_each_point_has_one_role_in_the_shares_asked_for(dataset, batch_size, fraction):
+    directions, magnitudes = roles(DataLoader(dataset, batch_size), fraction)
+    assert sorted(directions + magnitudes) == list(range(SIZE))
+    expected = min(max(round(fraction * SIZE), 1), SIZE - 1)
+    assert len(directions) == expected
+
+
+def test_roles_depend_on_the_seed_only(dataset):
+    expected = roles(DataLoader(dataset, batch_size=3))
+    for loader in (
+        DataLoader(dataset, batch_size=1),
+        DataLoader(dataset, batch_size=SIZE),
+        DataLoader(dataset, batch_size=4, shuffle=True),
+    ):
+        assert roles(loader) == expected
+    assert roles(DataLoader(dataset), seed=1) != expected
+
+
+def test_drawing_does_not_touch_global_random_numbers(dataset):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    split_roles(DataLoader(dataset, shuffle=True), 0.5, 8, 0)
+    assert torch.rand(1) == expected
+
+
+@pytest.mark.parametrize("budget", [2, 7, SIZE, 1000])
+def test_budget_limits_the_points(dataset, budget):
+    directions, magnitudes = roles(DataLoader(dataset), budget=budget)
+    assert len(set(directions + magnitudes)) == min(budget, SIZE)
+
+
+def test_draws_are_uniform(dataset):
+    counts = torch.zeros(2, SIZE)
+    for seed in range(600):
+        for role, own in zip(
+            counts, roles(DataLoader(dataset, SIZE), 0.5, 10, seed), strict=True
+        ):
+            role[own] += 1
+    # binomial with mean 150 and standard deviation 10.6
+    assert (counts - 150).abs().max() < 45
+
+
+def test_a_loader_over_part_of_its_dataset_is_scaled_to_all_of_it(dataset):
+    loader = DataLoader(dataset, 4, sampler=SubsetRandomSampler(range(5, 15)))
+    split = split_roles(loader, 0.5, None, 0)
+    assert sorted(points(split.directions) + points(split.magnitudes)) == list(
+        range(5, 15)
+    )
+    assert split.num_data == SIZE
+
+
+def test_points_that_a_loader_drops_are_not_used(dataset):
+    directions, magnitudes = roles(DataLoader(dataset, 8, drop_last=True))
+    assert sorted(directions + magnitudes) == list(range(16))
+
+
+def test_points_that_are_drawn_twice_have_one_role(dataset):
+    sampler = RandomSampler(dataset, replacement=True, num_samples=200)
+    directions, magnitudes = roles(DataLoader(dataset, 4, sampler=sampler))
+    assert not set(directions) & set(magnitudes)
+
+
+class Stream:
+    """Anything that yields batches and knows its dataset."""
+
+    def __init__(self, dataset, mapping=False):
+        self.dataset, self.mapping = dataset, mapping
+
+    def __iter__(self):
+        for X, y in DataLoader(self.dataset, batch_size=6):
+            yield {"x": X, "y": y, "note": "n"} if self.mapping else (X, y)
+
+
+def test_other_iterables_are_read_into_memory(dataset):
+    directions, magnitudes = roles(Stream(dataset))
+    assert sorted(directions + magnitudes) == list(range(SIZE))
+    split = split_roles(Stream(dataset, mapping=True), 0.5, None, 0)
+    seen = torch.cat(
+        [b["x"] for b in split.directions] + [b["x"] for b in split.magnitudes]
+    )
+    assert sorted(seen.flatten().int().tolist()) == list(range(SIZE))
+
+
+def test_explicit_loaders_keep_their_roles(dataset):
+    first, second = DataLoader(dataset, 4), DataLoader(TensorDataset(*dataset.tensors))
+    split = explicit_roles(first, second)
+    assert points(split.directions) == points(split.magnitudes) == list(range(SIZE))
+    assert split.num_data == SIZE
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_overlapping_explicit_loaders_are_refused(dataset, nested):
+    first = Subset(dataset, range(5, 12))
+    first = Subset(first, range(3, 7)) if nested else first
+    second = Subset(dataset, range(10, 20))
+    with pytest.raises(ValueError, match="must be disjoint, but share 2 points"):
+        explicit_roles(DataLoader(first), DataLoader(second))
+    explicit_roles(DataLoader(first), DataLoader(Subset(dataset, range(12, 20))))
+    loader = DataLoader(dataset)
+    with pytest.raises(ValueError, match="must be disjoint"):
+        explicit_roles(loader, loader)
+
+
+def test_empty_and_sizeless_loaders_are_refused(dataset):
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter(dataset)
+
+    empty = DataLoader(Subset(dataset, []))
+    for loader, message in [
+        (empty, "`train_loader` is empty"),
+        (DataLoader(dataset, SIZE + 1, drop_last=True), "it yields no batch"),
+        (DataLoader(Endless()), "must have a `dataset` with a length"),
+        ([(torch.ones(2, 1), torch.ones(2))], "must have a `dataset` with a length"),
+        (DataLoader(Subset(dataset, [0])), "yields 1 point, but at least 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            split_roles(loader, 0.5, None, 0)
+    with pytest.raises(ValueError, match="`magnitude_loader` is empty"):
+        explicit_roles(DataLoader(dataset), empty)
