@@ -53,19 +53,24 @@ class Debiasing:
 
     def __post_init__(self):
         check_magnitudes(self.magnitudes)
+        if not isinstance(self.direction_fraction, int | float):
+            raise TypeError(
+                "`direction_fraction` must be a float, "
+                f"got {self.direction_fraction!r}."
+            )
         if not 0 < self.direction_fraction < 1:
             raise ValueError(
                 "`direction_fraction` must lie strictly between 0 and 1, "
                 f"got {self.direction_fraction}."
             )
-        if self.budget is not None and not isinstance(self.budget, int):
+        if self.budget is not None and type(self.budget) is not int:
             raise TypeError(f"`budget` must be None or an int, got {self.budget!r}.")
         if self.budget is not None and self.budget < MIN_BUDGET:
             raise ValueError(
                 f"`budget` must be at least {MIN_BUDGET}, one point for directions and "
                 f"one for magnitudes, got {self.budget}."
             )
-        if not isinstance(self.seed, int):
+        if type(self.seed) is not int:
             raise TypeError(f"`seed` must be an int, got {self.seed!r}.")
 
 

@@ -1,0 +1,561 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from laplace import KronLaplace, KronLLLaplace, Laplace
+from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN
+from torch import nn
+from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
+
+from laplace_debiased import KronDebiasedLaplace, KronDebiasedLLLaplace
+from laplace_debiased.sampling import split_roles
+from tests import dense
+from tests.cases import NUM_OUTPUTS, batch, network
+
+SIZE = 60
+SUBSETS = ["all", "last_layer"]
+
+
+def loader(name="mlp", likelihood="classification", size=SIZE, batch_size=7, **kwargs):
+    loss = "mse" if likelihood == "regression" else "cross-entropy"
+    data = batch(name, size, loss, **kwargs)
+    return DataLoader(TensorDataset(*data), batch_size=batch_size)
+
+
+def debiased(model, likelihood="classification", subset="all", **kwargs):
+    return Laplace(model, likelihood, subset, "kron_debiased", **kwargs)
+
+
+def posterior(la):
+    return la.posterior_precision.to_matrix()
+
+
+def test_importing_registers_the_structures():
+    model = network("mlp")
+    assert type(Laplace(model, "classification", "all", "kron_debiased")) is (
+        KronDebiasedLaplace
+    )
+    assert type(
+        Laplace(model, "classification", hessian_structure="kron_debiased")
+    ) is (KronDebiasedLLLaplace)
+    # laplace-torch's own stay what they were
+    assert type(Laplace(model, "classification")) is KronLLLaplace
+    assert type(Laplace(model, "classification", "all", "kron")) is KronLaplace
+
+
+def test_import_loads_nothing_that_laplace_torch_does_not():
+    program = (
+        "import sys, laplace; before = set(sys.modules); import laplace_debiased;"
+        "print(*{m.split('.')[0] for m in set(sys.modules) - before})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.split() == ["laplace_debiased"]
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("name", ["mlp", "cnn-stride-padding", "sequence"])
+def test_posterior_equals_dense_reference(name, magnitudes, likelihood):
+    model, train = network(name), loader(name, likelihood)
+    options = {"sigma_noise": 0.5} if likelihood == "regression" else {}
+    la = debiased(
+        model, likelihood, magnitudes=magnitudes, prior_precision=0.3, seed=3, **options
+    )
+    la.fit(train)
+
+    roles = split_roles(train, 0.5, None, seed=3)
+    (X, y), (Z, w) = (
+        [torch.cat(parts) for parts in zip(*source, strict=True)]
+        for source in (roles.directions, roles.magnitudes)
+    )
+    if likelihood == "regression":
+        # the negative log likelihood is half the squared error over sigma squared
+        def loss(f, y):
+            return 0.5 * (f - y).square().sum() / 0.5**2
+    else:
+        loss = nn.CrossEntropyLoss(reduction="sum")
+    bases = dense.eigenbases(dense.kronecker_factors(model, X, y, loss))
+    if magnitudes == "kfac":
+        blocks = dense.kfac_blocks(dense.kronecker_factors(model, Z, w, loss))
+    else:
+        blocks = dense.ggn_blocks(model, Z, w, loss)
+    expected = SIZE / len(Z) * dense.debiased(bases, blocks)
+    expected += 0.3 * torch.eye(len(expected))
+    assert dense.relative_error(posterior(la), expected) < 1e-8
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("name", ["mlp", "cnn-stride-padding", "sequence"])
+def test_same_data_in_both_roles_equals_laplace_torch(name, subset):
+    model = network(name, dtype=torch.float32)
+    (X, y) = batch(name, SIZE, dtype=torch.float32)
+    train = DataLoader(TensorDataset(X, y), 7)
+    reference = Laplace(model, "classification", subset, "kron", prior_precision=0.1)
+    reference.fit(train)
+    la = debiased(model, subset=subset, prior_precision=0.1)
+    la.fit(train, DataLoader(TensorDataset(X.clone(), y.clone()), 11))
+
+    # laplace-torch decomposes in single precision: compare with its exact factors
+    exact = reference.H_facs.to_matrix() + 0.1 * torch.eye(la.n_params)
+    assert dense.relative_error(posterior(la), exact) < 1e-6
+    assert torch.allclose(la(X), reference(X), atol=1e-6)
+    assert torch.allclose(
+        la.log_marginal_likelihood(), reference.log_marginal_likelihood(), rtol=1e-6
+    )
+    for la_ in (la, reference):
+        la_.optimize_prior_precision()
+    assert torch.allclose(la.prior_precision, reference.prior_precision, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", [CurvlinopsGGN, CurvlinopsEF])
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_same_data_in_both_roles_equals_laplace_torch_for_backends(likelihood, backend):
+    model, train = (
+        network("cnn-stride-padding"),
+        loader("cnn-stride-padding", likelihood),
+    )
+    reference = KronLaplace(model, likelihood, backend=backend)
+    reference.fit(train)
+    la = debiased(model, likelihood, backend=backend)
+    la.fit(train, loader("cnn-stride-padding", likelihood))
+    assert dense.relative_error(posterior(la), posterior(reference)) < 1e-8
+    assert torch.allclose(la.loss, reference.loss)
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_sampled_labels_and_reduced_factors_reach_the_posterior(magnitudes):
+    model, train = network("sequence"), loader("sequence")
+
+    def fitted(**kwargs):
+        la = debiased(model, magnitudes=magnitudes, **kwargs)
+        la.fit(train)
+        return posterior(la)
+
+    exact = fitted()
+    stochastic = {"backend_kwargs": {"stochastic": True}}
+    many = fitted(**stochastic, asdl_fisher_kwargs={"mc_samples": 1000})
+    assert torch.equal(fitted(**stochastic), fitted(**stochastic))
+    assert not torch.allclose(fitted(**stochastic), exact, rtol=1e-2)
+    assert dense.relative_error(many, exact) < 0.1
+    reduced = fitted(asdl_fisher_kwargs={"kfac_approx": "reduce"})
+    assert not torch.allclose(reduced, exact, rtol=1e-2)
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_batch_size_and_order_do_not_matter(subset, magnitudes):
+    model = network("mlp")
+    data = TensorDataset(*batch("mlp", SIZE))
+    fits = []
+    for options in ({"batch_size": 1}, {"batch_size": SIZE}, {"shuffle": True}):
+        la = debiased(model, subset=subset, magnitudes=magnitudes)
+        la.fit(DataLoader(data, **options))
+        fits.append(la)
+    for la in fits[1:]:
+        assert dense.relative_error(posterior(la), posterior(fits[0])) < 1e-8
+        assert torch.allclose(la.loss, fits[0].loss)
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_curvature_is_scaled_from_the_points_used_to_all(magnitudes):
+    model, train = network("mlp"), loader()
+    part = DataLoader(train.dataset, 7, sampler=SubsetRandomSampler(range(20)))
+    small = DataLoader(Subset(train.dataset, range(20)), 7)
+    of_all, of_part = (
+        debiased(model, magnitudes=magnitudes),
+        debiased(model, magnitudes=magnitudes),
+    )
+    of_all.fit(part)
+    of_part.fit(small)
+    H, smaller = of_all.H.to_matrix(), of_part.H.to_matrix()
+    assert dense.relative_error(H, SIZE / 20 * smaller) < 1e-10
+    assert torch.allclose(of_all.loss, SIZE / 20 * of_part.loss)
+    assert (of_all.n_data, of_part.n_data) == (SIZE, 20)
+
+
+def test_budget_estimates_are_unbiased():
+    model, train = network("mlp"), loader()
+    full = debiased(model, magnitudes="ggn")
+    full.fit(train)
+    losses, traces = [], []
+    for seed in range(150):
+        la = debiased(model, magnitudes="ggn", budget=10, seed=seed)
+        la.fit(train)
+        losses.append(la.loss)
+        traces.append(la.H.diag().sum())
+    for estimates, exact in [(losses, full.loss), (traces, full.H.diag().sum())]:
+        estimates = torch.stack(estimates)
+        # the trace of all data differs from that of the full fit's magnitude half
+        tolerance = 4 * estimates.std() / 150**0.5 + 0.1 * exact
+        assert (estimates.mean() - exact).abs() < tolerance
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_further_data_accumulate(magnitudes):
+    model = network("mlp")
+    first, second = loader(), loader(size=30, seed=5)
+    la = debiased(model, magnitudes=magnitudes)
+    la.fit(first)
+    loss, H = la.loss, la.H.to_matrix()
+    la.fit(first, override=False)
+    assert dense.relative_error(la.H.to_matrix(), 2 * H) < 1e-8
+    assert torch.allclose(la.loss, 2 * loss) and la.n_data == 2 * SIZE
+    la.fit(first)
+    assert dense.relative_error(la.H.to_matrix(), H) < 1e-8
+
+    vectors = la.H.eigenvectors
+    la.fit(second, override=False)
+    assert la.n_data == SIZE + 30
+    other = debiased(model, magnitudes=magnitudes)
+    other.fit(second)
+    if magnitudes == "kfac":
+        # as if K-FAC had seen both: G adds up, A averages
+        merged = la.H_facs.tensors()
+        for own, (a, b) in zip(
+            merged,
+            zip(refit(model, first), refit(model, second), strict=True),
+            strict=True,
+        ):
+            for c, x, z in zip(own, a, b, strict=True):
+                assert torch.allclose(c[0], x[0] + z[0])
+                if len(c) == 2:
+                    mean = (SIZE * x[1] + 30 * z[1]) / (SIZE + 30)
+                    assert torch.allclose(c[1], mean)
+    else:
+        for before, after in zip(vectors, la.H.eigenvectors, strict=True):
+            assert all(u is v for u, v in zip(before, after, strict=True))
+        roles = split_roles(second, 0.5, None, 0)
+        Z, w = [torch.cat(p) for p in zip(*roles.magnitudes, strict=True)]
+        blocks = dense.ggn_blocks(model, Z, w, nn.CrossEntropyLoss(reduction="sum"))
+        bases = [torch.kron(*v) if len(v) == 2 else v[0] for v in la.H.eigenvectors]
+        added = 30 / len(Z) * dense.debiased(bases, blocks)
+        assert dense.relative_error(la.H.to_matrix(), H + added) < 1e-8
+
+
+def refit(model, train):
+    la = debiased(model)
+    la.fit(train)
+    return la.H_facs.tensors()
+
+
+def test_override_false_is_refused_for_the_last_layer_and_starts_the_first_fit():
+    la = debiased(network("mlp"), subset="last_layer")
+    with pytest.raises(ValueError, match="do not support `override=False`"):
+        la.fit(loader(), override=False)
+    la, reference = debiased(network("mlp")), debiased(network("mlp"))
+    la.fit(loader(), override=False)
+    reference.fit(loader())
+    assert torch.equal(posterior(la), posterior(reference))
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_damping_spreads_the_prior_over_the_factors(subset):
+    la = debiased(network("mlp"), subset=subset, damping=True, prior_precision=0.5)
+    la.fit(loader())
+    assert la.posterior_precision.damping
+    (l, m), *_ = la.H.eigenvalues
+    expected = torch.outer(l + 0.5**0.5, m + 0.5**0.5)
+    actual = la.posterior_precision.spectra()[0]
+    assert torch.allclose(actual, expected)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_temperature_and_noise_scale_the_curvature(subset, magnitudes):
+    model, train = network("mlp"), loader(likelihood="regression")
+    plain, scaled = (
+        debiased(model, "regression", subset, magnitudes=magnitudes, **options)
+        for options in ({}, {"sigma_noise": 0.5, "temperature": 2.0})
+    )
+    plain.fit(train)
+    scaled.fit(train)
+    identity = torch.eye(plain.n_params)
+    expected = (posterior(plain) - identity) / 0.5**2 / 2 + identity
+    assert dense.relative_error(posterior(scaled), expected) < 1e-10
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("structure", ["scalar", "layerwise"])
+@pytest.mark.parametrize("method", ["marglik", "gridsearch"])
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_prior_precision_can_be_tuned(
+    likelihood, method, structure, magnitudes, subset
+):
+    model, train = network("mlp"), loader(likelihood=likelihood)
+    la = debiased(model, likelihood, subset, magnitudes=magnitudes)
+    la.fit(train)
+    before = la.log_marginal_likelihood().item()
+    la.optimize_prior_precision(
+        method=method,
+        prior_structure=structure,
+        val_loader=train if method == "gridsearch" else None,
+        grid_size=5,
+    )
+    assert la.prior_precision.isfinite().all()
+    if method == "marglik":
+        expected = la.n_layers if structure == "layerwise" else 1
+        assert len(la.prior_precision) == expected
+        assert la.log_marginal_likelihood().item() > before
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_diagonal_priors_are_refused(subset):
+    options = {"last_layer_name": "2"} if subset == "last_layer" else {}
+    la = debiased(network("mlp"), subset=subset, **options)
+    with pytest.raises(ValueError, match="either scalar or per-layer"):
+        la.prior_precision = torch.ones(la.n_params)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("prior", [torch.tensor([0.4]), torch.tensor([0.2, 0.5])])
+def test_log_marginal_likelihood_equals_dense_formula(subset, prior):
+    model, train = network("mlp"), loader()
+    if subset == "all" and len(prior) == 2:
+        prior = prior.repeat(2)
+    la = debiased(model, subset=subset, prior_mean=0.1)
+    la.fit(train)
+    la.prior_precision = prior
+    X, y = train.dataset.tensors
+    P0 = torch.diag(la.prior_precision_diag)
+    delta = la.mean - 0.1
+    log_likelihood = -nn.functional.cross_entropy(model(X), y, reduction="sum")
+    expected = log_likelihood - 0.5 * (
+        posterior(la).logdet() - P0.logdet() + delta @ P0 @ delta
+    )
+    assert torch.allclose(la.log_marginal_likelihood(), expected)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_predictives_equal_dense_algebra(subset, magnitudes):
+    model, train = network("mlp"), loader(likelihood="regression")
+    la = debiased(model, "regression", subset, magnitudes=magnitudes)
+    la.fit(train)
+    X = train.dataset.tensors[0][:5]
+    fitted = {
+        name: p.detach()
+        for name, p in model.named_parameters()
+        if subset == "all" or name.startswith("2.")
+    }
+    jacobians = torch.func.jacrev(
+        lambda params: torch.func.functional_call(model, params, (X,))
+    )(fitted)
+    J = torch.cat([j.flatten(2) for j in jacobians.values()], dim=2)
+    covariance = posterior(la).inverse()
+
+    f_mu, f_var = la(X)
+    assert torch.allclose(f_mu, model(X))
+    assert torch.allclose(f_var, J @ covariance @ J.mT)
+    assert torch.allclose(la.functional_variance(J), J @ covariance @ J.mT)
+    _, diagonal = la(X, diagonal_output=True)
+    assert torch.allclose(diagonal, f_var.diagonal(dim1=1, dim2=2))
+    flat = J.flatten(0, 1)
+    joint_mu, joint = la(X, joint=True)
+    assert torch.allclose(joint_mu, f_mu.flatten())
+    assert torch.allclose(joint, flat @ covariance @ flat.T)
+    assert torch.allclose(la.functional_covariance(J), joint)
+
+    value = torch.randn(la.n_params, dtype=torch.float64)
+    delta = value - la.mean
+    assert torch.allclose(la.square_norm(value), delta @ posterior(la) @ delta)
+    density = torch.distributions.MultivariateNormal(la.mean, covariance)
+    assert torch.allclose(la.log_prob(value), density.log_prob(value))
+
+    samples = la.sample(20_000, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(samples.mean(0), la.mean, atol=0.05)
+    assert dense.relative_error(samples.T.cov(), covariance) < 0.1
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("link", ["probit", "mc", "bridge", "bridge_norm", "nn"])
+def test_classification_predictives_are_distributions(link, magnitudes, subset):
+    train = loader()
+    la = debiased(network("mlp"), subset=subset, magnitudes=magnitudes)
+    la.fit(train)
+    X = train.dataset.tensors[0]
+    kind = (
+        {"pred_type": "nn", "link_approx": "mc"}
+        if link == "nn"
+        else {"link_approx": link}
+    )
+    probabilities = la(X, **kind)
+    assert probabilities.shape == (SIZE, NUM_OUTPUTS)
+    assert torch.allclose(probabilities.sum(1), torch.ones(SIZE, dtype=torch.float64))
+    for pred_type in ("glm", "nn"):
+        for draw in (la.predictive_samples, la.functional_samples):
+            samples = draw(X, pred_type=pred_type, n_samples=4)
+            assert samples.shape == (4, SIZE, NUM_OUTPUTS)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_nn_samples_are_the_network_at_posterior_samples(subset):
+    model, train = network("mlp"), loader()
+    la = debiased(model, subset=subset)
+    la.fit(train)
+    X = train.dataset.tensors[0][:4]
+    generator = torch.Generator()
+    outputs = la.functional_samples(X, "nn", 3, generator=generator.manual_seed(1))
+    weights = la.sample(3, generator=generator.manual_seed(1))
+    start = 0 if subset == "all" else -la.n_params
+    copy = network("mlp")
+    for output, sample in zip(outputs, weights, strict=True):
+        vector = nn.utils.parameters_to_vector(copy.parameters()).detach().clone()
+        vector[start:] = sample
+        nn.utils.vector_to_parameters(vector, copy.parameters())
+        assert torch.allclose(output, copy(X))
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("pred_type", ["glm", "nn"])
+def test_predictive_is_differentiable_in_the_input(subset, pred_type):
+    train = loader(likelihood="regression")
+    la = debiased(network("mlp"), "regression", subset, enable_backprop=True)
+    la.fit(train)
+    X = train.dataset.tensors[0][:3].clone().requires_grad_()
+    for output in la(X, pred_type=pred_type, link_approx="mc"):
+        (gradient,) = torch.autograd.grad(output.sum(), X, retain_graph=True)
+        assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_a_subset_of_the_parameters_can_be_fitted(magnitudes):
+    model, train = network("mlp"), loader()
+    model[0].requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    la = debiased(model, magnitudes=magnitudes)
+    la.fit(train)
+    assert posterior(la).shape == (15, 15)
+    assert la(train.dataset.tensors[0], pred_type="nn", link_approx="mc").shape
+    la.optimize_prior_precision()
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, False]
+
+
+class RewardModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def forward(self, x):
+        if x.ndim == 3:
+            return self.net(x.flatten(0, 1)).view(len(x), 2)
+        return self.net(x)
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_reward_modelling_treats_a_pair_as_one_example(magnitudes):
+    model = RewardModel().double()
+    X = torch.randn(SIZE, 2, 4, dtype=torch.float64)
+    y = torch.randint(2, (SIZE,))
+    la = debiased(model, "reward_modeling", magnitudes=magnitudes)
+    la.fit(DataLoader(TensorDataset(X, y), 8))
+    f_mu, f_var = la(X[:, 0])
+    assert torch.allclose(f_mu, model(X[:, 0]))
+    assert f_var.shape == (SIZE, 1, 1)
+    if magnitudes == "ggn":
+        roles = split_roles(DataLoader(TensorDataset(X, y)), 0.5, None, 0)
+        Z, w = [torch.cat(p) for p in zip(*roles.magnitudes, strict=True)]
+        loss = nn.CrossEntropyLoss(reduction="sum")
+        blocks = dense.ggn_blocks(model, Z, w, loss)
+        trace = SIZE / len(Z) * sum(b.trace() for b in blocks)
+        assert torch.allclose(la.H.diag().sum(), trace)
+
+
+class OnDict(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, data):
+        return self.net(data["x"] if isinstance(data, dict) else data)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_dict_inputs_equal_tensor_inputs(magnitudes, subset, tmp_path):
+    train = loader()
+    data = [{"x": x, "label": y} for x, y in train.dataset]
+    expected = debiased(network("mlp"), subset=subset, magnitudes=magnitudes)
+    expected.fit(train)
+    keys = {"dict_key_x": "x", "dict_key_y": "label"}
+    model = OnDict(network("mlp"))
+    la = debiased(model, subset=subset, magnitudes=magnitudes, **keys)
+    la.fit(DataLoader(data, 7))
+    assert dense.relative_error(posterior(la), posterior(expected)) < 1e-10
+    torch.save(la.state_dict(), tmp_path / "la.pt")
+    torch.load(tmp_path / "la.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("structure", ["scalar", "layerwise"])
+def test_checkpoints_restore_the_posterior(subset, magnitudes, structure, tmp_path):
+    model, train = network("mlp"), loader()
+    la = debiased(model, subset=subset, magnitudes=magnitudes)
+    la.fit(train)
+    la.optimize_prior_precision(prior_structure=structure)
+    torch.save(la.state_dict(), tmp_path / "la.pt")
+    state_dict = torch.load(tmp_path / "la.pt", weights_only=True)
+    restored = debiased(model, subset=subset, magnitudes=magnitudes)
+    restored.load_state_dict(state_dict)
+    X = train.dataset.tensors[0]
+    assert torch.equal(restored(X), la(X))
+    assert torch.equal(restored.log_marginal_likelihood(), la.log_marginal_likelihood())
+    if subset == "all":
+        la.fit(train, override=False)
+        restored.fit(train, override=False)
+        assert torch.equal(posterior(restored), posterior(la))
+
+
+def test_checkpoints_of_other_kinds_are_refused():
+    model, train = network("mlp"), loader()
+    la = debiased(model)
+    la.fit(train)
+    with pytest.raises(ValueError, match="'kfac' magnitudes, this object 'ggn'"):
+        debiased(model, magnitudes="ggn").load_state_dict(la.state_dict())
+    with pytest.raises(ValueError, match="wrong Laplace type"):
+        debiased(model, subset="last_layer").load_state_dict(
+            la.state_dict() | {"_last_layer_name": None}
+        )
+    reference = KronLaplace(model, "classification")
+    reference.fit(train)
+    with pytest.raises(ValueError, match="wrong Laplace type"):
+        la.load_state_dict(reference.state_dict())
+    with pytest.raises(AttributeError, match="not fitted"):
+        debiased(model).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"magnitudes": "hessian"}, ValueError, "`magnitudes` must be one of"),
+        ({"direction_fraction": 0.0}, ValueError, "`direction_fraction` must lie"),
+        ({"direction_fraction": 1}, ValueError, "`direction_fraction` must lie"),
+        ({"direction_fraction": "half"}, TypeError, "`direction_fraction` must be"),
+        ({"budget": 1}, ValueError, "`budget` must be at least 2"),
+        ({"budget": 0.5}, TypeError, "`budget` must be None or an int"),
+        ({"budget": True}, TypeError, "`budget` must be None or an int"),
+        ({"seed": 0.5}, TypeError, "`seed` must be an int"),
+        ({"magnitudes": "ggn", "damping": True}, ValueError, "needs factored"),
+    ],
+)
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_bad_arguments_are_refused(subset, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        debiased(network("mlp"), subset=subset, **kwargs)
+
+
+def test_unsupported_layers_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    with pytest.raises(ValueError, match=r"1 \(BatchNorm1d\)"):
+        debiased(model).fit(loader())
+    la = debiased(model, subset="last_layer")
+    la.fit(loader())
+    assert la.n_params == 15
