@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from backpack import extend
 from curvlinops import FisherType, KFACType
 from laplace.curvature import BackPackInterface, CurvatureInterface
 from laplace.curvature.asdl import AsdlInterface
@@ -136,6 +137,7 @@ class CurvatureSource:
     ) -> tuple[list[Factors], SweepSummary]:
         """Sum what the backend computes for each batch."""
         backend = self.backend
+        reinstall_hooks(backend)
         device, dtype = self.params[0].device, self.params[0].dtype
         total = Kron.init_from_model(self.params, device, dtype)
         loss = torch.zeros((), device=device, dtype=dtype)
@@ -182,6 +184,26 @@ class CurvatureSource:
                 "`requires_grad_(False)`, or use the default backend."
             )
         return kfacs
+
+
+def reinstall_hooks(backend: CurvatureInterface) -> None:
+    """Make sure that BackPACK's hooks are where it believes them to be.
+
+    A prediction by any BackPACK backend removes the hooks of all models, but leaves
+    the marks by which BackPACK knows that it had installed them.
+
+    Args:
+        backend: The backend; nothing happens unless it is BackPACK's.
+    """
+    if not isinstance(backend, BackPackInterface):
+        return
+    for extended in (backend._model, backend.lossfunc):
+        for module in extended.modules():
+            module._backpack_extend = any(
+                getattr(hook, "__module__", "").startswith("backpack")
+                for hook in module._forward_hooks.values()
+            )
+        extend(extended)
 
 
 def scale_gradients(kfacs: list[Factors], factor: float) -> list[Factors]:

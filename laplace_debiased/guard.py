@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -18,17 +19,21 @@ _HOOKS = (
 )
 
 
-@contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore a model's state when a block of code is left.
+# BackPACK's note on a module that its hooks are installed
+_BACKPACK_MARK = "_backpack_extend"
 
-    Gradients are put aside, so that the block can neither change nor clear them, and
-    restored in any case, as is the mode (train or eval) of each module. Hooks and
-    ``requires_grad`` flags are restored if the block raises: a curvature backend may
-    install hooks for good, but not half of them.
+
+@contextmanager
+def preserved(model: nn.Module, keep_new_hooks: bool = False) -> Iterator[None]:
+    """Restore a model's state when a block of code is left, whether it raises or not.
+
+    Gradients are put aside, so that the block can neither change nor clear them.
 
     Args:
-        model: The model.
+        model: The model, whose gradients, ``requires_grad`` flags, modes (train or
+            eval) and hooks are restored.
+        keep_new_hooks: Whether hooks may change if the block succeeds: a curvature
+            backend may install some for good, but not half of them.
 
     Yields:
         Nothing.
@@ -38,21 +43,33 @@ def preserved(model: nn.Module) -> Iterator[None]:
     flags = [parameter.requires_grad for parameter in parameters]
     modules = list(model.modules())
     modes = [module.training for module in modules]
-    hooks = [[dict(getattr(module, name)) for name in _HOOKS] for module in modules]
+    hooks = [_hooks(module) for module in modules]
     for parameter in parameters:
         parameter.grad = None
+    succeeded = False
     try:
         yield
-    except BaseException:
-        for parameter, flag in zip(parameters, flags, strict=True):
-            parameter.requires_grad_(flag)
-        for module, saved in zip(modules, hooks, strict=True):
-            for name, registered in zip(_HOOKS, saved, strict=True):
-                getattr(module, name).clear()
-                getattr(module, name).update(registered)
-        raise
+        succeeded = True
     finally:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+        for parameter, gradient, flag in zip(parameters, gradients, flags, strict=True):
+            parameter.requires_grad_(flag)
             parameter.grad = gradient
-        for module, mode in zip(modules, modes, strict=True):
+        for module, mode, saved in zip(modules, modes, hooks, strict=True):
             module.training = mode
+            if not (succeeded and keep_new_hooks):
+                _restore_hooks(module, saved)
+
+
+def _hooks(module: nn.Module) -> dict[str, Any]:
+    """Copy a module's hooks."""
+    saved = {name: dict(getattr(module, name)) for name in _HOOKS}
+    return saved | {_BACKPACK_MARK: getattr(module, _BACKPACK_MARK, False)}
+
+
+def _restore_hooks(module: nn.Module, saved: dict[str, Any]) -> None:
+    """Put back a module's hooks."""
+    for name in _HOOKS:
+        getattr(module, name).clear()
+        getattr(module, name).update(saved[name])
+    if getattr(module, _BACKPACK_MARK, False) != saved[_BACKPACK_MARK]:
+        setattr(module, _BACKPACK_MARK, saved[_BACKPACK_MARK])

@@ -23,7 +23,11 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
-from laplace_debiased.backends import CurvatureSource, scale_gradients
+from laplace_debiased.backends import (
+    CurvatureSource,
+    reinstall_hooks,
+    scale_gradients,
+)
 from laplace_debiased.curvature import CURVATURES, GGNCurvature, KFACCurvature
 from laplace_debiased.eigenbasis import decompose
 from laplace_debiased.guard import preserved
@@ -177,9 +181,9 @@ class KronDebiasedLaplace(KronLaplace):
         """
         roles = self._roles(train_loader, magnitude_loader)
         online = not override and self.H_facs is not None
-        with preserved(self.model):
+        self._prepare(roles)
+        with preserved(self.model, keep_new_hooks=True):
             self.model.eval()
-            self._prepare(roles)
             curvature, loss, num_outputs = self._measure(roles, online, progress_bar)
 
         num_data = roles.num_data
@@ -244,7 +248,8 @@ class KronDebiasedLaplace(KronLaplace):
     def _glm_predictive_distribution(
         self, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        with preserved(self.model):  # some backends clear gradients and leave hooks
+        with preserved(self.model):  # some backends clear gradients and remove hooks
+            reinstall_hooks(self.backend)
             return super()._glm_predictive_distribution(*args, **kwargs)
 
     def _sampled_outputs(
@@ -352,7 +357,9 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
 
     def _prepare(self, roles: Roles) -> None:
         if self.model.last_layer is None:
-            self._find_last_layer(next(iter(roles.directions)))
+            with preserved(self.model, keep_new_hooks=True):
+                self.model.eval()
+                self._find_last_layer(next(iter(roles.directions)))
             self._count_last_layer()
 
     def _count_last_layer(self) -> None:

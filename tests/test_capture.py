@@ -91,7 +91,7 @@ def test_a_layer_that_never_runs_is_refused_by_name():
         def forward(self, x):
             return self.used(x)
 
-    with pytest.raises(ValueError, match="never ran .*: idle"):
+    with pytest.raises(ValueError, match=r"never ran .*: idle"):
         capture(Unused(), torch.randn(SIZE, 3))
 
 
@@ -106,7 +106,7 @@ def test_functional_projections_of_attention_are_detected():
 
     model = Attention()
     params = model.attention.out_proj.parameters()
-    with pytest.raises(ValueError, match="attention.out_proj"):
+    with pytest.raises(ValueError, match=r"attention\.out_proj"):
         capture(model, torch.randn(SIZE, 5, 4), params)
 
 

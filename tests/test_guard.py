@@ -35,8 +35,9 @@ def test_hooks_and_flags_are_restored_after_an_error():
     assert kept == [1]
 
 
-def test_hooks_stay_without_an_error():
+@pytest.mark.parametrize("keep", [True, False])
+def test_new_hooks_stay_if_allowed(keep):
     model = nn.Linear(2, 2)
-    with preserved(model):
+    with preserved(model, keep_new_hooks=keep):
         handle = model.register_forward_hook(lambda *_: None)
-    assert handle.id in model._forward_hooks
+    assert (handle.id in model._forward_hooks) == keep

@@ -259,8 +259,8 @@ def test_damping_spreads_the_prior_over_the_factors(subset):
     la = debiased(network("mlp"), subset=subset, damping=True, prior_precision=0.5)
     la.fit(loader())
     assert la.posterior_precision.damping
-    (l, m), *_ = la.H.eigenvalues
-    expected = torch.outer(l + 0.5**0.5, m + 0.5**0.5)
+    (outer, inner), *_ = la.H.eigenvalues
+    expected = torch.outer(outer + 0.5**0.5, inner + 0.5**0.5)
     actual = la.posterior_precision.spectra()[0]
     assert torch.allclose(actual, expected)
 
