@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from laplace import Laplace
 from laplace.curvature import AsdlGGN, BackPackGGN
 from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from laplace_debiased import Laplace
 from tests.cases import batch
 
 SIZE = 24

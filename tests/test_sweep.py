@@ -1,10 +1,9 @@
 import pytest
 import torch
-from laplace import Laplace
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased import KronDebiasedLaplace
+from laplace_debiased import KronDebiasedLaplace, Laplace
 from laplace_debiased.factors import KroneckerFactors
 from laplace_debiased.layers import curvature_blocks, find_layers
 from laplace_debiased.output_curvature import OutputCurvature
