@@ -209,7 +209,12 @@ class KronDebiasedLaplace(KronLaplace):
         return split_roles(train_loader, d.direction_fraction, d.budget, d.seed)
 
     def _prepare(self, roles: Roles) -> None:
-        """Do what has to be done before curvature can be measured."""
+        """Find out, before curvature is measured, what the posterior is over."""
+        if not self.params:
+            raise ValueError(
+                "The model has no parameters with `requires_grad=True`: there is "
+                "nothing to fit."
+            )
 
     def _measure(
         self, roles: Roles, online: bool, progress_bar: bool

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from laplace.utils import subset_loader, training_indices
+from laplace.utils import training_indices
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
@@ -71,8 +71,8 @@ def split_roles(
     count = min(max(count, 1), len(drawn) - 1)
     directions, magnitudes = drawn[:count].sort()[0], drawn[count:].sort()[0]
     return Roles(
-        subset_loader(loader, directions),
-        subset_loader(loader, magnitudes),
+        _loader_of(loader, directions),
+        _loader_of(loader, magnitudes),
         len(directions),
         len(magnitudes),
         num_data,
@@ -113,8 +113,8 @@ def explicit_roles(direction_loader: DataLoader, magnitude_loader: DataLoader) -
                 f"{shared} points of the same dataset."
             )
     return Roles(
-        subset_loader(direction_loader, directions),
-        subset_loader(magnitude_loader, magnitudes),
+        _loader_of(direction_loader, directions),
+        _loader_of(magnitude_loader, magnitudes),
         len(directions),
         len(magnitudes),
         num_data,
@@ -164,6 +164,22 @@ def loader_indices(loader: DataLoader, name: str) -> Tensor:
     return training_indices(loader).sort()[0]
 
 
+def _loader_of(loader: DataLoader, indices: Tensor) -> DataLoader:
+    """Return a sequential loader over some points of a loader's dataset.
+
+    laplace-torch's ``subset_loader`` does the same without workers.
+    """
+    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
+    return DataLoader(
+        Subset(loader.dataset, indices.tolist()),
+        batch_size,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+    )
+
+
 def _base_indices(dataset: Dataset, indices: Tensor) -> tuple[Dataset, Tensor]:
     """Follow nested subsets down to the dataset that holds the points."""
     while isinstance(dataset, Subset):
@@ -180,6 +196,7 @@ def _indexable(loader: DataLoader) -> DataLoader:
     """
     if (
         isinstance(loader, DataLoader)
+        and type(loader).__iter__ is DataLoader.__iter__
         and loader.batch_sampler is not None
         and not isinstance(loader.dataset, IterableDataset)
     ):

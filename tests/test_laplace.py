@@ -559,3 +559,29 @@ def test_unsupported_layers_are_refused_by_name():
     la = debiased(model, subset="last_layer")
     la.fit(loader())
     assert la.n_params == 15
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    model = network("mlp").requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameters with `requires_grad=True`"):
+        debiased(model).fit(loader())
+    la = debiased(model, subset="last_layer")
+    la.fit(loader())
+    assert posterior(la).shape == (18, 18)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_models_dtype_is_followed(dtype, magnitudes, subset):
+    exact = debiased(network("mlp"), subset=subset, magnitudes=magnitudes)
+    exact.fit(loader())
+    la = debiased(network("mlp", dtype=dtype), subset=subset, magnitudes=magnitudes)
+    la.fit(loader(dtype=dtype))
+    tensors = [la.H.eigenvectors[0][0], la.H.eigenvalues[0][0], la.loss, la.mean]
+    X, _ = batch("mlp", 5, dtype=dtype)
+    tensors += [la(X), la(X, pred_type="nn", link_approx="mc"), la.sample(1)]
+    assert {tensor.dtype for tensor in tensors} == {dtype}
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    error = (la.H.diag().sum() / exact.H.diag().sum() - 1).abs()
+    assert error < tolerance

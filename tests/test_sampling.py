@@ -154,3 +154,18 @@ def test_empty_and_sizeless_loaders_are_refused(dataset):
             split_roles(loader, 0.5, None, 0)
     with pytest.raises(ValueError, match="`magnitude_loader` is empty"):
         explicit_roles(DataLoader(dataset), empty)
+
+
+def test_loaders_that_change_what_they_yield_are_read_through(dataset):
+    class Doubling(DataLoader):
+        def __iter__(self):
+            return ((2 * X, y) for X, y in super().__iter__())
+
+    directions, magnitudes = roles(Doubling(dataset, 3))
+    assert sorted(directions + magnitudes) == list(range(0, 2 * SIZE, 2))
+
+
+def test_workers_are_kept(dataset):
+    split = split_roles(DataLoader(dataset, 4, num_workers=1), 0.5, None, 0)
+    assert split.directions.num_workers == split.magnitudes.num_workers == 1
+    assert len(points(split.directions)) == SIZE // 2

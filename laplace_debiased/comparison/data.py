@@ -1,0 +1,96 @@
+"""Training and test points as tensors in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import TensorDataset
+from torchvision.datasets import CIFAR10, MNIST, FashionMNIST, VisionDataset
+
+NUM_TEST_IMAGES = 1000
+
+_TORCHVISION = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "cifar10": CIFAR10}
+
+
+class Data(NamedTuple):
+    """A classification problem.
+
+    Args:
+        train: Training points, standardized inputs and class indices.
+        test_inputs: Test inputs ``[points, ...]``, on the same scale.
+        test_labels: Their class indices ``[points]``.
+    """
+
+    train: TensorDataset
+    test_inputs: Tensor
+    test_labels: Tensor
+
+
+def load(dataset: str, root: Path) -> Data:
+    """Load a dataset.
+
+    Args:
+        dataset: ``"digits"``, which comes with scikit-learn, ``"mnist"``,
+            ``"fashion-mnist"`` or ``"cifar10"``.
+        root: Folder of torchvision's datasets. What is missing there is downloaded.
+
+    Returns:
+        All training points. Of the images other than digits, ``NUM_TEST_IMAGES`` test
+        points, always the same ones: predictions with Jacobians are slow.
+
+    Raises:
+        FileNotFoundError: If the dataset is neither in ``root`` nor can be downloaded.
+    """
+    if dataset == "digits":
+        return _digits()
+    X, y = _images(dataset, root, train=True)
+    X_test, y_test = _images(dataset, root, train=False)
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(y_test), generator=generator)[:NUM_TEST_IMAGES]
+    return _standardized(X, y, X_test[chosen], y_test[chosen])
+
+
+def _digits() -> Data:
+    """Split the 8x8 digits, ``[points, 64]``, always in the same way."""
+    X, X_test, y, y_test = (
+        torch.as_tensor(part)
+        for part in train_test_split(
+            *load_digits(return_X_y=True), random_state=0, stratify=load_digits().target
+        )
+    )
+    return _standardized(X.float(), y, X_test.float(), y_test)
+
+
+def _standardized(X: Tensor, y: Tensor, X_test: Tensor, y_test: Tensor) -> Data:
+    """Scale inputs by mean and standard deviation of all training entries."""
+    mean, std = X.mean(), X.std()
+    return Data(TensorDataset((X - mean) / std, y), (X_test - mean) / std, y_test)
+
+
+def _images(dataset: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Return images ``[points, channels, height, width]`` and class indices."""
+    stored = _open(dataset, root, train)
+    images = torch.as_tensor(stored.data)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return images / 255, torch.as_tensor(stored.targets)
+
+
+def _open(dataset: str, root: Path, train: bool) -> VisionDataset:
+    """Open a torchvision dataset, and download it only if it is missing."""
+    dataset_class = _TORCHVISION[dataset]
+    try:
+        return dataset_class(root, train=train)
+    except RuntimeError:
+        pass
+    try:
+        return dataset_class(root, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"{dataset_class.__name__} is not in {root} and could not be downloaded: "
+            f"{error}"
+        ) from error

@@ -1,0 +1,76 @@
+"""Quality of predicted class probabilities, by scikit-learn and netcal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from netcal.metrics import ECE
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
+from torch import Tensor
+
+_ECE_BINS = 15
+_RELIABILITY_BINS = 10
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of predictions.
+
+    Args:
+        accuracy: Share of correct predictions.
+        nll: Mean negative log likelihood, in nats.
+        brier: Mean squared distance to the one-hot labels, from 0 to 2.
+        ece: Expected calibration error over 15 bins of equal width.
+    """
+
+    accuracy: float
+    nll: float
+    brier: float
+    ece: float
+
+
+def score(probabilities: Tensor, labels: Tensor) -> Scores:
+    """Score predictions.
+
+    Args:
+        probabilities: Class probabilities ``[points, classes]``.
+        labels: Class indices ``[points]``.
+
+    Returns:
+        The scores.
+    """
+    p, y = _as_arrays(probabilities, labels)
+    classes = range(p.shape[1])
+    return Scores(
+        accuracy=float(accuracy_score(y, p.argmax(1))),
+        nll=float(log_loss(y, p, labels=classes)),
+        brier=float(brier_score_loss(y, p, labels=classes)),
+        ece=float(ECE(_ECE_BINS).measure(p, y)),
+    )
+
+
+def reliability(
+    probabilities: Tensor, labels: Tensor
+) -> tuple[list[float], list[float]]:
+    """Compare confidence with accuracy in bins of equal width.
+
+    Args:
+        probabilities: Class probabilities ``[points, classes]``.
+        labels: Class indices ``[points]``.
+
+    Returns:
+        Mean confidence and accuracy of each bin that is not empty.
+    """
+    p, y = _as_arrays(probabilities, labels)
+    accuracy, confidence = calibration_curve(
+        p.argmax(1) == y, p.max(1), n_bins=_RELIABILITY_BINS, pos_label=True
+    )
+    return confidence.tolist(), accuracy.tolist()
+
+
+def _as_arrays(probabilities: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Convert to NumPy; scikit-learn warns of sums that are 1 in float32 only."""
+    p = probabilities.double()
+    return (p / p.sum(1, keepdim=True)).numpy(), labels.numpy()

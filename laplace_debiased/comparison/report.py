@@ -1,0 +1,154 @@
+"""The comparison's table and its numbers as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import sem
+from torch import Tensor
+
+from laplace_debiased.comparison.estimators import FULL_DATA
+from laplace_debiased.comparison.experiment import PRIOR_PRECISIONS, Run
+from laplace_debiased.comparison.metrics import reliability
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    Args:
+        value: Its number for a run, given the full-data run of the same seed; None
+            where there is none.
+        format: How to print it.
+        varies: Whether it varies with the seed and so has a standard error.
+    """
+
+    value: Callable[[Run, Run], float | None]
+    format: str
+    varies: bool = True
+
+
+def _excess_nll(run: Run, full: Run) -> float | None:
+    return None if run is full else run.scores.nll - full.scores.nll
+
+
+COLUMNS = {
+    "accuracy %": Column(lambda run, _: 100 * run.scores.accuracy, ".1f"),
+    "NLL": Column(lambda run, _: run.scores.nll, ".3f"),
+    "NLL - full": Column(_excess_nll, "+.3f"),
+    "Brier": Column(lambda run, _: run.scores.brier, ".3f"),
+    "ECE": Column(lambda run, _: run.scores.ece, ".3f"),
+    "prior precision": Column(lambda run, _: run.prior_precision, ".2f"),
+    "fit s": Column(lambda run, _: run.fit_seconds, ".2f"),
+    "points": Column(lambda run, _: run.num_points, ".0f", varies=False),
+}
+
+
+def group_by_estimator(runs: list[Run]) -> dict[str, list[Run]]:
+    """Group runs, keeping their order.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        The runs of each estimator.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.estimator, []).append(run)
+    return groups
+
+
+def table(runs: list[Run]) -> str:
+    """Print means over seeds with standard errors.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        A Markdown table with a row for each estimator.
+    """
+    full = {run.seed: run for run in runs if run.estimator == FULL_DATA}
+    rows = [["", *COLUMNS]]
+    for estimator, group in group_by_estimator(runs).items():
+        cells = [
+            _cell([column.value(run, full[run.seed]) for run in group], column)
+            for column in COLUMNS.values()
+        ]
+        rows.append([estimator, *cells])
+    return _markdown(rows)
+
+
+def _cell(values: list[float | None], column: Column) -> str:
+    if None in values:
+        return "-"
+    mean = format(sum(values) / len(values), column.format)
+    if not column.varies or len(values) == 1:
+        return mean
+    return f"{mean} ± {format(sem(values), column.format.lstrip('+'))}"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    """Align rows, the first of which is the header; numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    header, *body = (
+        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        + " |"
+        for row in rows
+    )
+    rule = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
+    return "\n".join([header, f"|{'|'.join(rule)}|", *body])
+
+
+def reliabilities(
+    runs: list[Run], labels: Tensor
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Compute reliability diagrams over the test points of all seeds together.
+
+    Args:
+        runs: The runs.
+        labels: Test labels ``[points]``.
+
+    Returns:
+        Confidence and accuracy of each bin, for each estimator.
+    """
+    return {
+        estimator: reliability(
+            torch.cat([run.probabilities for run in group]), labels.repeat(len(group))
+        )
+        for estimator, group in group_by_estimator(runs).items()
+    }
+
+
+def write_numbers(
+    path: Path, runs: list[Run], labels: Tensor, settings: dict[str, Any]
+) -> None:
+    """Write all numbers behind table and figure as JSON.
+
+    Args:
+        path: The file.
+        runs: The runs.
+        labels: Test labels ``[points]``.
+        settings: What was run, as values that JSON knows.
+    """
+    numbers = {
+        **settings,
+        "prior_precisions": PRIOR_PRECISIONS,
+        "runs": [_without_predictions(run) for run in runs],
+        "reliability": {
+            estimator: {"confidence": confidence, "accuracy": accuracy}
+            for estimator, (confidence, accuracy) in reliabilities(runs, labels).items()
+        },
+    }
+    path.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+def _without_predictions(run: Run) -> dict[str, Any]:
+    values = asdict(run)
+    del values["probabilities"]
+    return values
