@@ -47,7 +47,11 @@ class Tape:
         return output + probe
 
     def gradient_rows(
-        self, output: Tensor, column: Tensor, retain_graph: bool
+        self,
+        output: Tensor,
+        column: Tensor,
+        retain_graph: bool,
+        create_graph: bool = False,
     ) -> list[tuple[Layer, Tensor]]:
         """Backpropagate a column to the outputs of all layers.
 
@@ -55,6 +59,7 @@ class Tape:
             output: The network's output ``[batch, outputs]``.
             column: What to backpropagate, of the output's shape.
             retain_graph: Whether another column follows.
+            create_graph: Whether the rows are to be differentiated.
 
         Returns:
             Each layer with its gradient rows ``[batch, S, groups, features]``. Layers
@@ -66,6 +71,7 @@ class Tape:
             probes,
             grad_outputs=column,
             retain_graph=retain_graph,
+            create_graph=create_graph,
             allow_unused=True,
         )
         return [
@@ -77,7 +83,10 @@ class Tape:
 
 @contextmanager
 def capture_rows(
-    layers: list[Layer], batch_size: int, on_input: Callable[[Layer, Tensor], None]
+    layers: list[Layer],
+    batch_size: int,
+    on_input: Callable[[Layer, Tensor], None],
+    differentiable: bool = False,
 ) -> Iterator[Tape]:
     """Record the layers during one forward pass.
 
@@ -86,6 +95,7 @@ def capture_rows(
         batch_size: Number of examples in the pass.
         on_input: Called with each layer and its input rows as soon as they are known,
             since a network may overwrite an activation later.
+        differentiable: Whether the rows are to be differentiated.
 
     Yields:
         The tape to ask for gradient rows once the forward pass is done.
@@ -95,7 +105,12 @@ def capture_rows(
             axis holds no whole number of entries for each example.
     """
     tape = Tape(batch_size)
-    hook = partial(_record, tape=tape, on_input=on_input)
+
+    def receive(layer: Layer, inputs: Tensor) -> None:
+        inputs = inputs if differentiable else inputs.detach()
+        on_input(layer, layer.input_rows(inputs, batch_size))
+
+    hook = partial(_record, tape=tape, receive=receive)
     handles = [
         layer.module.register_forward_hook(partial(hook, layer), with_kwargs=True)
         for layer in layers
@@ -122,7 +137,7 @@ def _record(
     kwargs: dict,
     output: Tensor,
     tape: Tape,
-    on_input: Callable[[Layer, Tensor], None],
+    receive: Callable[[Layer, Tensor], None],
 ) -> Tensor:
     """Forward hook: report the input, put a probe on the output."""
     inputs = args[0] if args else kwargs["input"]
@@ -137,5 +152,5 @@ def _record(
             f"Layer {layer.name!r} got an input of shape {tuple(inputs.shape)} for a "
             f"batch of {batch_size}: its leading axis must be the batch."
         )
-    on_input(layer, layer.input_rows(inputs.detach(), batch_size))
+    receive(layer, inputs)
     return tape.insert_probe(layer, output)

@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from inspect import signature
+from math import pi
 from typing import Any
 
 import torch
 from laplace import KronLaplace, KronLLLaplace, ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.curvature.curvlinops import CurvlinopsInterface
-from laplace.utils.enums import Likelihood
+from laplace.utils import batch_size
+from laplace.utils.enums import Likelihood, LinkApprox
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
@@ -25,13 +27,13 @@ from torch.utils.data import DataLoader
 
 from laplace_debiased.backends import (
     CurvatureSource,
-    reinstall_hooks,
     scale_gradients,
 )
 from laplace_debiased.curvature import CURVATURES, GGNCurvature, KFACCurvature
 from laplace_debiased.eigenbasis import decompose
 from laplace_debiased.guard import preserved
 from laplace_debiased.operator import check_magnitudes
+from laplace_debiased.predictive import LinearizedPredictive, last_layer_covariance
 from laplace_debiased.sampling import MIN_BUDGET, Roles, explicit_roles, split_roles
 
 
@@ -95,6 +97,8 @@ class KronDebiasedLaplace(KronLaplace):
         budget: Number of training points, drawn uniformly, that get backward passes;
             None for all that the loader yields.
         seed: Makes draw and assignment of the points reproducible.
+        memory_limit: Bytes that a GLM prediction may take for a chunk of examples; may
+            be changed at any time.
         **kwargs: Further keywords of ``KronLaplace``.
 
     Raises:
@@ -113,9 +117,11 @@ class KronDebiasedLaplace(KronLaplace):
         direction_fraction: float = 0.5,
         budget: int | None = None,
         seed: int = 0,
+        memory_limit: int = 2**30,
         **kwargs: Any,
     ):
         self.debiasing = Debiasing(magnitudes, direction_fraction, budget, seed)
+        self.memory_limit = memory_limit
         super().__init__(model, likelihood, *args, **kwargs)
         # laplace-torch's last-layer class forgets `damping` on the way
         arguments = signature(super().__init__).bind(model, likelihood, *args, **kwargs)
@@ -251,11 +257,48 @@ class KronDebiasedLaplace(KronLaplace):
         return curvature, loss, first.num_outputs
 
     def _glm_predictive_distribution(
-        self, *args: Any, **kwargs: Any
+        self,
+        X: Tensor | MutableMapping[str, Any],
+        joint: bool = False,
+        diagonal_output: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        with preserved(self.model):  # some backends clear gradients and remove hooks
-            reinstall_hooks(self.backend)
-            return super()._glm_predictive_distribution(*args, **kwargs)
+        X = X.to(self._device) if isinstance(X, Tensor) else X
+        kind = "joint" if joint else "diagonal" if diagonal_output else "full"
+        f_mu, f_var = self._output_moments(X, kind)
+        return (f_mu.flatten() if joint else f_mu), f_var
+
+    def _output_moments(
+        self, X: Tensor | MutableMapping[str, Any], kind: str
+    ) -> tuple[Tensor, Tensor]:
+        """Compute mean and covariance of the linearized network's output."""
+        predictive = LinearizedPredictive(
+            self.model,
+            self._fitted_params,
+            self.posterior_precision,
+            self.memory_limit,
+            self.enable_backprop,
+        )
+        return predictive.moments(X, batch_size(X, self.dict_key_x), kind)
+
+    def _glm_forward_call(
+        self,
+        x: Tensor | MutableMapping[str, Any],
+        likelihood: Likelihood | str,
+        joint: bool = False,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        # laplace-torch computes the covariance of all outputs here, too
+        if likelihood == Likelihood.REGRESSION:
+            if diagonal_output and not joint:
+                return self._glm_predictive_distribution(x, diagonal_output=True)
+        elif link_approx == LinkApprox.PROBIT:
+            f_mu, f_var = self._glm_predictive_distribution(x, diagonal_output=True)
+            return torch.softmax(f_mu / torch.sqrt(1 + pi / 8 * f_var), dim=-1)
+        return super()._glm_forward_call(
+            x, likelihood, joint, link_approx, n_samples, diagonal_output
+        )
 
     def _sampled_outputs(
         self,
@@ -375,6 +418,16 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         self.prior_precision = self._prior_precision
         self.prior_mean = self._prior_mean
         self._init_H()
+
+    def _output_moments(
+        self, X: Tensor | MutableMapping[str, Any], kind: str
+    ) -> tuple[Tensor, Tensor]:
+        with torch.set_grad_enabled(self.enable_backprop):
+            f_mu, features = self.model.forward_with_features(X)
+        # in a network that works on the last layer's output, its input is no feature
+        if features.ndim != 2 or f_mu.shape[1] != self.model.last_layer.out_features:
+            return super()._output_moments(X, kind)
+        return f_mu, last_layer_covariance(features, self.posterior_precision, kind)
 
     def _sampled_outputs(
         self,

@@ -93,7 +93,7 @@ def batch(name, size, loss="cross-entropy", seed=1, dtype=torch.float64):
     """Inputs and targets for a network."""
     generator = torch.Generator().manual_seed(seed)
     _, shape = NETWORKS[name]
-    X = torch.randn(size, *shape, dtype=dtype, generator=generator)
+    X = torch.randn(size, *shape, dtype=torch.float64, generator=generator).to(dtype)
     if loss == "cross-entropy":
         return X, torch.randint(NUM_OUTPUTS, (size,), generator=generator)
     y = torch.randn(size, NUM_OUTPUTS, dtype=dtype, generator=generator)

@@ -17,7 +17,7 @@ from laplace_debiased.comparison.metrics import Scores, score
 from laplace_debiased.comparison.networks import Recipe, train
 
 MAP = "MAP"
-PRIOR_PRECISIONS = (0.1, 0.316, 1.0, 3.16, 10.0, 31.6, 100.0, 316.0, 1000.0)
+PRIOR_PRECISIONS = tuple(10 ** (half / 2) for half in range(-2, 7))
 
 # laplace-torch's Jacobians take time and memory that grow with the batch squared
 _PREDICTION_BATCH_SIZE = 8

@@ -1,17 +1,121 @@
-"""The comparison's figure."""
+"""The comparison's figure: NLL against prior precision, and reliability."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import sem
 from torch import Tensor
-from tueplots import axes, bundles, figsizes, fontsizes
+from tueplots import axes, figsizes, fontsizes
 from tueplots.constants.color import palettes
 
+from laplace_debiased.comparison.estimators import ESTIMATORS, FULL_DATA
 from laplace_debiased.comparison.experiment import MAP, PRIOR_PRECISIONS, Run
 from laplace_debiased.comparison.report import group_by_estimator, reliabilities
+
+_COLORS = {
+    MAP: "grey",
+    **dict(zip(ESTIMATORS, (f"#{c}" for c in palettes.paultol_bright), strict=False)),
+}
+
+
+def write_figure(path: Path, runs: list[Run], labels: Tensor, title: str) -> None:
+    """Draw the figure.
+
+    Left: mean test NLL of each estimator, with its standard error shaded and a dot
+    where the marginal likelihood is largest. Middle: the NLL's difference to the
+    full-data estimator, which a seed shares network and test points with. Right:
+    accuracy over confidence where the marginal likelihood is largest.
+
+    Args:
+        path: The image file.
+        runs: The runs.
+        labels: Test labels ``[points]``.
+        title: What was compared.
+    """
+    with rc_context(_style()):
+        figure = Figure()
+        nll_axis, excess_axis, reliability_axis = figure.subplots(1, 3)
+        _draw_nll(nll_axis, runs)
+        _draw_excess_nll(excess_axis, runs)
+        _draw_reliability(reliability_axis, runs, labels)
+        figure.suptitle(title)
+        figure.legend(
+            *nll_axis.get_legend_handles_labels(), loc="outside lower center", ncols=5
+        )
+        figure.savefig(path, dpi=200)
+
+
+def _style() -> dict:
+    fonts = fontsizes.neurips2023()
+    return {
+        **figsizes.neurips2023(ncols=3, rel_width=1.4, height_to_width_ratio=0.9),
+        **fonts,
+        **axes.lines(),
+        **axes.grid(),
+        "axes.grid": True,
+        "figure.titlesize": fonts["axes.titlesize"],
+        "lines.markersize": 4,
+    }
+
+
+def _draw_nll(axis: Axes, runs: list[Run]) -> None:
+    for estimator, group in group_by_estimator(runs).items():
+        nll = [run.scores.nll for run in group]
+        if estimator == MAP:
+            _draw_band(axis, np.tile(nll, (len(PRIOR_PRECISIONS), 1)).T, MAP)
+            continue
+        _draw_band(axis, _curves(group), estimator)
+        chosen = np.mean([run.prior_precision for run in group])
+        axis.plot(chosen, np.mean(nll), "o", color=_COLORS[estimator])
+    axis.set(
+        xscale="log", yscale="log", xlabel="prior precision", ylabel="test NLL (nats)"
+    )
+
+
+def _draw_excess_nll(axis: Axes, runs: list[Run]) -> None:
+    groups = group_by_estimator(runs)
+    full = _curves(groups[FULL_DATA])
+    for estimator in ESTIMATORS:
+        _draw_band(axis, _curves(groups[estimator]) - full, estimator)
+    axis.set(xscale="log", xlabel="prior precision", ylabel="test NLL $-$ full data")
+
+
+def _draw_reliability(axis: Axes, runs: list[Run], labels: Tensor) -> None:
+    axis.plot([0, 1], [0, 1], ":", color="black")
+    for estimator, (confidence, accuracy) in reliabilities(runs, labels).items():
+        axis.plot(
+            confidence,
+            accuracy,
+            _line_style(estimator),
+            marker=".",
+            color=_COLORS[estimator],
+        )
+    axis.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+
+
+def _curves(group: list[Run]) -> np.ndarray:
+    """Return NLLs ``[seeds, prior precisions]``."""
+    return np.array([run.curve for run in group])
+
+
+def _draw_band(axis: Axes, curves: np.ndarray, estimator: str) -> None:
+    """Draw mean and standard error of curves ``[seeds, prior precisions]``."""
+    color = _COLORS[estimator]
+    mean = curves.mean(0)
+    axis.plot(
+        PRIOR_PRECISIONS, mean, _line_style(estimator), color=color, label=estimator
+    )
+    if len(curves) > 1:
+        error = sem(curves)
+        axis.fill_between(
+            PRIOR_PRECISIONS, mean - error, mean + error, color=color, alpha=0.2, lw=0
+        )
+
+
+def _line_style(estimator: str) -> str:
+    return "--" if estimator == MAP else "-"

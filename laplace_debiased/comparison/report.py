@@ -96,13 +96,14 @@ def _cell(values: list[float | None], column: Column) -> str:
 def _markdown(rows: list[list[str]]) -> str:
     """Align rows, the first of which is the header; numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligns = [str.ljust, *[str.rjust] * (len(widths) - 1)]
     header, *body = (
-        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        + " |"
+        [align(*cell) for align, *cell in zip(aligns, row, widths, strict=True)]
         for row in rows
     )
-    rule = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
-    return "\n".join([header, f"|{'|'.join(rule)}|", *body])
+    rule = ["-" * width for width in widths]
+    rule[1:] = [dashes[:-1] + ":" for dashes in rule[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *body])
 
 
 def reliabilities(

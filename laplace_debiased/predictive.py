@@ -1,0 +1,248 @@
+r"""Moments of the linearized network's output, without Jacobians.
+
+With the Jacobian :math:`J_n` of the outputs of example n, the output covariance is
+:math:`J_n P^{-1} J_n^\top`. In the eigenbasis of a block, :math:`P^{-1}` is diagonal,
+and the rotated Jacobian of output c is :math:`\tilde J_{nc,ij} = \sum_s \tilde g_{ncsi}
+\tilde x_{nsj}`, from rotated gradient rows and input rows, so that
+
+.. math::
+    \mathrm{Cov}_{ncd} = \sum_{ij} \tilde J_{nc,ij} \tilde J_{nd,ij} / \lambda_{ij}.
+
+Without weight sharing (one position s) this is :math:`\sum_i \tilde g_{nci}
+\tilde g_{ndi} r_{ni}` with :math:`r_{ni} = \sum_j \tilde x_{nj}^2 / \lambda_{ij}`: the
+rotated Jacobian is never formed. Otherwise it is formed for one layer at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from laplace.utils import select_rows
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from laplace_debiased.capture import capture_rows
+from laplace_debiased.eigenbasis import EigenbasisMatrix, Factors
+from laplace_debiased.layers import Layer, curvature_blocks, find_layers
+from laplace_debiased.sweep import Inputs
+
+KINDS = ("full", "diagonal", "joint")
+
+
+@dataclass(frozen=True)
+class BlockPosterior:
+    """One block of the posterior precision.
+
+    Args:
+        eigenvectors: ``[U_G, U_A]``, or ``[U_G]`` for a bias.
+        precisions: Eigenvalues of the precision ``[d_out, d_in]`` or ``[d_out]``.
+    """
+
+    eigenvectors: Factors
+    precisions: Tensor
+
+    def rotate_inputs(self, rows: Tensor) -> Tensor:
+        """Rotate input rows ``[batch, S, groups, d_in]``; a bias has the input one."""
+        if len(self.eigenvectors) == 1:
+            return rows.new_ones(len(rows), 1, 1, 1)
+        return rows @ self.eigenvectors[1]
+
+    def covariance(self, gradients: Tensor, inputs: Tensor, kind: str) -> Tensor:
+        """Compute this block's share of the output covariance.
+
+        Args:
+            gradients: Gradient rows of each output ``[batch, C, S, groups, d_out /
+                groups]``.
+            inputs: Rotated input rows ``[batch, S, groups, d_in]``.
+            kind: ``"full"``, ``"diagonal"`` or ``"joint"``.
+
+        Returns:
+            ``[batch, C, C]``, ``[batch, C]`` or ``[batch * C, batch * C]``.
+        """
+        if len(self.eigenvectors) == 1:
+            gradients = gradients.flatten(3).sum(2)[:, :, None, None]
+        basis = self.eigenvectors[0]
+        precisions = self.precisions.reshape(len(basis), -1)
+        if gradients.shape[2:4] == (1, 1) and kind != "joint":
+            gradients = gradients.flatten(2) @ basis
+            variances = inputs.flatten(1) ** 2 @ precisions.reciprocal().T
+            if kind == "diagonal":
+                return (gradients**2 @ variances.unsqueeze(2)).squeeze(2)
+            return (gradients * variances.unsqueeze(1)) @ gradients.mT
+        jacobians = _rotated_jacobians(gradients, inputs, basis) * precisions.rsqrt()
+        if kind == "diagonal":
+            return (jacobians**2).sum((2, 3))
+        if kind == "joint":
+            flat = jacobians.flatten(0, 1).flatten(1)
+            return flat @ flat.T
+        flat = jacobians.flatten(2)
+        return flat @ flat.mT
+
+
+def _rotated_jacobians(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tensor:
+    """Contract positions: ``[batch, C, d_out, d_in]``."""
+    if gradients.shape[3] == 1:
+        rotated = (gradients.squeeze(3) @ basis).mT
+        batch, num_outputs, d_out, positions = rotated.shape
+        # one matrix product for an example: its outputs share the inputs
+        flat = rotated.reshape(batch, num_outputs * d_out, positions)
+        return (flat @ inputs.squeeze(2)).view(batch, num_outputs, d_out, -1)
+    per_group = torch.einsum("ncsgo,nsgi->ncgoi", gradients, inputs)
+    return basis.T @ per_group.flatten(2, 3)
+
+
+class LinearizedPredictive:
+    """Output moments of a network that is linearized in some of its parameters.
+
+    Args:
+        model: The network, with output ``[batch, C]``.
+        params: The parameters, in the order of the posterior's blocks.
+        posterior: Posterior precision.
+        memory_limit: Bytes that the rows of a chunk of examples may take. The examples
+            of a joint covariance are not chunked.
+        differentiable: Whether gradients flow to the inputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: list[Tensor],
+        posterior: EigenbasisMatrix,
+        memory_limit: int = 2**30,
+        differentiable: bool = False,
+    ):
+        self._model = model
+        self._layers = find_layers(model, params)
+        self._blocks = curvature_blocks(self._layers, separate_weight_and_bias=True)
+        self._posteriors = block_posteriors(posterior)
+        self._memory_limit = memory_limit
+        self._differentiable = differentiable
+
+    def moments(
+        self, X: Inputs, batch_size: int, kind: str = "full"
+    ) -> tuple[Tensor, Tensor]:
+        """Compute mean and covariance of the outputs.
+
+        Args:
+            X: Inputs, a tensor or a mapping.
+            batch_size: Number of examples.
+            kind: ``"full"`` (of each example's outputs), ``"diagonal"`` (their
+                variances) or ``"joint"`` (of all examples' outputs).
+
+        Returns:
+            The mean ``[batch, C]``, and the covariance ``[batch, C, C]``,
+            ``[batch, C]`` or ``[batch * C, batch * C]``.
+        """
+        if kind == "joint":
+            return self._chunk(X, batch_size, kind)
+        size = self._chunk_size(X, batch_size)
+        if size >= batch_size:
+            return self._chunk(X, batch_size, kind)
+        chunks = [
+            self._chunk(select_rows(X, indices, batch_size), len(indices), kind)
+            for indices in torch.arange(batch_size).split(size)
+        ]
+        means, covariances = zip(*chunks, strict=True)
+        return torch.cat(means), torch.cat(covariances)
+
+    @torch.enable_grad()
+    def _capture(
+        self, X: Inputs, batch_size: int
+    ) -> tuple[Tensor, dict[int, Tensor], dict[str, Tensor]]:
+        """Run the network forward once and backward once for each output.
+
+        Returns:
+            The output, the rotated input rows of each block, and each layer's gradient
+            rows ``[batch, C, S, groups, d_out / groups]``.
+        """
+        inputs: dict[int, Tensor] = {}
+
+        def rotate(layer: Layer, rows: Tensor) -> None:
+            for index, block in enumerate(self._blocks):
+                if block.layer is layer:
+                    inputs[index] = self._posteriors[index].rotate_inputs(rows)
+
+        detached = {name: p.detach() for name, p in self._model.named_parameters()}
+        with capture_rows(
+            self._layers, batch_size, rotate, self._differentiable
+        ) as tape:
+            output = functional_call(self._model, detached, (X,))
+        if output.ndim != 2:
+            raise ValueError(
+                "The model's output must have shape [batch, outputs], got "
+                f"{tuple(output.shape)}."
+            )
+        gradients: dict[str, list[Tensor]] = {}
+        for column in torch.eye(output.shape[1], dtype=output.dtype).unbind():
+            column = column.to(output.device).expand_as(output)
+            for layer, rows in tape.gradient_rows(
+                output, column, retain_graph=True, create_graph=self._differentiable
+            ):
+                gradients.setdefault(layer.name, []).append(rows)
+        stacked = {name: torch.stack(rows, 1) for name, rows in gradients.items()}
+        return output, inputs, stacked
+
+    def _chunk(self, X: Inputs, batch_size: int, kind: str) -> tuple[Tensor, Tensor]:
+        output, inputs, gradients = self._capture(X, batch_size)
+        covariance = sum(
+            self._posteriors[index].covariance(
+                gradients[block.layer.name], inputs.pop(index), kind
+            )
+            for index, block in enumerate(self._blocks)
+            if block.layer.name in gradients
+        )
+        if self._differentiable:
+            return output, covariance
+        return output.detach(), covariance.detach()
+
+    def _chunk_size(self, X: Inputs, batch_size: int) -> int:
+        """Find out by one example how many fit into the memory limit."""
+        output, inputs, gradients = self._capture(
+            select_rows(X, torch.arange(1), batch_size), 1
+        )
+        num_outputs = output.shape[1]
+        jacobians = max(
+            num_outputs * block.precisions.numel() for block in self._posteriors
+        )
+        rows = sum(rows.numel() for rows in inputs.values())
+        rows += 2 * sum(rows.numel() for rows in gradients.values())
+        # the scaled copy and its transpose come on top of the Jacobians themselves
+        entries = rows + 3 * jacobians + num_outputs**2
+        return max(1, self._memory_limit // (entries * output.element_size()))
+
+
+def block_posteriors(posterior: EigenbasisMatrix) -> list[BlockPosterior]:
+    """Split a posterior precision into its blocks."""
+    return [
+        BlockPosterior(vectors, precisions)
+        for vectors, precisions in zip(
+            posterior.eigenvectors, posterior.spectra(), strict=True
+        )
+    ]
+
+
+def last_layer_covariance(
+    features: Tensor, posterior: EigenbasisMatrix, kind: str = "full"
+) -> Tensor:
+    """Compute the output covariance of a linear last layer from its features.
+
+    The gradient of output c in the layer's output is the c-th unit vector, whatever the
+    example, so that no backward pass is needed.
+
+    Args:
+        features: Input of the last layer ``[batch, d_in]``.
+        posterior: Posterior precision of its weight and, if it has one, its bias.
+        kind: As in :meth:`LinearizedPredictive.moments`.
+
+    Returns:
+        ``[batch, C, C]``, ``[batch, C]`` or ``[batch * C, batch * C]``.
+    """
+    blocks = block_posteriors(posterior)
+    num_outputs = len(blocks[0].eigenvectors[0])
+    unit = torch.eye(num_outputs, dtype=features.dtype, device=features.device)
+    gradients = unit.expand(len(features), -1, -1)[:, :, None, None]
+    rows = features[:, None, None]
+    return sum(
+        block.covariance(gradients, block.rotate_inputs(rows), kind) for block in blocks
+    )
