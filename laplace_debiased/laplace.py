@@ -25,16 +25,14 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
-from laplace_debiased.backends import (
-    CurvatureSource,
-    scale_gradients,
-)
+from laplace_debiased.backends import CurvatureSource, scale_gradients
 from laplace_debiased.curvature import CURVATURES, GGNCurvature, KFACCurvature
 from laplace_debiased.eigenbasis import decompose
 from laplace_debiased.guard import preserved
 from laplace_debiased.operator import check_magnitudes
 from laplace_debiased.predictive import LinearizedPredictive, last_layer_covariance
 from laplace_debiased.sampling import MIN_BUDGET, Roles, explicit_roles, split_roles
+from laplace_debiased.sweep import SweepSummary
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,7 @@ class KronDebiasedLaplace(KronLaplace):
     """
 
     _key = ("all", "kron_debiased")
+    _accumulates = True
 
     def __init__(
         self,
@@ -185,6 +184,10 @@ class KronDebiasedLaplace(KronLaplace):
         Raises:
             ValueError: If data or model are not valid.
         """
+        if not override and not self._accumulates:
+            raise ValueError(
+                "Last-layer Laplace approximations do not support `override=False`."
+            )
         roles = self._roles(train_loader, magnitude_loader)
         online = not override and self.H_facs is not None
         self._prepare(roles)
@@ -233,28 +236,37 @@ class KronDebiasedLaplace(KronLaplace):
             self.debiasing.seed,
             progress_bar,
         )
-        magnitude_scale = roles.num_data / roles.num_magnitudes
-        if self.debiasing.magnitudes == "ggn" and online:
-            first = source.loss(roles.directions)
-            eigenvectors = self.H_facs.eigenvectors
-        else:
-            kfacs, first = source.kfacs(roles.directions, roles.num_directions)
-            directions = scale_gradients(kfacs, roles.num_data / roles.num_directions)
-        if self.debiasing.magnitudes == "ggn":
-            if not online:
-                eigenvectors = decompose(directions)
-            values, second = source.directional_curvatures(
-                roles.magnitudes, eigenvectors
-            )
-            values = scale_gradients(values, magnitude_scale)
-            curvature = GGNCurvature(eigenvectors, values)
-        else:
-            kfacs, second = source.kfacs(roles.magnitudes, roles.num_magnitudes)
-            magnitudes = scale_gradients(kfacs, magnitude_scale)
-            curvature = KFACCurvature(directions, magnitudes)
+        ggn = self.debiasing.magnitudes == "ggn"
+        measure = self._measure_ggn if ggn else self._measure_kfac
+        curvature, first, second = measure(source, roles, online)
         num_used = roles.num_directions + roles.num_magnitudes
         loss = (first.loss + second.loss) * (roles.num_data / num_used)
         return curvature, loss, first.num_outputs
+
+    def _measure_kfac(
+        self, source: CurvatureSource, roles: Roles, online: bool
+    ) -> tuple[KFACCurvature, SweepSummary, SweepSummary]:
+        directions, first = source.kfacs(roles.directions, roles.num_directions)
+        magnitudes, second = source.kfacs(roles.magnitudes, roles.num_magnitudes)
+        curvature = KFACCurvature(
+            scale_gradients(directions, roles.num_data / roles.num_directions),
+            scale_gradients(magnitudes, roles.num_data / roles.num_magnitudes),
+        )
+        return curvature, first, second
+
+    def _measure_ggn(
+        self, source: CurvatureSource, roles: Roles, online: bool
+    ) -> tuple[GGNCurvature, SweepSummary, SweepSummary]:
+        if online:  # the eigenbasis is in hand
+            first, eigenvectors = source.loss(roles.directions), self.H.eigenvectors
+        else:
+            kfacs, first = source.kfacs(roles.directions, roles.num_directions)
+            eigenvectors = decompose(kfacs)
+        curvatures, second = source.directional_curvatures(
+            roles.magnitudes, eigenvectors
+        )
+        eigenvalues = scale_gradients(curvatures, roles.num_data / roles.num_magnitudes)
+        return GGNCurvature(eigenvectors, eigenvalues), first, second
 
     def _glm_predictive_distribution(
         self,
@@ -384,24 +396,11 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     """
 
     _key = ("last_layer", "kron_debiased")
+    _accumulates = False
 
     @property
     def _fitted_params(self) -> list[Tensor]:
         return list(self.model.last_layer.parameters())
-
-    def fit(
-        self,
-        train_loader: DataLoader,
-        magnitude_loader: DataLoader | None = None,
-        override: bool = True,
-        progress_bar: bool = False,
-    ) -> None:
-        """See :meth:`KronDebiasedLaplace.fit`."""
-        if not override:
-            raise ValueError(
-                "Last-layer Laplace approximations do not support `override=False`."
-            )
-        super().fit(train_loader, magnitude_loader, override, progress_bar)
 
     def _prepare(self, roles: Roles) -> None:
         if self.model.last_layer is None:
