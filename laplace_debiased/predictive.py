@@ -70,9 +70,10 @@ class BlockPosterior:
             if kind == "diagonal":
                 return (gradients**2 @ variances.unsqueeze(2)).squeeze(2)
             return (gradients * variances.unsqueeze(1)) @ gradients.mT
-        jacobians = _rotated_jacobians(gradients, inputs, basis) * precisions.rsqrt()
+        jacobians = _rotated_jacobians(gradients, inputs, basis)
         if kind == "diagonal":
-            return (jacobians**2).sum((2, 3))
+            return (jacobians**2).flatten(2) @ precisions.reciprocal().flatten()
+        jacobians = jacobians * precisions.rsqrt()
         if kind == "joint":
             flat = jacobians.flatten(0, 1).flatten(1)
             return flat @ flat.T
