@@ -9,44 +9,21 @@ Times are taken in turn in one process, and compared pair by pair.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from common import conv_net, write_report
 from laplace.curvature import AsdlGGN
 from laplace.curvature.curvlinops import CurvlinopsGGN
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import Laplace
 
 BACKENDS = {"CurvlinopsGGN": CurvlinopsGGN, "AsdlGGN": AsdlGGN}
-
-
-def conv_net() -> nn.Module:
-    """Build an all-convolutional network with about 240,000 parameters."""
-
-    def block(channels: int, filters: int, stride: int = 1) -> list[nn.Module]:
-        return [nn.Conv2d(channels, filters, 3, stride, padding=1), nn.ReLU()]
-
-    return nn.Sequential(
-        *block(1, 32),
-        *block(32, 32, stride=2),
-        *block(32, 64),
-        *block(64, 64, stride=2),
-        *block(64, 128),
-        nn.Conv2d(128, 128, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(128, 10, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -145,18 +122,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
 
     results = measure(arguments.points, arguments.images, arguments.repeats)
-    environment = {
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        **{p: version(p) for p in ("torch", "laplace-torch")},
-        "curvlinops": version("curvlinops-for-pytorch"),
-    }
     settings = {k: v for k, v in vars(arguments).items() if k != "out"}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    report = {"environment": environment, "settings": settings, "results": results}
-    (arguments.out / "fit_cost.json").write_text(json.dumps(report, indent=2) + "\n")
-    (arguments.out / "fit_cost.md").write_text(table(results) + "\n")
-    print(table(results))
+    write_report(arguments.out, "fit_cost", settings, results, table(results))
 
 
 if __name__ == "__main__":

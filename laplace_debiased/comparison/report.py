@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -25,12 +26,13 @@ class Column:
         value: Its number for a run, given the full-data run of the same seed; None
             where there is none.
         format: How to print it.
-        varies: Whether it varies with the seed and so has a standard error.
+        robust: Whether to print the median instead of mean and standard error: a
+            machine busy with something else has little effect on median times.
     """
 
     value: Callable[[Run, Run], float | None]
     format: str
-    varies: bool = True
+    robust: bool = False
 
 
 def _excess_nll(run: Run, full: Run) -> float | None:
@@ -44,8 +46,8 @@ COLUMNS = {
     "Brier": Column(lambda run, _: run.scores.brier, ".3f"),
     "ECE": Column(lambda run, _: run.scores.ece, ".3f"),
     "prior precision": Column(lambda run, _: run.prior_precision, ".2f"),
-    "fit s": Column(lambda run, _: run.fit_seconds, ".2f"),
-    "points": Column(lambda run, _: run.num_points, ".0f", varies=False),
+    "median fit s": Column(lambda run, _: run.fit_seconds, ".2f", robust=True),
+    "points": Column(lambda run, _: run.num_points, ".0f", robust=True),
 }
 
 
@@ -87,10 +89,12 @@ def table(runs: list[Run]) -> str:
 def _cell(values: list[float | None], column: Column) -> str:
     if None in values:
         return "-"
-    mean = format(sum(values) / len(values), column.format)
-    if not column.varies or len(values) == 1:
-        return mean
-    return f"{mean} ± {format(sem(values), column.format.lstrip('+'))}"
+    if column.robust:
+        return format(median(values), column.format)
+    average = format(mean(values), column.format)
+    if len(values) == 1:
+        return average
+    return f"{average} ± {format(sem(values), column.format.lstrip('+'))}"
 
 
 def _markdown(rows: list[list[str]]) -> str:

@@ -1,0 +1,143 @@
+"""Time and peak memory of GLM predictions, against laplace-torch's Jacobians.
+
+Each case runs in a process of its own, whose peak memory the operating system counts.
+
+    python benchmarks/prediction_cost.py --out benchmarks/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from common import conv_net, write_report
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from laplace_debiased import Laplace
+
+STRUCTURES = {"KronLaplace": "kron", "debiased": "kron_debiased"}
+CASES = [
+    ("conv net", "KronLaplace", 32),
+    ("conv net", "debiased", 32),
+    ("conv net", "debiased", 128),
+    ("conv net", "debiased", 1000),
+    ("last layer", "KronLaplace", 64),
+    ("last layer", "debiased", 64),
+]
+CLASSES, FEATURES = 1000, 2048
+_FIT_POINTS = 64
+
+
+def fitted(network: str, structure: str) -> tuple[object, torch.Tensor]:
+    """Fit a posterior, and draw images to predict.
+
+    Args:
+        network: ``"conv net"`` (all weights, 10 classes) or ``"last layer"`` (1,000
+            classes, 2,048 features).
+        structure: The Hessian structure.
+
+    Returns:
+        The posterior and 1,000 inputs.
+    """
+    if network == "conv net":
+        model, X = conv_net(), torch.randn(1000, 1, 28, 28)
+        y, subset, options = torch.randint(10, (1000,)), "all", {}
+    else:
+        model = nn.Sequential(nn.Flatten(), nn.Identity(), nn.Linear(FEATURES, CLASSES))
+        X = torch.randn(1000, FEATURES)
+        y, subset = torch.randint(CLASSES, (1000,)), "last_layer"
+        # the exact Fisher would cost 1,000 backward passes
+        options = {"backend_kwargs": {"stochastic": True}}
+    la = Laplace(model, "classification", subset, structure, **options)
+    train = TensorDataset(X[:_FIT_POINTS], y[:_FIT_POINTS])
+    la.fit(DataLoader(train, _FIT_POINTS))
+    return la, X
+
+
+def peak_megabytes() -> float:
+    """Peak memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def run_case(network: str, structure: str, images: int, repeats: int) -> dict:
+    """Predict in this process, with the covariance of all outputs.
+
+    Args:
+        network: See :func:`fitted`.
+        structure: Name in ``STRUCTURES``.
+        images: Number of images in one prediction.
+        repeats: Number of predictions; the fastest counts.
+
+    Returns:
+        Seconds, peak memory before and after, or the error.
+    """
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    la, X = fitted(network, STRUCTURES[structure])
+    before, seconds = peak_megabytes(), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        try:
+            la._glm_predictive_distribution(X[:images])
+        except (RuntimeError, MemoryError) as error:
+            return {"error": str(error).splitlines()[0]}
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": min(seconds), "before_mb": before, "peak_mb": peak_megabytes()}
+
+
+def table(rows: list[dict]) -> str:
+    """Format the cases as a Markdown table."""
+    lines = [
+        "| network | posterior | images | seconds | peak memory (MB) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        figures = (
+            f"{row['seconds']:.2f} | {row['peak_mb']:.0f}"
+            if "seconds" in row
+            else f"fails | {row['error']}"
+        )
+        name = f"| {row['network']} | {row['posterior']} | {row['images']} "
+        lines.append(f"{name}| {figures} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run all cases, each in its own process, and write their results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--case", type=int, help="run one case in this process")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    if arguments.case is not None:
+        print(json.dumps(run_case(*CASES[arguments.case], arguments.repeats)))
+        return
+
+    rows = []
+    for index, (network, posterior, images) in enumerate(CASES):
+        command = [sys.executable, "-W", "ignore", __file__, "--case", str(index)]
+        command += ["--repeats", str(arguments.repeats)]
+        output = subprocess.run(command, capture_output=True, text=True)
+        lines = output.stdout.strip().splitlines()
+        result = (
+            json.loads(lines[-1])
+            if output.returncode == 0
+            else {"error": f"the process ended with code {output.returncode}"}
+        )
+        case = {"network": network, "posterior": posterior, "images": images}
+        rows.append(case | result)
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+    settings = {"repeats": arguments.repeats}
+    write_report(arguments.out, "prediction_cost", settings, rows, table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Made-up runs whose means and standard errors are easy to see."""
+
+import torch
+
+from laplace_debiased.comparison.estimators import FULL_DATA
+from laplace_debiased.comparison.experiment import MAP, PRIOR_PRECISIONS, Run
+from laplace_debiased.comparison.metrics import Scores
+
+LABELS = torch.tensor([0, 1, 1])
+NLLS = {
+    FULL_DATA: [0.3, 0.5],
+    "single batch": [0.4, 0.7],
+    "two batches, kfac": [0.35, 0.6],
+    "two batches, ggn": [0.25, 0.4],
+}
+
+
+def _run(estimator, seed, nll):
+    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
+    scores = Scores(accuracy=2 / 3, nll=nll, brier=0.2, ece=0.1)
+    if estimator == MAP:
+        return Run(MAP, seed, scores, probabilities)
+    curve = [nll] * len(PRIOR_PRECISIONS)
+    return Run(estimator, seed, scores, probabilities, 40, 2.5, 0.01, curve)
+
+
+def runs(num_seeds):
+    return [
+        _run(estimator, seed, nll)
+        for seed in range(num_seeds)
+        for estimator, nll in [(MAP, 0.2), *((n, v[seed]) for n, v in NLLS.items())]
+    ]

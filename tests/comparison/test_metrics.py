@@ -1,0 +1,53 @@
+import math
+import warnings
+
+import pytest
+import torch
+
+from laplace_debiased.comparison.metrics import reliability, score
+
+PROBABILITIES = torch.tensor(
+    [[0.7, 0.2, 0.1], [0.7, 0.2, 0.1], [0.1, 0.5, 0.4], [0.25, 0.25, 0.5]]
+)
+LABELS = torch.tensor([0, 1, 1, 2])
+
+
+def test_scores_equal_hand_computed_ones():
+    scores = score(PROBABILITIES, LABELS)
+    assert scores.accuracy == 3 / 4
+    expected = -sum(map(math.log, [0.7, 0.2, 0.5, 0.5])) / 4
+    assert scores.nll == pytest.approx(expected, abs=1e-6)
+    squares = [0.09 + 0.04 + 0.01, 0.49 + 0.64 + 0.01, 0.01 + 0.25 + 0.16, 0.375]
+    assert scores.brier == pytest.approx(sum(squares) / 4, abs=1e-6)
+    # confidence 0.7 is right in half of the cases, confidence 0.5 always
+    assert scores.ece == pytest.approx((2 * 0.2 + 2 * 0.5) / 4, abs=1e-6)
+
+
+def test_perfect_predictions_have_perfect_scores():
+    scores = score(torch.eye(3), torch.arange(3))
+    assert scores.accuracy == 1
+    assert max(scores.nll, scores.brier, scores.ece) < 1e-12
+
+
+def test_labels_need_not_cover_all_classes():
+    probabilities = torch.tensor([[0.7, 0.1, 0.1, 0.1]]).repeat(3, 1)
+    scores = score(probabilities, torch.tensor([0, 2, 3]))
+    expected = -(math.log(0.7) + 2 * math.log(0.1)) / 3
+    assert scores.nll == pytest.approx(expected, abs=1e-6)
+
+
+def test_single_precision_rounding_is_no_reason_to_warn():
+    probabilities = torch.randn(200, 10).softmax(-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score(probabilities, torch.randint(10, (200,)))
+
+
+def test_reliability_compares_confidence_with_accuracy():
+    confidence, accuracy = reliability(PROBABILITIES, LABELS)
+    assert confidence == pytest.approx([0.5, 0.7], abs=1e-6)
+    assert accuracy == pytest.approx([1, 0.5])
+
+
+def test_reliability_of_predictions_that_are_all_right():
+    assert reliability(torch.eye(3), torch.arange(3)) == ([1], [1])
