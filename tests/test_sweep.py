@@ -83,7 +83,11 @@ BAD_DATA = {
     "boolean-classes": ([(X, CLASSES > 0)], "cross-entropy", "integer dtype"),
     "class-too-large": ([(X, CLASSES + 2)], "cross-entropy", r"must lie in 0\.\.2"),
     "class-negative": ([(X, CLASSES - 100)], "cross-entropy", r"must lie in 0\.\.2"),
-    "too-few-targets": ([(X, CLASSES[:3])], "cross-entropy", ""),
+    "too-few-targets": (
+        [(X, CLASSES[:3])],
+        "cross-entropy",
+        "leading axis must be the batch",
+    ),
 }
 
 
