@@ -25,47 +25,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
+    dataset, budget, out = arguments.dataset, arguments.budget, arguments.out
     try:
-        from laplace_debiased.comparison import data, experiment, figure, report
+        from laplace_debiased.comparison.data import load
+        from laplace_debiased.comparison.experiment import compare
+        from laplace_debiased.comparison.results import write_results
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith(_EXTRA_MODULES):
             raise
         parser.exit(
             1, f'{error.name} is missing: pip install "laplace-debiased[benchmarks]"\n'
         )
-
-    dataset, budget, out = arguments.dataset, arguments.budget, arguments.out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        points = data.load(dataset, arguments.data_root)
+        data = load(dataset, arguments.data_root)
     except OSError as error:
         parser.error(str(error))
-    num_train = len(points.train)
-    if budget > num_train:
+    if budget > len(data.train):
         parser.error(
-            f"argument --budget: must be at most {num_train}, the training points of "
-            f"{dataset}, got {budget}"
+            f"argument --budget: must be at most {len(data.train)}, the training "
+            f"points of {dataset}, got {budget}"
         )
-
-    runs = experiment.compare(points, RECIPES[dataset], budget, arguments.seeds)
-    labels = points.test_labels
-    settings = {
-        "dataset": dataset,
-        "budget": budget,
-        "seeds": arguments.seeds,
-        "training_points": num_train,
-        "test_points": len(labels),
-    }
-    title = f"{dataset}: {num_train} training points, budget {budget}"
-    figure_path, numbers_path = out / f"{dataset}.png", out / f"{dataset}.json"
-    report.write_numbers(numbers_path, runs, labels, settings)
-    figure.write_figure(figure_path, runs, labels, title)
-    print(
-        f"{title}, {len(labels)} test points\n"
-        f"Mean ± standard error, number of seeds: {arguments.seeds}\n\n"
-        f"{report.table(runs)}\n\n"
-        f"Figure: {figure_path}\nNumbers: {numbers_path}"
-    )
+    runs = compare(data, RECIPES[dataset], budget, arguments.seeds)
+    print(write_results(out, runs, data, dataset, budget))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from inspect import signature
 from math import pi
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -67,15 +68,20 @@ class Debiasing:
                 "`direction_fraction` must lie strictly between 0 and 1, "
                 f"got {self.direction_fraction}."
             )
-        if self.budget is not None and type(self.budget) is not int:
+        if self.budget is not None and not _is_integer(self.budget):
             raise TypeError(f"`budget` must be None or an int, got {self.budget!r}.")
         if self.budget is not None and self.budget < MIN_BUDGET:
             raise ValueError(
                 f"`budget` must be at least {MIN_BUDGET}, one point for directions and "
                 f"one for magnitudes, got {self.budget}."
             )
-        if type(self.seed) is not int:
+        if not _is_integer(self.seed):
             raise TypeError(f"`seed` must be an int, got {self.seed!r}.")
+
+
+def _is_integer(value: Any) -> bool:
+    """NumPy's integers are integers, too; booleans are not meant."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class KronDebiasedLaplace(KronLaplace):

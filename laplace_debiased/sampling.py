@@ -65,7 +65,7 @@ def split_roles(
             f"`train_loader` yields {len(points)} point, but at least {MIN_BUDGET} are "
             "needed: one gives directions, another magnitudes."
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     drawn = points[torch.randperm(len(points), generator=generator)][:budget]
     count = round(direction_fraction * len(drawn))
     count = min(max(count, 1), len(drawn) - 1)

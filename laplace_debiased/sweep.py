@@ -87,7 +87,7 @@ def sweep(
     """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
-    generator = Generator(device=device).manual_seed(seed)
+    generator = Generator(device=device).manual_seed(int(seed))
     detached = {name: param.detach() for name, param in model.named_parameters()}
 
     num_data, num_outputs = 0, 0

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from laplace import KronLaplace, KronLLLaplace, Laplace
@@ -550,6 +551,17 @@ def test_checkpoints_of_other_kinds_are_refused():
 def test_bad_arguments_are_refused(subset, kwargs, error, message):
     with pytest.raises(error, match=message):
         debiased(network("mlp"), subset=subset, **kwargs)
+
+
+def test_numpy_integers_are_integers():
+    options = {"budget": np.int64(10), "seed": np.int32(3)}
+    la, reference = (
+        debiased(network("mlp"), **options),
+        debiased(network("mlp"), budget=10, seed=3),
+    )
+    la.fit(loader())
+    reference.fit(loader())
+    assert torch.equal(posterior(la), posterior(reference))
 
 
 def test_unsupported_layers_are_refused_by_name():
