@@ -1,0 +1,44 @@
+"""What a comparison leaves behind: a figure, its numbers, and a text to print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from laplace_debiased.comparison.data import Data
+from laplace_debiased.comparison.experiment import Run
+from laplace_debiased.comparison.figure import write_figure
+from laplace_debiased.comparison.report import table, write_numbers
+
+
+def write_results(
+    out: Path, runs: list[Run], data: Data, dataset: str, budget: int
+) -> str:
+    """Write figure and numbers, named after the dataset.
+
+    Args:
+        out: An existing folder.
+        runs: The runs.
+        data: What they were trained and tested on.
+        dataset: Its name.
+        budget: Number of training points of the estimators that do not use all.
+
+    Returns:
+        The table, what it shows, and where the files are.
+    """
+    num_seeds = len({run.seed for run in runs})
+    settings = {
+        "dataset": dataset,
+        "budget": budget,
+        "seeds": num_seeds,
+        "training_points": len(data.train),
+        "test_points": len(data.test_labels),
+    }
+    title = f"{dataset}: {len(data.train)} training points, budget {budget}"
+    figure, numbers = out / f"{dataset}.png", out / f"{dataset}.json"
+    write_numbers(numbers, runs, data.test_labels, settings)
+    write_figure(figure, runs, data.test_labels, title)
+    return (
+        f"{title}, {len(data.test_labels)} test points\n"
+        f"Mean ± standard error, number of seeds: {num_seeds}\n\n"
+        f"{table(runs)}\n\nFigure: {figure}\nNumbers: {numbers}"
+    )
