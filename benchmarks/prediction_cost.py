@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -88,9 +89,17 @@ def run_case(network: str, structure: str, images: int, repeats: int) -> dict:
         try:
             la._glm_predictive_distribution(X[:images])
         except (RuntimeError, MemoryError) as error:
-            return {"error": str(error).splitlines()[0]}
+            return {"error": _reason(error)}
         seconds.append(time.perf_counter() - start)
     return {"seconds": min(seconds), "before_mb": before, "peak_mb": peak_megabytes()}
+
+
+def _reason(error: Exception) -> str:
+    """Shorten what the allocator says."""
+    wanted = re.search(r"allocate (\d+) bytes", str(error))
+    if wanted is None:
+        return str(error).splitlines()[0]
+    return f"needs {int(wanted[1]) / 1e6:.0f}"
 
 
 def table(rows: list[dict]) -> str:

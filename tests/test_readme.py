@@ -1,6 +1,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -17,6 +19,22 @@ def test_snippets_run_in_order():
     for snippet in snippets[1:]:
         exec(snippet, namespace)
     assert namespace["probabilities"].shape == (5, 3)
+
+
+RESULTS = README.parent / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize(
+    "name", ["digits", "fashion-mnist", "fit_cost", "prediction_cost"]
+)
+def test_tables_are_the_committed_results(name):
+    assert (RESULTS / f"{name}.md").read_text() in README.read_text()
+
+
+def test_figures_exist():
+    figures = re.findall(r"!\[.*?\]\((.*?)\)", README.read_text())
+    assert figures
+    assert all((README.parent / figure).is_file() for figure in figures)
 
 
 def test_commands_are_the_ones_that_ci_runs():

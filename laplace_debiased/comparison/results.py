@@ -13,7 +13,7 @@ from laplace_debiased.comparison.report import table, write_numbers
 def write_results(
     out: Path, runs: list[Run], data: Data, dataset: str, budget: int
 ) -> str:
-    """Write figure and numbers, named after the dataset.
+    """Write figure, table and numbers, named after the dataset.
 
     Args:
         out: An existing folder.
@@ -35,6 +35,7 @@ def write_results(
     }
     title = f"{dataset}: {len(data.train)} training points, budget {budget}"
     figure, numbers = out / f"{dataset}.png", out / f"{dataset}.json"
+    (out / f"{dataset}.md").write_text(table(runs) + "\n")
     write_numbers(numbers, runs, data.test_labels, settings)
     write_figure(figure, runs, data.test_labels, title)
     return (

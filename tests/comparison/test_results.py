@@ -15,6 +15,7 @@ def test_results_are_written_and_described(tmp_path):
     text = write_results(tmp_path, runs(2), data, "digits", budget=40)
     assert text.startswith("digits: 50 training points, budget 40, 3 test points\n")
     assert table(runs(2)) in text
+    assert (tmp_path / "digits.md").read_text() == table(runs(2)) + "\n"
     assert str(tmp_path / "digits.png") in text
     assert (tmp_path / "digits.png").stat().st_size > 0
     numbers = json.loads((tmp_path / "digits.json").read_text())
