@@ -53,7 +53,7 @@ class BlockPosterior:
 
         Args:
             gradients: Gradient rows of each output ``[batch, C, S, groups, d_out /
-                groups]``.
+                groups]``, or ``[1, C, ...]`` if they are the same for all examples.
             inputs: Rotated input rows ``[batch, S, groups, d_in]``.
             kind: ``"full"``, ``"diagonal"`` or ``"joint"``.
 
@@ -65,11 +65,13 @@ class BlockPosterior:
         basis = self.eigenvectors[0]
         precisions = self.precisions.reshape(len(basis), -1)
         if gradients.shape[2:4] == (1, 1) and kind != "joint":
-            gradients = gradients.flatten(2) @ basis
-            variances = inputs.flatten(1) ** 2 @ precisions.reciprocal().T
+            rotated = gradients.flatten(2) @ basis
+            # the same gradients for all examples make one product for the batch
+            transposed = rotated[0].T if len(rotated) == 1 else rotated.mT
+            variances = (inputs.flatten(1) ** 2 @ precisions.reciprocal().T)[:, None]
             if kind == "diagonal":
-                return (gradients**2 @ variances.unsqueeze(2)).squeeze(2)
-            return (gradients * variances.unsqueeze(1)) @ gradients.mT
+                return (variances @ transposed**2).squeeze(1)
+            return (rotated * variances) @ transposed
         jacobians = _rotated_jacobians(gradients, inputs, basis)
         if kind == "diagonal":
             return (jacobians**2).flatten(2) @ precisions.reciprocal().flatten()
@@ -239,11 +241,14 @@ def last_layer_covariance(
     Returns:
         ``[batch, C, C]``, ``[batch, C]`` or ``[batch * C, batch * C]``.
     """
-    blocks = block_posteriors(posterior)
-    num_outputs = len(blocks[0].eigenvectors[0])
-    unit = torch.eye(num_outputs, dtype=features.dtype, device=features.device)
-    gradients = unit.expand(len(features), -1, -1)[:, :, None, None]
-    rows = features[:, None, None]
-    return sum(
-        block.covariance(gradients, block.rotate_inputs(rows), kind) for block in blocks
-    )
+    weight, *bias = block_posteriors(posterior)
+    num_outputs = len(weight.eigenvectors[0])
+    gradients = torch.eye(num_outputs, dtype=features.dtype, device=features.device)
+    gradients, rows = gradients[None, :, None, None], features[:, None, None]
+    if kind == "joint":
+        gradients = gradients.expand(len(features), *gradients.shape[1:])
+    covariance = weight.covariance(gradients, weight.rotate_inputs(rows), kind)
+    for block in bias:  # the same for all examples
+        rows = rows if kind == "joint" else rows[:1]
+        covariance += block.covariance(gradients, block.rotate_inputs(rows), kind)
+    return covariance

@@ -1,0 +1,23 @@
+"""Fitted posteriors that tests share."""
+
+from torch.utils.data import DataLoader, TensorDataset
+
+from laplace_debiased import Laplace
+from tests.cases import batch
+
+SIZE = 60
+SUBSETS = ["all", "last_layer"]
+
+
+def loader(name="mlp", likelihood="classification", size=SIZE, batch_size=7, **kwargs):
+    loss = "mse" if likelihood == "regression" else "cross-entropy"
+    data = batch(name, size, loss, **kwargs)
+    return DataLoader(TensorDataset(*data), batch_size=batch_size)
+
+
+def debiased(model, likelihood="classification", subset="all", **kwargs):
+    return Laplace(model, likelihood, subset, "kron_debiased", **kwargs)
+
+
+def posterior(la):
+    return la.posterior_precision.to_matrix()

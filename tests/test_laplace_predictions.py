@@ -1,0 +1,100 @@
+import pytest
+import torch
+from torch import nn
+
+from tests import dense
+from tests.cases import NUM_OUTPUTS, network
+from tests.fits import SIZE, SUBSETS, debiased, loader, posterior
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_predictives_equal_dense_algebra(subset, magnitudes):
+    model, train = network("mlp"), loader(likelihood="regression")
+    la = debiased(model, "regression", subset, magnitudes=magnitudes)
+    la.fit(train)
+    X = train.dataset.tensors[0][:5]
+    fitted = {
+        name: p.detach()
+        for name, p in model.named_parameters()
+        if subset == "all" or name.startswith("2.")
+    }
+    jacobians = torch.func.jacrev(
+        lambda params: torch.func.functional_call(model, params, (X,))
+    )(fitted)
+    J = torch.cat([j.flatten(2) for j in jacobians.values()], dim=2)
+    covariance = posterior(la).inverse()
+
+    f_mu, f_var = la(X)
+    assert torch.allclose(f_mu, model(X))
+    assert torch.allclose(f_var, J @ covariance @ J.mT)
+    assert torch.allclose(la.functional_variance(J), J @ covariance @ J.mT)
+    _, diagonal = la(X, diagonal_output=True)
+    assert torch.allclose(diagonal, f_var.diagonal(dim1=1, dim2=2))
+    flat = J.flatten(0, 1)
+    joint_mu, joint = la(X, joint=True)
+    assert torch.allclose(joint_mu, f_mu.flatten())
+    assert torch.allclose(joint, flat @ covariance @ flat.T)
+    assert torch.allclose(la.functional_covariance(J), joint)
+
+    value = torch.randn(la.n_params, dtype=torch.float64)
+    delta = value - la.mean
+    assert torch.allclose(la.square_norm(value), delta @ posterior(la) @ delta)
+    density = torch.distributions.MultivariateNormal(la.mean, covariance)
+    assert torch.allclose(la.log_prob(value), density.log_prob(value))
+
+    samples = la.sample(20_000, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(samples.mean(0), la.mean, atol=0.05)
+    assert dense.relative_error(samples.T.cov(), covariance) < 0.1
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("link", ["probit", "mc", "bridge", "bridge_norm", "nn"])
+def test_classification_predictives_are_distributions(link, magnitudes, subset):
+    train = loader()
+    la = debiased(network("mlp"), subset=subset, magnitudes=magnitudes)
+    la.fit(train)
+    X = train.dataset.tensors[0]
+    kind = (
+        {"pred_type": "nn", "link_approx": "mc"}
+        if link == "nn"
+        else {"link_approx": link}
+    )
+    probabilities = la(X, **kind)
+    assert probabilities.shape == (SIZE, NUM_OUTPUTS)
+    assert torch.allclose(probabilities.sum(1), torch.ones(SIZE, dtype=torch.float64))
+    for pred_type in ("glm", "nn"):
+        for draw in (la.predictive_samples, la.functional_samples):
+            samples = draw(X, pred_type=pred_type, n_samples=4)
+            assert samples.shape == (4, SIZE, NUM_OUTPUTS)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_nn_samples_are_the_network_at_posterior_samples(subset):
+    model, train = network("mlp"), loader()
+    la = debiased(model, subset=subset)
+    la.fit(train)
+    X = train.dataset.tensors[0][:4]
+    generator = torch.Generator()
+    outputs = la.functional_samples(X, "nn", 3, generator=generator.manual_seed(1))
+    weights = la.sample(3, generator=generator.manual_seed(1))
+    start = 0 if subset == "all" else -la.n_params
+    copy = network("mlp")
+    for output, sample in zip(outputs, weights, strict=True):
+        vector = nn.utils.parameters_to_vector(copy.parameters()).detach().clone()
+        vector[start:] = sample
+        nn.utils.vector_to_parameters(vector, copy.parameters())
+        assert torch.allclose(output, copy(X))
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("pred_type", ["glm", "nn"])
+def test_predictive_is_differentiable_in_the_input(subset, pred_type):
+    train = loader(likelihood="regression")
+    la = debiased(network("mlp"), "regression", subset, enable_backprop=True)
+    la.fit(train)
+    X = train.dataset.tensors[0][:3].clone().requires_grad_()
+    for output in la(X, pred_type=pred_type, link_approx="mc"):
+        (gradient,) = torch.autograd.grad(output.sum(), X, retain_graph=True)
+        assert gradient.abs().sum() > 0
