@@ -28,6 +28,8 @@ from laplace_debiased.sweep import (
     sweep,
 )
 
+_CURVLINOPS_OPTIONS = {"kfac_approx", "mc_samples"}
+
 
 @dataclass
 class CurvatureSource:
@@ -40,6 +42,9 @@ class CurvatureSource:
             ``kfac_approx``, with ASDL those of its Fisher configuration.
         seed: Seed for sampled labels.
         progress_bar: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If there is an option that curvlinops' backends do not have.
     """
 
     backend: CurvatureInterface
@@ -47,6 +52,14 @@ class CurvatureSource:
     options: dict[str, Any]
     seed: int
     progress_bar: bool = False
+
+    def __post_init__(self):
+        unknown = self.options.keys() - _CURVLINOPS_OPTIONS
+        if unknown and isinstance(self.backend, CurvlinopsInterface):
+            raise ValueError(
+                f"`asdl_fisher_kwargs` has {sorted(unknown)}, but the curvlinops "
+                f"backends know {sorted(_CURVLINOPS_OPTIONS)}."
+            )
 
     def kfacs(
         self, loader: Iterable, num_data: int

@@ -77,6 +77,13 @@ def test_frozen_parameters_take_no_part(trained, backend):
     assert error < 1e-8
 
 
+def test_unknown_options_of_a_backend_are_refused():
+    options = {"asdl_fisher_kwargs": {"kfac_aprox": "reduce"}}
+    la = Laplace(network("mlp"), "classification", "all", "kron_debiased", **options)
+    with pytest.raises(ValueError, match=r"has \['kfac_aprox'\], but the curvlinops"):
+        la.fit(loader())
+
+
 @pytest.mark.parametrize("backend", FOREIGN)
 def test_ggn_magnitudes_need_curvlinops(backend):
     with pytest.raises(ValueError, match="needs a curvlinops backend"):
