@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import CrossEntropyLoss
 from tqdm import tqdm
 
-from laplace_debiased.capture import capture_rows
+from laplace_debiased.capture import Tape, capture_rows
 from laplace_debiased.layers import Layer
 from laplace_debiased.output_curvature import OutputCurvature
 
@@ -82,8 +82,8 @@ def sweep(
         A summary of the pass.
 
     Raises:
-        ValueError: If the data are empty, not finite, or of a wrong shape or dtype, or
-            there are not as many weights as examples.
+        ValueError: If the data are empty, not finite, or of a wrong shape or dtype,
+            there are not as many weights as examples, or the network mixes examples.
     """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
@@ -111,6 +111,8 @@ def sweep(
         losses = output_curvature.total_loss(output.detach(), y)
         columns = []
         if layers:
+            if num_data == 0:
+                check_examples_are_separate(tape, output)
             columns = output_curvature.columns(output, y, generator)
             columns = columns * batch_weights.sqrt().to(columns.dtype)[:, None]
         for index, column in enumerate(columns):
@@ -144,6 +146,33 @@ def _batch_weights(weights: Tensor | None, start: int, batch_size: int) -> Tenso
             "one each is needed."
         )
     return own
+
+
+def check_examples_are_separate(tape: Tape, output: Tensor) -> None:
+    """Refuse networks in which an example's output depends on others.
+
+    Then a layer's rows do not belong to the examples that they are counted for: batch
+    statistics mix examples, and in a sequence-first network the leading axis of a layer
+    is not the batch. One backward pass, from the first example's output, shows it.
+
+    Args:
+        tape: The tape of a forward pass.
+        output: The network's output ``[batch, outputs]``.
+
+    Raises:
+        ValueError: If the first output has a gradient in another example's rows.
+    """
+    if len(output) == 1:
+        return
+    column = torch.zeros_like(output)
+    column[0] = torch.arange(1, output.shape[1] + 1)
+    for layer, rows in tape.gradient_rows(output, column, retain_graph=True):
+        if rows[1:].any():
+            raise ValueError(
+                f"In layer {layer.name!r}, the first example's output depends on rows "
+                "of others. The batch must be the leading axis of each layer's input, "
+                "and layers with batch statistics must be in eval mode."
+            )
 
 
 def check_finite_inputs(X: Inputs) -> None:

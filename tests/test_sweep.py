@@ -120,6 +120,31 @@ def test_outputs_must_be_a_matrix_and_finite():
         run(model, [batch("mlp", 4)])
 
 
+class SequenceFirst(nn.Module):
+    """The layer sees [positions, batch, features]."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, NUM_OUTPUTS)
+
+    def forward(self, x):
+        return self.linear(x.transpose(0, 1)).tanh().mean(0)
+
+
+def test_networks_that_mix_examples_are_refused():
+    X = torch.randn(4, 8, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="'linear', the first example's output"):
+        run(SequenceFirst().double(), [(X, CLASSES)])
+
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    layers = find_layers(model, model[0].parameters())
+    arguments = [(batch("mlp", 4))], OutputCurvature(nn.CrossEntropyLoss())
+    factors = KroneckerFactors(curvature_blocks(layers, True))
+    with pytest.raises(ValueError, match="must be in eval mode"):
+        sweep(model, layers, *arguments, factors)
+    sweep(model.eval(), layers, *arguments, factors)
+
+
 def test_class_probabilities_are_targets_too():
     model = network("mlp")
     X, _ = batch("mlp", 4)
