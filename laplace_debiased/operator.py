@@ -254,9 +254,6 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
         if self._eigenvalues is None:
             self.compute()
 
-    def _batch_size_fn(self, X: Any) -> int:
-        raise NotImplementedError("The batch size is read off the targets.")
-
     def _get_normalization_factor(self, X: Inputs, y: Tensor) -> float:
         if self._loss_func.reduction == "sum":
             return 1.0

@@ -102,8 +102,9 @@ class LinearizedPredictive:
         model: The network, with output ``[batch, C]``.
         params: The parameters, in the order of the posterior's blocks.
         posterior: Posterior precision.
-        memory_limit: Bytes that the rows of a chunk of examples may take. The examples
-            of a joint covariance are not chunked.
+        memory_limit: Bytes that the rows of a chunk of examples, and the rotated
+            Jacobian of one layer, may take. The examples of a joint covariance are not
+            chunked.
         differentiable: Whether gradients flow to the inputs.
     """
 
@@ -136,6 +137,10 @@ class LinearizedPredictive:
         Returns:
             The mean ``[batch, C]``, and the covariance ``[batch, C, C]``,
             ``[batch, C]`` or ``[batch * C, batch * C]``.
+
+        Raises:
+            ValueError: If the network's output is not a matrix, or a layer cannot be
+                recorded.
         """
         if kind == "joint":
             return self._chunk(X, batch_size, kind)

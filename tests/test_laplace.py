@@ -166,19 +166,19 @@ def test_curvature_is_scaled_from_the_points_used_to_all(magnitudes):
 
 def test_budget_estimates_are_unbiased():
     model, train = network("mlp"), loader()
-    full = debiased(model, magnitudes="ggn")
-    full.fit(train)
+    X, y = train.dataset.tensors
+    loss = nn.CrossEntropyLoss(reduction="sum")
     losses, traces = [], []
     for seed in range(150):
         la = debiased(model, magnitudes="ggn", budget=10, seed=seed)
         la.fit(train)
         losses.append(la.loss)
         traces.append(la.H.diag().sum())
-    for estimates, exact in [(losses, full.loss), (traces, full.H.diag().sum())]:
+    # a trace does not depend on the directions
+    exact_trace = sum(block.trace() for block in dense.ggn_blocks(model, X, y, loss))
+    for estimates, exact in [(losses, loss(model(X), y)), (traces, exact_trace)]:
         estimates = torch.stack(estimates)
-        # the trace of all data differs from that of the full fit's magnitude half
-        tolerance = 4 * estimates.std() / 150**0.5 + 0.1 * exact
-        assert (estimates.mean() - exact).abs() < tolerance
+        assert (estimates.mean() - exact).abs() < 3 * estimates.std() / 150**0.5
 
 
 @pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
@@ -383,45 +383,6 @@ def test_dict_inputs_equal_tensor_inputs(magnitudes, subset, tmp_path):
     assert dense.relative_error(posterior(la), posterior(expected)) < 1e-10
     torch.save(la.state_dict(), tmp_path / "la.pt")
     torch.load(tmp_path / "la.pt", weights_only=True)
-
-
-@pytest.mark.parametrize("subset", SUBSETS)
-@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
-@pytest.mark.parametrize("structure", ["scalar", "layerwise"])
-def test_checkpoints_restore_the_posterior(subset, magnitudes, structure, tmp_path):
-    model, train = network("mlp"), loader()
-    la = debiased(model, subset=subset, magnitudes=magnitudes)
-    la.fit(train)
-    la.optimize_prior_precision(prior_structure=structure)
-    torch.save(la.state_dict(), tmp_path / "la.pt")
-    state_dict = torch.load(tmp_path / "la.pt", weights_only=True)
-    restored = debiased(model, subset=subset, magnitudes=magnitudes)
-    restored.load_state_dict(state_dict)
-    X = train.dataset.tensors[0]
-    assert torch.equal(restored(X), la(X))
-    assert torch.equal(restored.log_marginal_likelihood(), la.log_marginal_likelihood())
-    if subset == "all":
-        la.fit(train, override=False)
-        restored.fit(train, override=False)
-        assert torch.equal(posterior(restored), posterior(la))
-
-
-def test_checkpoints_of_other_kinds_are_refused():
-    model, train = network("mlp"), loader()
-    la = debiased(model)
-    la.fit(train)
-    with pytest.raises(ValueError, match="'kfac' magnitudes, this object 'ggn'"):
-        debiased(model, magnitudes="ggn").load_state_dict(la.state_dict())
-    with pytest.raises(ValueError, match="wrong Laplace type"):
-        debiased(model, subset="last_layer").load_state_dict(
-            la.state_dict() | {"_last_layer_name": None}
-        )
-    reference = KronLaplace(model, "classification")
-    reference.fit(train)
-    with pytest.raises(ValueError, match="wrong Laplace type"):
-        la.load_state_dict(reference.state_dict())
-    with pytest.raises(AttributeError, match="not fitted"):
-        debiased(model).state_dict()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,45 @@
+import pytest
+import torch
+from laplace import KronLaplace
+
+from tests.cases import network
+from tests.fits import SUBSETS, debiased, loader, posterior
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("structure", ["scalar", "layerwise"])
+def test_checkpoints_restore_the_posterior(subset, magnitudes, structure, tmp_path):
+    model, train = network("mlp"), loader()
+    la = debiased(model, subset=subset, magnitudes=magnitudes)
+    la.fit(train)
+    la.optimize_prior_precision(prior_structure=structure)
+    torch.save(la.state_dict(), tmp_path / "la.pt")
+    state_dict = torch.load(tmp_path / "la.pt", weights_only=True)
+    restored = debiased(model, subset=subset, magnitudes=magnitudes)
+    restored.load_state_dict(state_dict)
+    X = train.dataset.tensors[0]
+    assert torch.equal(restored(X), la(X))
+    assert torch.equal(restored.log_marginal_likelihood(), la.log_marginal_likelihood())
+    if subset == "all":
+        la.fit(train, override=False)
+        restored.fit(train, override=False)
+        assert torch.equal(posterior(restored), posterior(la))
+
+
+def test_checkpoints_of_other_kinds_are_refused():
+    model, train = network("mlp"), loader()
+    la = debiased(model)
+    la.fit(train)
+    with pytest.raises(ValueError, match="'kfac' magnitudes, this object 'ggn'"):
+        debiased(model, magnitudes="ggn").load_state_dict(la.state_dict())
+    with pytest.raises(ValueError, match="wrong Laplace type"):
+        debiased(model, subset="last_layer").load_state_dict(
+            la.state_dict() | {"_last_layer_name": None}
+        )
+    reference = KronLaplace(model, "classification")
+    reference.fit(train)
+    with pytest.raises(ValueError, match="wrong Laplace type"):
+        la.load_state_dict(reference.state_dict())
+    with pytest.raises(AttributeError, match="not fitted"):
+        debiased(model).state_dict()
