@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from laplace_debiased.eigenbasis import Factors
 from laplace_debiased.factors import DirectionalCurvatures, KroneckerFactors
-from laplace_debiased.layers import curvature_blocks, find_layers
+from laplace_debiased.layers import curvature_blocks
 from laplace_debiased.output_curvature import OutputCurvature
+from laplace_debiased.selection import find_layers
 from laplace_debiased.sweep import (
     Accumulator,
     SweepSummary,

@@ -1,8 +1,8 @@
 """Capture of layer inputs in a forward pass and of output gradients afterwards.
 
-Each layer's output is shifted by a *probe* of zeros. The gradient in a probe is the
-gradient in the layer's output, also where an activation then overwrites that output in
-place, and asking autograd for the probes alone spares the weight gradients that a
+Each call of a layer shifts its output by a *probe* of zeros. The gradient in a probe is
+the gradient in the layer's output, also where an activation then overwrites that output
+in place, and asking autograd for the probes alone spares the weight gradients that a
 backward pass to the parameters computes and throws away.
 """
 
@@ -27,24 +27,25 @@ class Tape:
 
     def __init__(self, batch_size: int):
         self._batch_size = batch_size
-        self._probes: dict[str, tuple[Layer, Tensor]] = {}
+        self._probes: dict[str, tuple[Layer, list[Tensor]]] = {}
 
     def __contains__(self, layer: Layer) -> bool:
         return layer.name in self._probes
 
-    def insert_probe(self, layer: Layer, output: Tensor) -> Tensor:
+    def insert_probe(self, layer: Layer, inputs: Tensor, output: Tensor) -> Tensor:
         """Shift a layer's output by a probe.
 
         Args:
             layer: The layer.
-            output: The layer's output.
+            inputs: The module's input.
+            output: The module's output.
 
         Returns:
             A tensor equal to the output.
         """
-        probe = output.new_zeros(()).expand(output.shape).requires_grad_()
-        self._probes[layer.name] = (layer, probe)
-        return output + probe
+        probe, shifted = layer.probe(inputs, output, self._batch_size)
+        self._probes.setdefault(layer.name, (layer, []))[1].append(probe)
+        return shifted
 
     def gradient_rows(
         self,
@@ -62,23 +63,39 @@ class Tape:
             create_graph: Whether the rows are to be differentiated.
 
         Returns:
-            Each layer with its gradient rows ``[batch, S, groups, features]``. Layers
-            that do not influence the output are left out: their gradient is zero.
+            Each layer with its gradient rows ``[batch, S, groups, features]``, the
+            positions of all calls in their order. Layers that do not influence the
+            output are left out: their gradient is zero.
         """
-        layers, probes = zip(*self._probes.values(), strict=True)
-        gradients = torch.autograd.grad(
-            output,
-            probes,
-            grad_outputs=column,
-            retain_graph=retain_graph,
-            create_graph=create_graph,
-            allow_unused=True,
+        gradients = iter(
+            torch.autograd.grad(
+                output,
+                [probe for _, probes in self._probes.values() for probe in probes],
+                grad_outputs=column,
+                retain_graph=retain_graph,
+                create_graph=create_graph,
+                allow_unused=True,
+            )
         )
-        return [
-            (layer, layer.gradient_rows(gradient, self._batch_size))
-            for layer, gradient in zip(layers, gradients, strict=True)
-            if gradient is not None
+        rows = []
+        for layer, probes in self._probes.values():
+            calls = [next(gradients) for _ in probes]
+            if any(gradient is not None for gradient in calls):
+                rows.append((layer, self._joined(layer, probes, calls)))
+        return rows
+
+    def _joined(
+        self, layer: Layer, probes: list[Tensor], gradients: list[Tensor | None]
+    ) -> Tensor:
+        """Join the rows of all calls, zeros for those without influence."""
+        rows = [
+            layer.gradient_rows(
+                torch.zeros_like(probe) if gradient is None else gradient,
+                self._batch_size,
+            )
+            for probe, gradient in zip(probes, gradients, strict=True)
         ]
+        return layer.join_calls(rows)
 
 
 @contextmanager
@@ -93,26 +110,36 @@ def capture_rows(
     Args:
         layers: The layers to record.
         batch_size: Number of examples in the pass.
-        on_input: Called with each layer and its input rows as soon as they are known,
-            since a network may overwrite an activation later.
+        on_input: Called with each layer that has inputs and its input rows, at each of
+            its calls, as soon as they are known: a network may overwrite an activation
+            later.
         differentiable: Whether the rows are to be differentiated.
 
     Yields:
         The tape to ask for gradient rows once the forward pass is done.
 
     Raises:
-        ValueError: If a layer runs more than once, never, or on an input whose leading
-            axis holds no whole number of entries for each example.
+        ValueError: If a layer never runs, cannot be recorded, or runs on an input whose
+            leading axis holds no whole number of entries for each example.
     """
     tape = Tape(batch_size)
 
-    def receive(layer: Layer, inputs: Tensor) -> None:
+    def record(
+        layer: Layer, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+    ) -> Tensor:
+        inputs, *_ = args or kwargs.values()  # the module's only argument
         inputs = inputs if differentiable else inputs.detach()
-        on_input(layer, layer.input_rows(inputs, batch_size))
+        if inputs.shape[0] % batch_size:
+            raise ValueError(
+                f"Layer {layer.name!r} got an input of shape {tuple(inputs.shape)} for "
+                f"a batch of {batch_size}: its leading axis must be the batch."
+            )
+        if layer.has_inputs:
+            on_input(layer, layer.input_rows(inputs, batch_size))
+        return tape.insert_probe(layer, inputs, output)
 
-    hook = partial(_record, tape=tape, receive=receive)
     handles = [
-        layer.module.register_forward_hook(partial(hook, layer), with_kwargs=True)
+        layer.module.register_forward_hook(partial(record, layer), with_kwargs=True)
         for layer in layers
     ]
     try:
@@ -128,29 +155,3 @@ def capture_rows(
             "They are unused, or their parameters are used functionally (as "
             "`nn.MultiheadAttention` does). Exclude them by `requires_grad_(False)`."
         )
-
-
-def _record(
-    layer: Layer,
-    module: nn.Module,
-    args: tuple,
-    kwargs: dict,
-    output: Tensor,
-    tape: Tape,
-    receive: Callable[[Layer, Tensor], None],
-) -> Tensor:
-    """Forward hook: report the input, put a probe on the output."""
-    inputs = args[0] if args else kwargs["input"]
-    batch_size = tape._batch_size
-    if layer in tape:
-        raise ValueError(
-            f"Layer {layer.name!r} runs more than once in a forward pass, which is not "
-            "supported. Exclude it by `requires_grad_(False)`."
-        )
-    if inputs.shape[0] % batch_size:
-        raise ValueError(
-            f"Layer {layer.name!r} got an input of shape {tuple(inputs.shape)} for a "
-            f"batch of {batch_size}: its leading axis must be the batch."
-        )
-    receive(layer, inputs)
-    return tape.insert_probe(layer, output)

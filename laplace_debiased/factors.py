@@ -11,7 +11,7 @@ from curvlinops import KFACType
 from torch import Tensor
 
 from laplace_debiased.eigenbasis import Factors
-from laplace_debiased.layers import Block, Layer
+from laplace_debiased.layers import Block, Layer, join_positions
 
 _CHUNK_ENTRIES = 2**24
 
@@ -38,9 +38,11 @@ class KroneckerFactors:
 
     With rows :math:`x_{ns}, g_{ns}` and weights :math:`w_n`,
 
-    - *expand*: :math:`A = \sum_{ns} w_n x_{ns} x_{ns}^\top / (S \sum_n w_n)`,
+    - *expand*: :math:`A = \sum_{ns} w_n x_{ns} x_{ns}^\top / \sum_{ns} w_n`,
       :math:`G = \sum_{ns} w_n g_{ns} g_{ns}^\top`;
     - *reduce*: rows are first averaged (inputs) or summed (gradients) over positions.
+
+    The positions s are those of all calls of a layer in a forward pass.
 
     Source: Eschenhagen et al., 2023 (arXiv 2311.00636), Sections 3.2 and 3.3. Groups of
     a convolution are averaged in A, as curvlinops does.
@@ -67,15 +69,16 @@ class KroneckerFactors:
             d_out, *d_in = block.shape
             name = block.layer.name
             self._gradient_covariances[name] = _zeros(block, d_out, d_out)
-            if block.has_weight:
-                self._joint[name] = block.has_bias
+            if block.has_inputs:
+                self._joint[name] = block.is_joint
                 self._input_covariances[name] = _zeros(block, *d_in, *d_in)
-        self._total_weight: Tensor | float = 0.0
+        self._row_weights = dict.fromkeys(self._joint, 0.0)
+        self._calls: dict[str, list[Tensor]] = {}
 
     def start_batch(self, weights: Tensor) -> None:
         """Take note of the examples' weights ``[batch]``."""
+        self._reduce_calls()
         self._weights = weights
-        self._total_weight = self._total_weight + weights.sum()
 
     def add_inputs(self, layer: Layer, rows: Tensor) -> None:
         """Add a batch of input rows ``[batch, S, groups, features]``."""
@@ -83,13 +86,27 @@ class KroneckerFactors:
             return
         rows = rows.to(_accumulation_dtype(rows.dtype))
         rows = rows.squeeze(2) if rows.shape[2] == 1 else rows.mean(2)
-        if not self._expand:
-            rows = rows.mean(1, keepdim=True)
-        if self._joint[layer.name]:
+        if self._expand:
+            self._add_covariance(layer.name, rows)
+        else:  # the mean is over the positions of all calls
+            self._calls.setdefault(layer.name, []).append(rows)
+
+    def _reduce_calls(self) -> None:
+        """Add the last batch's mean rows."""
+        for name, calls in self._calls.items():
+            mean = join_positions(calls).mean(1, keepdim=True)
+            self._add_covariance(name, mean)
+        self._calls.clear()
+
+    def _add_covariance(self, name: str, rows: Tensor) -> None:
+        if self._joint[name]:
             rows = _with_bias_column(rows)
-        weighted = rows * (self._weights / rows.shape[1]).to(rows.dtype)[:, None, None]
-        covariance = self._input_covariances[layer.name]
-        covariance.addmm_(weighted.flatten(0, 1).T, rows.flatten(0, 1))
+        weights = self._weights[:, None].expand(rows.shape[:2]).to(rows.dtype)
+        weighted = rows * weights.unsqueeze(2)
+        self._input_covariances[name].addmm_(
+            weighted.flatten(0, 1).T, rows.flatten(0, 1)
+        )
+        self._row_weights[name] = self._row_weights[name] + weights.sum()
 
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
         """Add a batch of gradient rows, which carry the square root of the weights."""
@@ -107,8 +124,9 @@ class KroneckerFactors:
             ``[G, A]`` for each block with a weight, ``[G]`` for a bias. A weight and
             its bias hold the same G.
         """
+        self._reduce_calls()
         inputs = {
-            name: (covariance / self._total_weight).to(dtype)
+            name: (covariance / self._row_weights[name]).to(dtype)
             for name, covariance in self._input_covariances.items()
         }
         gradients = {
@@ -117,7 +135,7 @@ class KroneckerFactors:
         }
         return [
             [gradients[block.layer.name], inputs[block.layer.name]]
-            if block.has_weight
+            if block.has_inputs
             else [gradients[block.layer.name]]
             for block in self._blocks
         ]
@@ -143,7 +161,7 @@ class DirectionalCurvatures:
     def __init__(self, blocks: list[Block], eigenvectors: list[Factors]):
         self._blocks = blocks
         self._eigenvectors = eigenvectors
-        self._inputs: dict[int, Tensor] = {}
+        self._inputs: dict[int, list[Tensor]] = {}
         self._curvatures = [_zeros(block, *block.shape) for block in blocks]
 
     def _blocks_of(self, layer: Layer) -> list[tuple[int, Block]]:
@@ -160,16 +178,19 @@ class DirectionalCurvatures:
     def add_inputs(self, layer: Layer, rows: Tensor) -> None:
         """Rotate and keep a batch of input rows ``[batch, S, groups, features]``."""
         for index, block in self._blocks_of(layer):
-            if block.has_weight:
-                own = _with_bias_column(rows) if block.has_bias else rows
-                self._inputs[index] = own @ self._eigenvectors[index][1]
+            if block.has_inputs:
+                own = _with_bias_column(rows) if block.is_joint else rows
+                rotated = own @ self._eigenvectors[index][1]
+                self._inputs.setdefault(index, []).append(rotated)
 
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
         """Add a batch of gradient rows, which carry the square root of the weights."""
         for index, block in self._blocks_of(layer):
             basis = self._eigenvectors[index][0]
-            if block.has_weight:
-                curvature = _squared_gradients(rows, self._inputs[index], basis)
+            if block.has_inputs:
+                inputs = join_positions(self._inputs[index])
+                self._inputs[index] = [inputs]  # the next column's too
+                curvature = _squared_gradients(rows, inputs, basis)
             else:
                 summed = rows.flatten(2).sum(1) @ basis
                 curvature = (summed**2).sum(0, dtype=_accumulation_dtype(rows.dtype))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _HOOKS = (
     "_forward_hooks",
@@ -58,6 +58,25 @@ def preserved(model: nn.Module, keep_new_hooks: bool = False) -> Iterator[None]:
             module.training = mode
             if not (succeeded and keep_new_hooks):
                 _restore_hooks(module, saved)
+
+
+@contextmanager
+def frozen(parameters: list[Tensor]) -> Iterator[None]:
+    """Let parameters require no gradients while a block of code runs.
+
+    Args:
+        parameters: The parameters, which require gradients.
+
+    Yields:
+        Nothing.
+    """
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_()
 
 
 def _hooks(module: nn.Module) -> dict[str, Any]:

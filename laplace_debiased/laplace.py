@@ -12,12 +12,13 @@ from collections.abc import Iterator, MutableMapping
 from inspect import signature
 from math import pi
 from typing import Any
+from warnings import warn
 
 import torch
 from laplace import KronLaplace, KronLLLaplace, ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.curvature.curvlinops import CurvlinopsInterface
-from laplace.utils import batch_size
+from laplace.utils import batch_size, select_rows, split_batch
 from laplace.utils.enums import Likelihood, LinkApprox
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -28,16 +29,26 @@ from laplace_debiased.backends import CurvatureSource, scale_gradients
 from laplace_debiased.curvature import CURVATURES, GGNCurvature, KFACCurvature
 from laplace_debiased.debiasing import Debiasing
 from laplace_debiased.eigenbasis import decompose
-from laplace_debiased.guard import preserved
+from laplace_debiased.guard import frozen, preserved
 from laplace_debiased.predictive import LinearizedPredictive, last_layer_covariance
 from laplace_debiased.sampling import Roles, explicit_roles, split_roles
+from laplace_debiased.selection import (
+    LeftOut,
+    find_layers,
+    idle_modules,
+    notice,
+    refusal,
+    select,
+)
 from laplace_debiased.sweep import SweepSummary
 
 
 class KronDebiasedLaplace(KronLaplace):
     """Laplace approximation with debiased K-FAC over all weights.
 
-    Has the interface of laplace-torch's ``KronLaplace`` and its keywords.
+    Has the interface of laplace-torch's ``KronLaplace`` and its keywords. Parameters in
+    layers that are not supported stay at their trained values, and a warning lists them
+    when the posterior is fitted.
 
     Args:
         model: The trained network.
@@ -53,6 +64,7 @@ class KronDebiasedLaplace(KronLaplace):
         seed: Makes draw and assignment of the points reproducible.
         memory_limit: Bytes that a GLM prediction may take for a chunk of examples; may
             be changed at any time.
+        strict: Whether to refuse parameters in layers that are not supported.
         **kwargs: Further keywords of ``KronLaplace``.
 
     Raises:
@@ -73,11 +85,16 @@ class KronDebiasedLaplace(KronLaplace):
         budget: int | None = None,
         seed: int = 0,
         memory_limit: int = 2**30,
+        strict: bool = False,
         **kwargs: Any,
     ):
         self.debiasing = Debiasing(magnitudes, direction_fraction, budget, seed)
         self.memory_limit = memory_limit
-        super().__init__(model, likelihood, *args, **kwargs)
+        self._strict = strict
+        self._generator: torch.Generator | None = None
+        self._left_out = self._find_left_out(model)
+        with frozen([param for entry in self._left_out for param in entry.params]):
+            super().__init__(model, likelihood, *args, **kwargs)
         # laplace-torch's last-layer class forgets `damping` on the way
         arguments = signature(super().__init__).bind(model, likelihood, *args, **kwargs)
         self.damping = arguments.arguments.get("damping", False)
@@ -98,10 +115,28 @@ class KronDebiasedLaplace(KronLaplace):
                 f"{backend.__name__}: use `CurvlinopsGGN` or `magnitudes='kfac'`."
             )
 
+    def _find_left_out(self, model: nn.Module) -> list[LeftOut]:
+        """Find the parameters in layers that are not supported."""
+        trainable = [param for param in model.parameters() if param.requires_grad]
+        _, left_out = select(model, trainable)
+        if left_out and self._strict:
+            raise ValueError(refusal(left_out))
+        return left_out
+
+    def _init_H(self) -> None:
+        # laplace-torch allocates factors, which it then replaces
+        self.H = None
+
     @property
     def _fitted_params(self) -> list[Tensor]:
         """The parameters that the posterior is over."""
         return self.params
+
+    @property
+    def _fitted_names(self) -> list[str]:
+        """Their names in the model."""
+        fitted = {id(param) for param in self._fitted_params}
+        return [n for n, p in self.model.named_parameters() if id(p) in fitted]
 
     @property
     def prior_precision_diag(self) -> Tensor:
@@ -175,11 +210,46 @@ class KronDebiasedLaplace(KronLaplace):
 
     def _prepare(self, roles: Roles) -> None:
         """Find out, before curvature is measured, what the posterior is over."""
+        if self.params:
+            self._leave_out_idle(next(iter(roles.directions)))
         if not self.params:
             raise ValueError(
-                "The model has no parameters with `requires_grad=True`: there is "
-                "nothing to fit."
+                "The model has no parameters with `requires_grad=True` in supported "
+                "layers: there is nothing to fit."
             )
+        if self._left_out:
+            warn(notice(self._left_out, self.n_params), stacklevel=3)
+
+    def _leave_out_idle(self, batch: Any) -> None:
+        """Leave out modules that never run, which only a forward pass can show."""
+        X, y = split_batch(batch, self.dict_key_y)
+        X = X.to(self._device) if isinstance(X, Tensor) else X
+        example = select_rows(X, torch.arange(1), len(y))
+        with preserved(self.model, keep_new_hooks=True):
+            self.model.eval()
+            idle = idle_modules(
+                self.model, find_layers(self.model, self.params), example
+            )
+        if idle and self._strict:
+            raise ValueError(refusal(idle))
+        dropped = {id(param) for entry in idle for param in entry.params}
+        self._left_out = self._left_out + idle
+        self._fit_only([param for param in self.params if id(param) not in dropped])
+
+    def _fit_only(self, params: list[Tensor]) -> None:
+        """Take parameters out, and check the prior against the others."""
+        if len(params) == len(self._fitted_params):
+            return
+        self.params, self.is_subset_params = params, True
+        self._count_params()
+
+    def _count_params(self) -> None:
+        """Count the parameters anew, and check the prior against them."""
+        params = self._fitted_params
+        self.n_params = sum(param.numel() for param in params)
+        self.n_layers = len(params)
+        self.prior_precision = self._prior_precision
+        self.prior_mean = self._prior_mean
 
     def _measure(
         self, roles: Roles, online: bool, progress_bar: bool
@@ -223,6 +293,51 @@ class KronDebiasedLaplace(KronLaplace):
         )
         eigenvalues = scale_gradients(curvatures, roles.num_data / roles.num_magnitudes)
         return GGNCurvature(eigenvectors, eigenvalues), first, second
+
+    def __call__(
+        self, *args: Any, generator: torch.Generator | None = None, **kwargs: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Predict as laplace-torch does, where sampling ignores ``generator``.
+
+        Args:
+            *args: Arguments of ``KronLaplace.__call__``.
+            generator: Random numbers for sampling.
+            **kwargs: Further keywords of ``KronLaplace.__call__``.
+
+        Returns:
+            As ``KronLaplace.__call__``.
+        """
+        self._generator = generator
+        try:
+            return super().__call__(*args, generator=generator, **kwargs)
+        finally:
+            self._generator = None
+
+    def sample(
+        self, n_samples: int = 100, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Sample from the posterior.
+
+        Args:
+            n_samples: Number of samples.
+            generator: Random numbers.
+
+        Returns:
+            Samples ``[n_samples, params]``.
+        """
+        return super().sample(n_samples, generator or self._generator)
+
+    def _glm_functional_samples(
+        self,
+        f_mu: Tensor,
+        f_var: Tensor,
+        n_samples: int,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        return super()._glm_functional_samples(
+            f_mu, f_var, n_samples, diagonal_output, generator or self._generator
+        )
 
     def _glm_predictive_distribution(
         self,
@@ -280,8 +395,7 @@ class KronDebiasedLaplace(KronLaplace):
         laplace-torch writes the samples into the model; here it is called functionally.
         """
         X = X.to(self._device) if isinstance(X, Tensor) else X
-        fitted = {id(param) for param in self._fitted_params}
-        names = [n for n, p in self.model.named_parameters() if id(p) in fitted]
+        names = self._fitted_names
         shapes = [param.shape for param in self._fitted_params]
         for sample in self.sample(n_samples, generator):
             parts = sample.split([shape.numel() for shape in shapes])
@@ -320,6 +434,7 @@ class KronDebiasedLaplace(KronLaplace):
         state_dict = ParametricLaplace.state_dict(self)
         state_dict["H"], state_dict["H_magnitudes"] = self.H_facs.tensors()
         state_dict["magnitudes"] = self.debiasing.magnitudes
+        state_dict["parameters"] = self._fitted_names
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -338,10 +453,23 @@ class KronDebiasedLaplace(KronLaplace):
                 f"`state_dict` has {state_dict['magnitudes']!r} magnitudes, this "
                 f"object {own!r}."
             )
+        if state_dict["cls_name"] == type(self).__name__:
+            self._load_parameters(state_dict["parameters"])
         ParametricLaplace.load_state_dict(self, state_dict)
         tensors = state_dict["H"], state_dict["H_magnitudes"]
         self.H_facs = CURVATURES[own](*tensors)
         self.H = self.H_facs.decompose(self.damping)
+
+    def _load_parameters(self, names: list[str]) -> None:
+        """Leave out what the saved posterior left out, too."""
+        unknown = set(names) - set(self._fitted_names)
+        if unknown:
+            raise ValueError(
+                f"`state_dict` is of other parameters than the model's: it has "
+                f"{sorted(unknown)}, which are not fitted here."
+            )
+        named = dict(self.model.named_parameters())
+        self._fit_only([named[name] for name in names])
 
 
 class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
@@ -354,6 +482,9 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     _key = ("last_layer", "kron_debiased")
     _accumulates = False
 
+    def _find_left_out(self, model: nn.Module) -> list[LeftOut]:
+        return []
+
     @property
     def _fitted_params(self) -> list[Tensor]:
         return list(self.model.last_layer.parameters())
@@ -363,16 +494,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             with preserved(self.model, keep_new_hooks=True):
                 self.model.eval()
                 self._find_last_layer(next(iter(roles.directions)))
-            self._count_last_layer()
-
-    def _count_last_layer(self) -> None:
-        """Check the prior against the last layer, once that is known."""
-        params = self._fitted_params
-        self.n_params = sum(param.numel() for param in params)
-        self.n_layers = len(params)
-        self.prior_precision = self._prior_precision
-        self.prior_mean = self._prior_mean
-        self._init_H()
+            self._count_params()
 
     def _output_moments(
         self, X: Tensor | MutableMapping[str, Any], kind: str
@@ -417,5 +539,5 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         if self.model.last_layer is None and "found_last_layer" in state_dict:
             # laplace-torch saves a training batch instead, and searches again
             self.model.set_last_layer(state_dict["found_last_layer"])
-            self._count_last_layer()
+            self._count_params()
         super().load_state_dict(state_dict)

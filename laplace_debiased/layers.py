@@ -1,32 +1,36 @@
 r"""Layers as rows: what K-FAC needs to know about a module, and nothing else.
 
-A linear layer that is applied at ``S`` positions of an example (tokens, pixels) maps
-input rows :math:`x_{ns}` to output rows :math:`W x_{ns} + b`. With the output gradient
-rows :math:`g_{ns}`, the per-example gradient is :math:`\sum_s g_{ns} x_{ns}^\top`.
-Kronecker factors, directional curvatures and functional variances are contractions of
-these two tensors, so a new layer type is one subclass here. The view follows
-Eschenhagen et al., 2023 (arXiv 2311.00636).
+A linear layer that is applied at ``S`` positions of an example (tokens, pixels, calls)
+maps input rows :math:`x_{ns}` to output rows :math:`W x_{ns} + b`. With the output
+gradient rows :math:`g_{ns}`, the per-example gradient is
+:math:`\sum_s g_{ns} x_{ns}^\top`. Kronecker factors, directional curvatures and
+functional variances are contractions of these two tensors, so a new layer type is one
+subclass here. The view follows Eschenhagen et al., 2023 (arXiv 2311.00636).
 
 Rows have shape ``[batch, S, groups, features]``, where ``groups`` is one but for
-grouped convolutions.
+grouped convolutions. The scale and the shift of a normalization layer are vectors: each
+is a layer of its own that has gradient rows, the per-example gradients, and no inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A module and the positions of its parameters in the parameter list.
+    """A module, or a part of it, with the positions of its parameters.
 
     Args:
-        name: The module's name in ``model.named_modules()``.
+        name: A name that no other layer has.
         module: The module.
         positions: Maps ``"weight"`` and ``"bias"``, where they take part, to positions
             in the list of parameters.
@@ -35,6 +39,8 @@ class Layer:
     name: str
     module: nn.Module
     positions: dict[str, int]
+
+    has_inputs = True
 
     def input_rows(self, inputs: Tensor, batch_size: int) -> Tensor:
         """Rearrange the module's input.
@@ -48,17 +54,54 @@ class Layer:
         """
         raise NotImplementedError
 
-    def gradient_rows(self, gradients: Tensor, batch_size: int) -> Tensor:
-        """Rearrange the gradient in the module's output.
+    def probe(
+        self, inputs: Tensor, output: Tensor, batch_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Shift the module's output by zeros whose gradient gives gradient rows.
 
         Args:
-            gradients: Gradient in the module's output, of the output's shape.
+            inputs: The module's input, batch first.
+            output: The module's output.
+            batch_size: Number of examples.
+
+        Returns:
+            The zeros, and a tensor equal to the output.
+        """
+        zeros = output.new_zeros(()).expand(output.shape).requires_grad_()
+        return zeros, output + zeros
+
+    def gradient_rows(self, gradients: Tensor, batch_size: int) -> Tensor:
+        """Rearrange the gradient in the probe's zeros.
+
+        Args:
+            gradients: The gradient.
             batch_size: Number of examples.
 
         Returns:
             Rows ``[batch, S, groups, d_out / groups]``.
         """
         raise NotImplementedError
+
+    def join_calls(self, rows: list[Tensor]) -> Tensor:
+        """Join the gradient rows of several calls: each has positions of its own."""
+        return join_positions(rows)
+
+    def blocks(self, separate_weight_and_bias: bool) -> Iterator[Block]:
+        """Yield the diagonal blocks of the layer's curvature."""
+        d_out, d_in = self.module.weight.flatten(1).shape
+        weight, bias = self.positions.get("weight"), self.positions.get("bias")
+        if weight is not None and bias is not None and not separate_weight_and_bias:
+            yield Block(self, (weight, bias), (d_out, d_in + 1))
+            return
+        if weight is not None:
+            yield Block(self, (weight,), (d_out, d_in))
+        if bias is not None:
+            yield Block(self, (bias,), (d_out,))
+
+
+def join_positions(rows: list[Tensor]) -> Tensor:
+    """Concatenate rows ``[batch, S, ...]`` along the positions."""
+    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
 
 class LinearLayer(Layer):
@@ -72,11 +115,13 @@ class LinearLayer(Layer):
         """See :meth:`Layer.input_rows`."""
         return inputs.reshape(batch_size, -1, 1, inputs.shape[-1])
 
-    gradient_rows = input_rows
+    def gradient_rows(self, gradients: Tensor, batch_size: int) -> Tensor:
+        """See :meth:`Layer.gradient_rows`."""
+        return self.input_rows(gradients, batch_size)
 
 
 class ConvLayer(Layer):
-    """``nn.Conv1d`` and ``nn.Conv2d``: the input rows are the unfolded patches."""
+    """A convolution: the input rows are the unfolded patches."""
 
     def input_rows(self, inputs: Tensor, batch_size: int) -> Tensor:
         """See :meth:`Layer.input_rows`."""
@@ -102,75 +147,83 @@ class ConvLayer(Layer):
         return rows.reshape(batch_size, -1, groups, rows.shape[-1] // groups)
 
 
-_LAYER_TYPES: dict[type[nn.Module], type[Layer]] = {
-    nn.Linear: LinearLayer,
-    nn.Conv1d: ConvLayer,
-    nn.Conv2d: ConvLayer,
-}
+class VectorLayer(Layer):
+    r"""The scale or the shift of a normalization layer, as a vector.
 
-
-def find_layers(model: nn.Module, params: Iterable[Tensor]) -> list[Layer]:
-    """Find the layers that the parameters belong to.
-
-    Args:
-        model: The neural network.
-        params: Parameters of the network.
-
-    Returns:
-        The layers, ordered by their first parameter.
-
-    Raises:
-        ValueError: If a parameter belongs to no supported layer, or to several, or
-            is given twice.
+    The output :math:`w \odot \hat x + b` is linear in both. Adding what the module
+    gives for an example's own :math:`w` (or :math:`b`) of zeros changes nothing, and
+    the gradient in those zeros is the example's gradient in the parameter, whatever the
+    module's layout. The block is exact: it has one factor, and no positions.
     """
-    params = list(params)
-    position = {id(param): index for index, param in enumerate(params)}
-    if len(position) != len(params):
-        raise ValueError("`params` must be distinct, but a parameter is given twice.")
 
-    owner: dict[int, str] = {}
-    layers, unsupported = [], []
-    for name, module in model.named_modules():
-        positions = {
-            key: position[id(param)]
-            for key, param in module.named_parameters(recurse=False)
-            if id(param) in position
-        }
-        if not positions:
-            continue
-        layer_type = _layer_type(module)
-        if layer_type is None or not positions.keys() <= {"weight", "bias"}:
-            unsupported.append(f"{name or '(model)'} ({type(module).__name__})")
-            continue
-        for index in positions.values():
-            if index in owner:
-                raise ValueError(
-                    f"Layers {owner[index]!r} and {name!r} share a parameter, which is "
-                    "not supported. Exclude it by `requires_grad_(False)`."
-                )
-            owner[index] = name
-        layers.append(layer_type(name, module, positions))
+    has_inputs = False
 
-    supported = ", ".join(module.__name__ for module in _LAYER_TYPES)
-    if unsupported:
-        raise ValueError(
-            f"Parameters found in unsupported layers: {', '.join(unsupported)}. "
-            f"Supported are {supported}. Exclude the others by `requires_grad_(False)` "
-            "on their parameters, which keeps them at their trained values."
-        )
-    if len(owner) != len(params):
-        raise ValueError(
-            f"{len(params) - len(owner)} of `params` are in no module of the model."
-        )
-    return sorted(layers, key=lambda layer: min(layer.positions.values()))
+    @property
+    def _key(self) -> str:
+        (key,) = self.positions
+        return key
+
+    def probe(
+        self, inputs: Tensor, output: Tensor, batch_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`Layer.probe`.
+
+        Raises:
+            ValueError: If the module is in train mode, has no running statistics, or
+                is not linear in the parameter.
+        """
+        self._check_statistics()
+        parameters = dict(self.module.named_parameters(prefix="module"))
+        zero = {key: torch.zeros_like(p) for key, p in parameters.items()}
+        own = f"module.{self._key}"
+        zeros = zero[own].expand(batch_size, *zero[own].shape).clone().requires_grad_()
+        unhooked = _Unhooked(self.module)
+
+        def effect(vector: Tensor, example: Tensor) -> Tensor:
+            return functional_call(unhooked, zero | {own: vector}, (example,))
+
+        shift = vmap(effect)(zeros, inputs.unflatten(0, (batch_size, -1)))
+        if shift.any():
+            raise ValueError(
+                f"Layer {self.name!r} ({type(self.module).__name__}) is not linear in "
+                "its parameters. Exclude it by `requires_grad_(False)`."
+            )
+        return zeros, output + shift.reshape(output.shape)
+
+    def _check_statistics(self) -> None:
+        if not isinstance(self.module, _BatchNorm):
+            return
+        if self.module.training or self.module.running_mean is None:
+            raise ValueError(
+                f"Layer {self.name!r} ({type(self.module).__name__}) uses batch "
+                "statistics, which mix examples. Use eval mode and running statistics, "
+                "or exclude the layer by `requires_grad_(False)`."
+            )
+
+    def gradient_rows(self, gradients: Tensor, batch_size: int) -> Tensor:
+        """See :meth:`Layer.gradient_rows`."""
+        return gradients.reshape(batch_size, 1, 1, -1)
+
+    def join_calls(self, rows: list[Tensor]) -> Tensor:
+        """Join the gradient rows of several calls: they add up."""
+        return sum(rows)
+
+    def blocks(self, separate_weight_and_bias: bool) -> Iterator[Block]:
+        """Yield the layer's only block."""
+        (position,) = self.positions.values()
+        yield Block(self, (position,), (getattr(self.module, self._key).numel(),))
 
 
-def _layer_type(module: nn.Module) -> type[Layer] | None:
-    """Return the row view for a module, or None if there is none."""
-    for module_type, layer_type in _LAYER_TYPES.items():
-        if isinstance(module, module_type):
-            return layer_type
-    return None
+class _Unhooked(nn.Module):
+    """A module without its hooks, so that it can be called by one of them."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Call the module."""
+        return self.module.forward(x)
 
 
 @dataclass(frozen=True)
@@ -180,24 +233,23 @@ class Block:
     Args:
         layer: The layer.
         positions: Positions of the block's parameters, weight first.
-        has_weight: Whether the block has an input factor.
-        has_bias: Whether the block has the bias; with a weight, the input rows are
-            extended by a one.
+        shape: The block's parameters as ``(d_out, d_in)``, or ``(d_out,)`` for a
+            vector, which has no input factor.
     """
 
     layer: Layer
     positions: tuple[int, ...]
-    has_weight: bool
-    has_bias: bool
+    shape: tuple[int, ...]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The block's parameters as ``(d_out, d_in)``, or ``(d_out,)`` for a bias."""
-        module = self.layer.module
-        if not self.has_weight:
-            return tuple(module.bias.shape)
-        d_out, d_in = module.weight.flatten(1).shape
-        return d_out, d_in + self.has_bias
+    def has_inputs(self) -> bool:
+        """Whether the block has an input factor."""
+        return len(self.shape) == 2
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether the bias is a further column of the weight, of constant input."""
+        return len(self.positions) == 2
 
 
 def curvature_blocks(
@@ -213,14 +265,7 @@ def curvature_blocks(
     Returns:
         The blocks, ordered by their first parameter's position.
     """
-    blocks = []
-    for layer in layers:
-        weight, bias = layer.positions.get("weight"), layer.positions.get("bias")
-        if weight is not None and bias is not None and not separate_weight_and_bias:
-            blocks.append(Block(layer, (weight, bias), True, True))
-            continue
-        if weight is not None:
-            blocks.append(Block(layer, (weight,), True, False))
-        if bias is not None:
-            blocks.append(Block(layer, (bias,), False, True))
+    blocks = [
+        block for layer in layers for block in layer.blocks(separate_weight_and_bias)
+    ]
     return sorted(blocks, key=lambda block: block.positions[0])

@@ -27,8 +27,9 @@ from laplace_debiased.eigenbasis import (
     to_eigenbasis,
 )
 from laplace_debiased.factors import DirectionalCurvatures, KroneckerFactors
-from laplace_debiased.layers import Block, curvature_blocks, find_layers
+from laplace_debiased.layers import Block, curvature_blocks
 from laplace_debiased.output_curvature import Loss, OutputCurvature
+from laplace_debiased.selection import find_layers
 from laplace_debiased.sweep import Inputs, sweep
 
 MAGNITUDES = ("kfac", "ggn")
@@ -70,15 +71,11 @@ def apply_spectra(
     """
     product: list[Tensor | None] = [None] * len(M)
     for block, vectors, values in zip(blocks, eigenvectors, spectra, strict=True):
-        d_out = block.shape[0]
         parts = [M[position].movedim(-1, 0) for position in block.positions]
-        if block.has_weight:
-            matrix = torch.cat([p.reshape(len(p), d_out, -1) for p in parts], dim=-1)
-        else:
-            (matrix,) = parts
+        columns = [p.reshape(len(p), *block.shape[:-1], -1) for p in parts]
+        matrix = torch.cat(columns, dim=-1)
         matrix = from_eigenbasis(to_eigenbasis(matrix, vectors) * values, vectors)
-        sizes = [part[0].numel() // d_out for part in parts]
-        columns = matrix.split(sizes, -1) if block.has_weight else [matrix]
+        columns = matrix.split([column.shape[-1] for column in columns], dim=-1)
         for position, part, column in zip(block.positions, parts, columns, strict=True):
             product[position] = column.reshape(part.shape).movedim(0, -1)
     return product

@@ -24,7 +24,8 @@ from torch.func import functional_call
 
 from laplace_debiased.capture import capture_rows
 from laplace_debiased.eigenbasis import EigenbasisMatrix, Factors
-from laplace_debiased.layers import Layer, curvature_blocks, find_layers
+from laplace_debiased.layers import Layer, curvature_blocks, join_positions
+from laplace_debiased.selection import find_layers
 from laplace_debiased.sweep import Inputs
 
 KINDS = ("full", "diagonal", "joint")
@@ -35,7 +36,7 @@ class BlockPosterior:
     """One block of the posterior precision.
 
     Args:
-        eigenvectors: ``[U_G, U_A]``, or ``[U_G]`` for a bias.
+        eigenvectors: ``[U_G, U_A]``, or ``[U_G]`` for a vector.
         precisions: Eigenvalues of the precision ``[d_out, d_in]`` or ``[d_out]``.
     """
 
@@ -43,25 +44,25 @@ class BlockPosterior:
     precisions: Tensor
 
     def rotate_inputs(self, rows: Tensor) -> Tensor:
-        """Rotate input rows ``[batch, S, groups, d_in]``; a bias has the input one."""
-        if len(self.eigenvectors) == 1:
-            return rows.new_ones(len(rows), 1, 1, 1)
+        """Rotate input rows ``[batch, S, groups, d_in]``."""
         return rows @ self.eigenvectors[1]
 
-    def covariance(self, gradients: Tensor, inputs: Tensor, kind: str) -> Tensor:
+    def covariance(self, gradients: Tensor, inputs: Tensor | None, kind: str) -> Tensor:
         """Compute this block's share of the output covariance.
 
         Args:
             gradients: Gradient rows of each output ``[batch, C, S, groups, d_out /
                 groups]``, or ``[1, C, ...]`` if they are the same for all examples.
-            inputs: Rotated input rows ``[batch, S, groups, d_in]``.
+            inputs: Rotated input rows ``[batch, S, groups, d_in]``; None for a vector,
+                whose only input is one.
             kind: ``"full"``, ``"diagonal"`` or ``"joint"``.
 
         Returns:
             ``[batch, C, C]``, ``[batch, C]`` or ``[batch * C, batch * C]``.
         """
-        if len(self.eigenvectors) == 1:
+        if inputs is None:
             gradients = gradients.flatten(3).sum(2)[:, :, None, None]
+            inputs = gradients.new_ones(len(gradients), 1, 1, 1)
         basis = self.eigenvectors[0]
         precisions = self.precisions.reshape(len(basis), -1)
         if gradients.shape[2:4] == (1, 1) and kind != "joint":
@@ -164,12 +165,13 @@ class LinearizedPredictive:
             The output, the rotated input rows of each block, and each layer's gradient
             rows ``[batch, C, S, groups, d_out / groups]``.
         """
-        inputs: dict[int, Tensor] = {}
+        calls: dict[int, list[Tensor]] = {}
 
         def rotate(layer: Layer, rows: Tensor) -> None:
             for index, block in enumerate(self._blocks):
-                if block.layer is layer:
-                    inputs[index] = self._posteriors[index].rotate_inputs(rows)
+                if block.layer is layer and block.has_inputs:
+                    rotated = self._posteriors[index].rotate_inputs(rows)
+                    calls.setdefault(index, []).append(rotated)
 
         detached = {name: p.detach() for name, p in self._model.named_parameters()}
         with capture_rows(
@@ -189,13 +191,14 @@ class LinearizedPredictive:
             ):
                 gradients.setdefault(layer.name, []).append(rows)
         stacked = {name: torch.stack(rows, 1) for name, rows in gradients.items()}
+        inputs = {index: join_positions(rows) for index, rows in calls.items()}
         return output, inputs, stacked
 
     def _chunk(self, X: Inputs, batch_size: int, kind: str) -> tuple[Tensor, Tensor]:
         output, inputs, gradients = self._capture(X, batch_size)
         covariance = sum(
             self._posteriors[index].covariance(
-                gradients[block.layer.name], inputs.pop(index), kind
+                gradients[block.layer.name], inputs.pop(index, None), kind
             )
             for index, block in enumerate(self._blocks)
             if block.layer.name in gradients
@@ -254,6 +257,5 @@ def last_layer_covariance(
         gradients = gradients.expand(len(features), *gradients.shape[1:])
     covariance = weight.covariance(gradients, weight.rotate_inputs(rows), kind)
     for block in bias:  # the same for all examples
-        rows = rows if kind == "joint" else rows[:1]
-        covariance += block.covariance(gradients, block.rotate_inputs(rows), kind)
+        covariance += block.covariance(gradients, None, kind)
     return covariance

@@ -11,6 +11,84 @@ class MeanOverSequence(nn.Module):
         return x.mean(1)
 
 
+class Recurrent(nn.Module):
+    """Calls a layer twice, on inputs of different lengths."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.head = nn.Linear(3, 3), nn.Linear(3, NUM_OUTPUTS)
+
+    def forward(self, x):
+        hidden = self.shared(x).tanh().mean(1, keepdim=True)
+        return self.head(self.shared(hidden).squeeze(1).tanh())
+
+
+class Attention(nn.Module):
+    """Self-attention whose projections are modules."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(*qkv)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class Residual(nn.Module):
+    def __init__(self, *modules):
+        super().__init__()
+        self.body = nn.Sequential(*modules)
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+def _with_statistics(network):
+    """Norms as after training: statistics, scales and shifts that are not trivial."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+        if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            for parameter in module.parameters(recurse=False):
+                nn.init.normal_(parameter, mean=0.5)
+    return network
+
+
+def _normalized(*layers, features):
+    return _with_statistics(_cnn(*layers, features=features))
+
+
+def _resnet():
+    body = (nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2))
+    return _with_statistics(
+        nn.Sequential(
+            nn.Conv2d(1, 2, 2, bias=False),
+            nn.BatchNorm2d(2),
+            nn.ReLU(),
+            Residual(*body),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(2, NUM_OUTPUTS),
+        )
+    )
+
+
+def _transformer():
+    return _with_statistics(
+        nn.Sequential(
+            Residual(nn.LayerNorm(4), Attention(4, heads=2)),
+            Residual(nn.RMSNorm(4), nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4)),
+            MeanOverSequence(),
+            nn.Linear(4, NUM_OUTPUTS),
+        )
+    )
+
+
 def _mlp(bias=True):
     return nn.Sequential(
         nn.Linear(4, 5, bias=bias), nn.Tanh(), nn.Linear(5, NUM_OUTPUTS, bias=bias)
@@ -67,6 +145,33 @@ NETWORKS = {
         lambda: _cnn(nn.Conv1d(2, 3, 3, padding=1, stride=2), features=9),
         (2, 6),
     ),
+    "conv3d": (
+        lambda: _cnn(
+            nn.Conv3d(1, 2, 2, stride=(1, 2, 1), padding=(1, 0, 1)), features=36
+        ),
+        (1, 2, 4, 2),
+    ),
+    "batch-norm-1d": (
+        lambda: _normalized(nn.Linear(4, 5), nn.BatchNorm1d(5), features=5),
+        (4,),
+    ),
+    "group-norm": (
+        lambda: _normalized(nn.Conv2d(1, 4, 2), nn.GroupNorm(2, 4), features=36),
+        (1, 4, 4),
+    ),
+    "instance-norm": (
+        lambda: _normalized(
+            nn.Conv1d(1, 2, 2), nn.InstanceNorm1d(2, affine=True), features=10
+        ),
+        (1, 6),
+    ),
+    "layer-norm-2d": (
+        lambda: _normalized(nn.Conv1d(1, 2, 2), nn.LayerNorm([2, 3]), features=6),
+        (1, 4),
+    ),
+    "resnet": (_resnet, (1, 4, 4)),
+    "transformer": (_transformer, (3, 4)),
+    "recurrent": (Recurrent, (2, 3)),
     "sequence": (
         lambda: nn.Sequential(
             nn.Linear(3, 4), nn.Tanh(), MeanOverSequence(), nn.Linear(4, NUM_OUTPUTS)

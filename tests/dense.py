@@ -1,8 +1,10 @@
 """Dense references, straight from the formulas, one example at a time by autograd."""
 
+from itertools import product
+
 import torch
 from torch import nn
-from torch.nn.functional import pad, unfold
+from torch.nn.functional import pad
 
 
 def relative_error(actual, expected):
@@ -47,59 +49,84 @@ def ggn_blocks(model, X, y, loss, fisher_type="type-2", weights=None):
 def _input_rows(module, x):
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1])
-    if isinstance(module, nn.Conv1d):
-        kernel, stride = (1, *module.kernel_size), (1, *module.stride)
-        dilation, x = (1, *module.dilation), x.unsqueeze(2)
-        padding = (*module._reversed_padding_repeated_twice, 0, 0)
-    else:
-        kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
-        padding = module._reversed_padding_repeated_twice
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = pad(x, padding, mode=mode)
-    x = x.reshape(1, module.groups, -1, *x.shape[2:]).mean(1)
-    return unfold(x, kernel, dilation=dilation, stride=stride)[0].T
+    x = pad(x, module._reversed_padding_repeated_twice, mode=mode)[0]
+    x = x.reshape(module.groups, -1, *x.shape[1:]).mean(0)
+    windows = []
+    for axis, size in enumerate(x.shape[1:]):
+        dilation = module.dilation[axis]
+        span = dilation * (module.kernel_size[axis] - 1) + 1
+        starts = range(0, size - span + 1, module.stride[axis])
+        windows.append([slice(start, start + span, dilation) for start in starts])
+    patches = [x[(slice(None), *window)].flatten() for window in product(*windows)]
+    return torch.stack(patches)
+
+
+def _is_row_layer(module):
+    return isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
 def kronecker_factors(
     model, X, y, loss, fisher_type="type-2", weights=None, reduce=False
 ):
-    """K-FAC's (G, A) of each layer; ``loss`` has reduction sum."""
-    weights = torch.ones(len(X), dtype=X.dtype) if weights is None else weights
-    layers = [m for m in model.modules() if hasattr(m, "weight")]
-    factors = {m: [0.0, 0.0] for m in layers}
-    for (x, target), weight in zip(_examples(X, y), weights, strict=True):
-        inputs, outputs = {}, {}
+    """K-FAC's (G, A) of each layer, (G,) of each parameter of a normalization layer.
 
-        def record(module, args, output, inputs=inputs, outputs=outputs):
-            inputs[module], outputs[module] = args[0], output
+    ``loss`` has reduction sum. Rows of all calls of a layer are its positions.
+    """
+    weights = torch.ones(len(X), dtype=X.dtype) if weights is None else weights
+    layers = [m for m in model.modules() if _is_row_layer(m)]
+    vectors = [
+        p for m in model.modules() if not _is_row_layer(m) for p in m.parameters(False)
+    ]
+    factors = {
+        **{m: [0.0, 0.0] for m in layers},
+        **{p: [torch.zeros(p.numel(), p.numel(), dtype=p.dtype)] for p in vectors},
+    }
+    for (x, target), weight in zip(_examples(X, y), weights, strict=True):
+        calls = {m: [] for m in layers}
+
+        def record(module, args, output, calls=calls):
+            calls[module].append((args[0], output))
 
         handles = [m.register_forward_hook(record) for m in layers]
         f = model(x)
         for handle in handles:
             handle.remove()
         for module in layers:
-            rows = _input_rows(module, inputs[module].detach())
+            rows = [_input_rows(module, x.detach()) for x, _ in calls[module]]
+            rows = torch.cat(rows)
             rows = rows.mean(0, keepdim=True) if reduce else rows
             factors[module][1] += weight / weights.sum() * rows.T @ rows / len(rows)
         for column in output_columns(f, target, loss, fisher_type):
             for module in layers:
-                (g,) = torch.autograd.grad(
-                    f, outputs[module], column, retain_graph=True
-                )
-                g = g if isinstance(module, nn.Linear) else g.movedim(1, -1)
-                rows = g.reshape(-1, g.shape[-1])
+                outputs = [output for _, output in calls[module]]
+                rows = []
+                for g in torch.autograd.grad(f, outputs, column, retain_graph=True):
+                    g = g if isinstance(module, nn.Linear) else g.movedim(1, -1)
+                    rows.append(g.reshape(-1, g.shape[-1]))
+                rows = torch.cat(rows)
                 rows = rows.sum(0, keepdim=True) if reduce else rows
                 factors[module][0] += weight * rows.T @ rows
-    return factors
+            for p in vectors:
+                (g,) = torch.autograd.grad(f, p, column, retain_graph=True)
+                factors[p][0] += weight * torch.outer(g.flatten(), g.flatten())
+    order = {id(p): index for index, p in enumerate(model.parameters())}
+
+    def first_parameter(item):
+        return order[id(item[0].weight if _is_row_layer(item[0]) else item[0])]
+
+    return dict(sorted(factors.items(), key=first_parameter))
 
 
 def eigenbases(factors):
     """The eigenvectors of each parameter's block, as the columns of a matrix."""
     bases = []
-    for module, (G, A) in factors.items():
+    for owner, (G, *A) in factors.items():
         gradient_vectors = torch.linalg.eigh(G).eigenvectors
-        bases.append(torch.kron(gradient_vectors, torch.linalg.eigh(A).eigenvectors))
-        if module.bias is not None:
+        if A:
+            input_vectors = torch.linalg.eigh(A[0]).eigenvectors
+            bases.append(torch.kron(gradient_vectors, input_vectors))
+        if not A or owner.bias is not None:
             bases.append(gradient_vectors)
     return bases
 
@@ -107,9 +134,10 @@ def eigenbases(factors):
 def kfac_blocks(factors):
     """K-FAC's diagonal block of each parameter."""
     blocks = []
-    for module, (G, A) in factors.items():
-        blocks.append(torch.kron(G, A))
-        if module.bias is not None:
+    for owner, (G, *A) in factors.items():
+        if A:
+            blocks.append(torch.kron(G, A[0]))
+        if not A or owner.bias is not None:
             blocks.append(G)
     return blocks
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from laplace_debiased.capture import capture_rows
-from laplace_debiased.layers import find_layers
+from laplace_debiased.selection import find_layers
 
 SIZE = 4
 
@@ -11,13 +11,16 @@ SIZE = 4
 def capture(model, X, params=None, batch_size=None):
     """Input rows and gradient rows of each layer, by name."""
     layers = find_layers(model, model.parameters() if params is None else params)
-    inputs = {}
+    calls = {}
     batch_size = len(X) if batch_size is None else batch_size
     with capture_rows(
-        layers, batch_size, lambda layer, rows: inputs.update({layer.name: rows})
+        layers,
+        batch_size,
+        lambda layer, rows: calls.setdefault(layer.name, []).append(rows),
     ) as tape:
         output = model(X)
     gradients = tape.gradient_rows(output, torch.ones_like(output), False)
+    inputs = {name: torch.cat(rows, 1) for name, rows in calls.items()}
     return inputs, {layer.name: rows for layer, rows in gradients}
 
 
@@ -76,10 +79,21 @@ def test_layers_without_influence_have_no_gradient_rows():
     assert gradients.keys() == {"second"}
 
 
-def test_a_layer_that_runs_twice_is_refused_by_name():
-    linear = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match="'0' runs more than once"):
-        capture(nn.Sequential(linear, linear), torch.randn(SIZE, 3))
+def test_calls_of_a_layer_are_positions_also_without_influence():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared = nn.Linear(3, 3)
+
+        def forward(self, x):
+            self.shared(x + 1)
+            return self.shared(x)
+
+    X = torch.randn(SIZE, 3)
+    inputs, gradients = capture(Twice(), X)
+    assert torch.equal(inputs["shared"], torch.stack([X + 1, X], 1).unsqueeze(2))
+    expected = torch.stack([torch.zeros(SIZE, 3), torch.ones(SIZE, 3)], 1)
+    assert torch.equal(gradients["shared"], expected.unsqueeze(2))
 
 
 def test_a_layer_that_never_runs_is_refused_by_name():

@@ -416,15 +416,6 @@ def test_numpy_integers_are_integers():
     assert torch.equal(posterior(la), posterior(reference))
 
 
-def test_unsupported_layers_are_refused_by_name():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
-    with pytest.raises(ValueError, match=r"1 \(BatchNorm1d\)"):
-        debiased(model).fit(loader())
-    la = debiased(model, subset="last_layer")
-    la.fit(loader())
-    assert la.n_params == 15
-
-
 def test_a_model_without_trainable_parameters_is_refused():
     model = network("mlp").requires_grad_(False)
     with pytest.raises(ValueError, match="no parameters with `requires_grad=True`"):

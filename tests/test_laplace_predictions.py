@@ -98,3 +98,41 @@ def test_predictive_is_differentiable_in_the_input(subset, pred_type):
     for output in la(X, pred_type=pred_type, link_approx="mc"):
         (gradient,) = torch.autograd.grad(output.sum(), X, retain_graph=True)
         assert gradient.abs().sum() > 0
+
+
+SAMPLING = [
+    ("classification", "glm", "mc"),
+    ("classification", "nn", "mc"),
+    ("regression", "nn", "mc"),
+]
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize(("likelihood", "pred_type", "link"), SAMPLING)
+def test_predictions_honour_the_generator(likelihood, pred_type, link, subset):
+    train = loader(likelihood=likelihood)
+    la = debiased(network("mlp"), likelihood, subset)
+    la.fit(train)
+    X = train.dataset.tensors[0]
+    generator = torch.Generator()
+
+    def predict(seed):
+        generator.manual_seed(seed)
+        kind = {"pred_type": pred_type, "link_approx": link, "n_samples": 3}
+        prediction = la(X, **kind, generator=generator)
+        return prediction if likelihood == "classification" else torch.cat(prediction)
+
+    assert torch.equal(predict(0), predict(0))
+    assert not torch.allclose(predict(0), predict(1))
+    state = torch.get_rng_state()
+    predict(0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_invalid_generators_are_refused():
+    la = debiased(network("mlp"))
+    la.fit(loader())
+    X = loader().dataset.tensors[0]
+    with pytest.raises(ValueError, match="Invalid random generator"):
+        la(X, link_approx="mc", generator=0)
+    assert not torch.equal(la(X, link_approx="mc"), la(X, link_approx="mc"))

@@ -4,12 +4,13 @@ from laplace.curvature import CurvatureInterface
 from torch import nn
 
 from laplace_debiased import EigenbasisMatrix
-from laplace_debiased.layers import curvature_blocks, find_layers
+from laplace_debiased.layers import curvature_blocks
 from laplace_debiased.predictive import (
     KINDS,
     LinearizedPredictive,
     last_layer_covariance,
 )
+from laplace_debiased.selection import find_layers
 from tests.cases import NETWORKS, NUM_OUTPUTS, MeanOverSequence, batch, network
 from tests.dense import relative_error
 from tests.test_eigenbasis import random_matrix

@@ -5,8 +5,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import KronDebiasedLaplace, Laplace
 from laplace_debiased.factors import KroneckerFactors
-from laplace_debiased.layers import curvature_blocks, find_layers
+from laplace_debiased.layers import curvature_blocks
 from laplace_debiased.output_curvature import OutputCurvature
+from laplace_debiased.selection import find_layers
 from laplace_debiased.sweep import sweep
 from tests.cases import LOSSES, NUM_OUTPUTS, batch, network, split
 

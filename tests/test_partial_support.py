@@ -1,0 +1,152 @@
+"""Parameters in unsupported layers stay at their trained values."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.cases import NUM_OUTPUTS, network
+from tests.fits import debiased, loader, posterior
+
+SIZE = 20
+
+
+class Partial(nn.Module):
+    """Has layers of unsupported types, one that never runs, and an unused one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm, self.unused = nn.LayerNorm(4), nn.Linear(2, 2)
+        self.head = nn.Linear(4, NUM_OUTPUTS)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        return self.head(self.norm(self.attention(x, x, x)[0]).mean(1))
+
+
+SUPPORTED = ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Partial().double()
+
+
+@pytest.fixture
+def tokens():
+    torch.manual_seed(1)
+    X, y = torch.randint(7, (SIZE, 5)), torch.randint(NUM_OUTPUTS, (SIZE,))
+    return DataLoader(TensorDataset(X, y), 6)
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_others_are_fitted_as_if_those_were_frozen(model, tokens, magnitudes):
+    la = debiased(model, magnitudes=magnitudes)
+    with pytest.warns(UserWarning, match="stay at their trained values"):
+        la.fit(tokens)
+    assert all(param.requires_grad for param in model.parameters())
+    frozen = Partial().double()
+    frozen.load_state_dict(model.state_dict())
+    for name, param in frozen.named_parameters():
+        param.requires_grad_(name in SUPPORTED)
+    expected = debiased(frozen, magnitudes=magnitudes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected.fit(tokens)
+    assert la.n_params == expected.n_params == 8 + 5 * NUM_OUTPUTS
+    assert la.n_layers == len(SUPPORTED)
+    assert torch.equal(posterior(la), posterior(expected))
+    X = tokens.dataset.tensors[0]
+    assert torch.equal(la(X), expected(X))
+    generator = torch.Generator()
+    samples = [
+        each.predictive_samples(X, "nn", 3, generator=generator.manual_seed(0))
+        for each in (la, expected)
+    ]
+    assert torch.allclose(*samples)  # the fused attention of torch rounds otherwise
+    la.optimize_prior_precision(prior_structure="layerwise")
+    assert la.prior_precision.shape == (len(SUPPORTED),)
+
+
+def test_one_warning_lists_and_counts_them(model, tokens):
+    la = debiased(model)
+    with pytest.warns(UserWarning) as caught:
+        la.fit(tokens)
+    (message,) = [str(w.message) for w in caught if "stay at" in str(w.message)]
+    total = sum(param.numel() for param in model.parameters())
+    for part in (
+        f"{total - la.n_params} of {total} parameters",
+        "embedding (Embedding: weight)",
+        "attention (MultiheadAttention: in_proj_weight, in_proj_bias)",
+        "attention.out_proj (NonDynamicallyQuantizableLinear: weight, bias) "
+        "never runs as a module",
+        "unused (Linear: weight, bias) never runs as a module",
+        "strict=True",
+    ):
+        assert part in message
+
+
+def test_strict_refuses_unsupported_layers_at_once(model):
+    with pytest.raises(ValueError, match=r"embedding \(Embedding: weight\), attention"):
+        debiased(model, strict=True)
+    assert all(param.requires_grad for param in model.parameters())
+
+
+def test_strict_refuses_modules_that_never_run_when_fitting(model, tokens):
+    for part in (model.embedding, model.attention):
+        part.requires_grad_(False)
+    la = debiased(model, strict=True)
+    with pytest.raises(ValueError, match=r"unused \(Linear: weight, bias\) never runs"):
+        la.fit(tokens)
+    model.unused.requires_grad_(False)
+    la = debiased(model, strict=True)
+    la.fit(tokens)
+    assert la.n_params == 8 + 5 * NUM_OUTPUTS
+
+
+def test_last_layer_does_not_mind_the_others(model, tokens):
+    la = debiased(model, subset="last_layer", strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        la.fit(tokens)
+    assert la.n_params == 5 * NUM_OUTPUTS
+
+
+def test_checkpoints_know_what_was_left_out(model, tokens, tmp_path):
+    la = debiased(model)
+    la.fit(tokens)
+    torch.save(la.state_dict(), tmp_path / "la.pt")
+    restored = debiased(model)
+    restored.load_state_dict(torch.load(tmp_path / "la.pt", weights_only=True))
+    X = tokens.dataset.tensors[0]
+    assert torch.equal(restored(X), la(X))
+
+    model.head.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"\['head.bias', 'head.weight'\], which are"):
+        debiased(model).load_state_dict(la.state_dict())
+
+
+def test_priors_are_checked_against_what_is_fitted(model, tokens):
+    la = debiased(model, prior_precision=torch.ones(8).double())
+    with pytest.raises(ValueError, match="prior"):
+        la.fit(tokens)
+    la = debiased(network("mlp"), prior_precision=torch.ones(4).double())
+    la.fit(loader())
+
+
+def test_nothing_supported_is_an_error():
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, NUM_OUTPUTS))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    with pytest.raises(ValueError, match="nothing to fit"):
+        debiased(Weighted().double()).fit(loader())
