@@ -515,12 +515,13 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     ) -> Iterator[Tensor]:
         X = X.to(self._device) if isinstance(X, Tensor) else X
         _, features = self.model.forward_with_features(X, **model_kwargs)
-        for sample in self.sample(n_samples, generator):
-            weight_size = self.model.last_layer.weight.numel()
-            weight = sample[:weight_size].view_as(self.model.last_layer.weight)
-            bias = sample[weight_size:] if sample.numel() > weight_size else None
-            output = nn.functional.linear(features, weight, bias)
-            yield output if self.enable_backprop else output.detach()
+        layer = self.model.last_layer
+        samples = self.sample(n_samples, generator)
+        weights = samples[:, : layer.weight.numel()].unflatten(1, layer.weight.shape)
+        outputs = features @ weights.mT  # one matrix product for all samples
+        if layer.bias is not None:
+            outputs = outputs + samples[:, layer.weight.numel() :].unsqueeze(1)
+        yield from outputs if self.enable_backprop else outputs.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`KronDebiasedLaplace.state_dict`."""
