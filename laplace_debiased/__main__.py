@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from laplace_debiased.comparison.networks import RECIPES
-from laplace_debiased.sampling import MIN_BUDGET
+from laplace_debiased.debiasing import MIN_BUDGET
 
 _EXTRA_MODULES = ("matplotlib", "netcal", "sklearn", "tueplots")
 

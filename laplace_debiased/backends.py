@@ -16,10 +16,12 @@ from laplace.utils import Kron, split_batch
 from torch import Tensor
 from tqdm import tqdm
 
+from laplace_debiased.curvature import scale_gradients
 from laplace_debiased.eigenbasis import Factors
 from laplace_debiased.factors import DirectionalCurvatures, KroneckerFactors
 from laplace_debiased.layers import curvature_blocks
 from laplace_debiased.output_curvature import OutputCurvature
+from laplace_debiased.sampling import Fold
 from laplace_debiased.selection import find_layers
 from laplace_debiased.sweep import (
     Accumulator,
@@ -62,70 +64,98 @@ class CurvatureSource:
                 f"backends know {sorted(_CURVLINOPS_OPTIONS)}."
             )
 
-    def kfacs(
-        self, loader: Iterable, num_data: int
-    ) -> tuple[list[Factors], SweepSummary]:
+    @property
+    def takes_weights(self) -> bool:
+        """Whether points may have weights, and give inputs by forward passes."""
+        return isinstance(self.backend, CurvlinopsInterface)
+
+    def kfacs(self, fold: Fold) -> tuple[list[Factors], SweepSummary]:
         """Compute K-FAC's factors.
 
         Args:
-            loader: Yields the points.
-            num_data: Number of points it yields.
+            fold: The points.
 
         Returns:
             The factors ``[G, A]`` or ``[G]`` of each parameter, G summed over the
-            points, and a summary with their negative log likelihood as the loss.
+            weighted points, and a summary with their negative log likelihood as the
+            loss.
 
         Raises:
             ValueError: If data, layers or backend are not supported.
         """
-        if not isinstance(self.backend, CurvlinopsInterface):
-            return self._kfacs_of_backend(loader, num_data)
-        approximation = self.options.get("kfac_approx", KFACType.EXPAND)
+        if not self.takes_weights:
+            return self._kfacs_of_backend(fold.loader, fold.num_points)
         blocks = self._blocks()
-        factors = KroneckerFactors(blocks, approximation)
-        summary = self._sweep(loader, blocks, factors)
+        factors = KroneckerFactors(blocks, self._approximation)
+        summary = self._sweep(fold.loader, blocks, factors, fold.weights)
         kfacs = factors.kfacs(self.params[0].dtype)
         return scale_gradients(kfacs, self.backend.factor), summary
 
+    def survey(self, loader: Iterable) -> tuple[list[Factors], SweepSummary]:
+        """Compute input covariances, losses and traces by forward passes alone.
+
+        Args:
+            loader: Yields the points.
+
+        Returns:
+            The factors of each parameter as in :meth:`kfacs`, with gradient covariances
+            of zeros, and a summary.
+        """
+        blocks = self._blocks()
+        factors = KroneckerFactors(blocks, self._approximation)
+        summary = self._sweep(loader, blocks, factors, backward=False)
+        return factors.kfacs(self.params[0].dtype), summary
+
     def directional_curvatures(
-        self, loader: Iterable, eigenvectors: list[Factors]
+        self, fold: Fold, eigenvectors: list[Factors]
     ) -> tuple[list[Factors], SweepSummary]:
         """Measure exact curvature along given directions.
 
         Args:
-            loader: Yields the points.
+            fold: The points.
             eigenvectors: Directions of each parameter.
 
         Returns:
-            The curvatures of each parameter, summed over the points, and a summary
-            as in :meth:`kfacs`.
+            The curvatures of each parameter, summed over the weighted points, and a
+            summary as in :meth:`kfacs`.
 
         Raises:
             ValueError: If data, layers or backend are not supported.
         """
         blocks = self._blocks()
         curvatures = DirectionalCurvatures(blocks, eigenvectors)
-        summary = self._sweep(loader, blocks, curvatures)
+        summary = self._sweep(fold.loader, blocks, curvatures, fold.weights)
         eigenvalues = curvatures.eigenvalues(self.params[0].dtype)
         return scale_gradients(eigenvalues, self.backend.factor), summary
 
-    def loss(self, loader: Iterable) -> SweepSummary:
+    def loss(self, fold: Fold) -> SweepSummary:
         """Compute the loss alone, by forward passes.
 
         Args:
-            loader: Yields the points.
+            fold: The points.
 
         Returns:
             A summary as in :meth:`kfacs`.
         """
-        return self._sweep(loader, [], KroneckerFactors([]))
+        return self._sweep(
+            fold.loader, [], KroneckerFactors([]), fold.weights, backward=False
+        )
+
+    @property
+    def _approximation(self) -> str:
+        return self.options.get("kfac_approx", KFACType.EXPAND)
 
     def _blocks(self) -> list:
         layers = find_layers(self.backend.model, self.params)
         return curvature_blocks(layers, separate_weight_and_bias=True)
 
     def _sweep(
-        self, loader: Iterable, blocks: list, accumulator: Accumulator
+        self,
+        loader: Iterable,
+        blocks: list,
+        accumulator: Accumulator,
+        weights: Tensor | None = None,
+        backward: bool = True,
     ) -> SweepSummary:
         layers = list({block.layer.name: block.layer for block in blocks}.values())
         output_curvature = OutputCurvature(
@@ -142,6 +172,8 @@ class CurvatureSource:
             ),
             output_curvature,
             accumulator,
+            weights=weights,
+            backward=backward,
             seed=self.seed,
         )
         return replace(summary, loss=self.backend.factor * summary.loss)
@@ -218,17 +250,3 @@ def reinstall_hooks(backend: CurvatureInterface) -> None:
                 for hook in module._forward_hooks.values()
             )
         extend(extended)
-
-
-def scale_gradients(kfacs: list[Factors], factor: float) -> list[Factors]:
-    """Scale the first factor of each block, and so the curvature.
-
-    Args:
-        kfacs: Factors ``[G, A]``, or ``[G]``, or eigenvalues, of each block.
-        factor: The factor.
-
-    Returns:
-        The scaled factors. Blocks that hold the same tensor still do.
-    """
-    scaled = {id(first): factor * first for first, *_ in kfacs}
-    return [[scaled[id(first)], *others] for first, *others in kfacs]

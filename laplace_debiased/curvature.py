@@ -1,30 +1,70 @@
 """Debiased curvature that grows with the data.
 
 Each kind of magnitudes keeps what it takes to add further data: ``kfac`` the Kronecker
-factors of both roles, ``ggn`` the eigenbasis and the curvatures measured in it.
+factors of each fold, ``ggn`` the eigenbasis and the curvatures measured in it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from laplace_debiased.eigenbasis import EigenbasisMatrix, Factors, decompose, project
 
 
+def average(
+    estimates: Sequence[list[Factors]], shares: Sequence[float]
+) -> list[Factors]:
+    """Average the factors, or the eigenvalues, of several folds.
+
+    Args:
+        estimates: Factors of each block, for each fold.
+        shares: Weights of the folds, of any sum.
+
+    Returns:
+        The averages. Blocks that hold the same tensor still do.
+    """
+    known: dict[tuple[int, ...], Tensor] = {}
+
+    def mean(tensors: tuple[Tensor, ...]) -> Tensor:
+        key = tuple(id(tensor) for tensor in tensors)
+        if key not in known:
+            weighted = (s * t for s, t in zip(shares, tensors, strict=True))
+            known[key] = sum(weighted) / sum(shares)
+        return known[key]
+
+    return [
+        [mean(tensors) for tensors in zip(*blocks, strict=True)]
+        for blocks in zip(*estimates, strict=True)
+    ]
+
+
+def without(items: Sequence, index: int) -> list:
+    """Return all items but one."""
+    return [item for k, item in enumerate(items) if k != index]
+
+
 @dataclass(frozen=True)
 class KFACCurvature:
     """Curvature with ``kfac`` magnitudes.
 
+    Two batches: the first fold gives directions, the second magnitudes. Cross-fit: all
+    folds give directions; each fold's magnitudes are measured along the directions of
+    the others, and are averaged by rank (Bartz, 2016).
+
     Args:
-        directions: Factors ``[G, A]`` or ``[G]`` of each block, of the points that give
-            directions. G is scaled to all data, A is a mean.
-        magnitudes: The same of the points that give magnitudes.
+        folds: Factors ``[G, A]`` or ``[G]`` of each block, for each fold. G is scaled
+            to all data, A is a mean.
+        shares: Each fold's share of the points.
+        cross_fit: Whether each fold plays both roles.
     """
 
-    directions: list[Factors]
-    magnitudes: list[Factors]
+    folds: list[list[Factors]]
+    shares: Sequence[float] = (0.5, 0.5)
+    cross_fit: bool = False
 
     def merge(self, other: KFACCurvature, share: float) -> KFACCurvature:
         """Add further data: gradient covariances add up, input covariances average.
@@ -35,21 +75,28 @@ class KFACCurvature:
 
         Returns:
             Curvature of all data.
+
+        Raises:
+            ValueError: If the folds of both do not match.
         """
+        if (len(self.folds), self.cross_fit) != (len(other.folds), other.cross_fit):
+            raise ValueError(
+                "Further data must be used as the first data were: in as many folds, "
+                "with `estimator='cross_fit'` both times or not at all."
+            )
 
         def merged(own: list[Factors], new: list[Factors]) -> list[Factors]:
-            return [
-                [
-                    G + H,
-                    *(share * A + (1 - share) * B for A, B in zip(As, Bs, strict=True)),
-                ]
-                for (G, *As), (H, *Bs) in zip(own, new, strict=True)
-            ]
+            means = average([own, new], [share, 1 - share])
+            sums = [G + H for (G, *_), (H, *_) in zip(own, new, strict=True)]
+            return [[G, *As] for G, (_, *As) in zip(sums, means, strict=True)]
 
-        return KFACCurvature(
-            merged(self.directions, other.directions),
-            merged(self.magnitudes, other.magnitudes),
-        )
+        folds = [merged(*pair) for pair in zip(self.folds, other.folds, strict=True)]
+        return KFACCurvature(folds, self.shares, self.cross_fit)
+
+    def scaled(self, factor: float) -> KFACCurvature:
+        """Scale the curvature."""
+        folds = [scale_gradients(fold, factor) for fold in self.folds]
+        return KFACCurvature(folds, self.shares, self.cross_fit)
 
     def decompose(self, damping: bool = False) -> EigenbasisMatrix:
         """Measure the magnitudes along the directions.
@@ -60,17 +107,56 @@ class KFACCurvature:
         Returns:
             The curvature in its eigenbasis.
         """
-        eigenvectors = decompose(self.directions)
-        eigenvalues = project(self.magnitudes, eigenvectors)
+        if not self.cross_fit:
+            directions, magnitudes = self.folds
+            eigenvectors = decompose(directions)
+            eigenvalues = project(magnitudes, eigenvectors)
+            return EigenbasisMatrix(eigenvectors, eigenvalues, damping=damping)
+        held_out = [
+            project(fold, held_out_directions(self.folds, self.shares, k))
+            for k, fold in enumerate(self.folds)
+        ]
+        eigenvectors = decompose(average(self.folds, self.shares))
+        eigenvalues = average(held_out, self.shares)
         return EigenbasisMatrix(eigenvectors, eigenvalues, damping=damping)
 
     def to_matrix(self) -> Tensor:
         """Compute the curvature densely, ``[params, params]``."""
         return self.decompose().to_matrix()
 
-    def tensors(self) -> tuple[list[Factors], list[Factors]]:
-        """Return the two lists that the curvature is built from."""
-        return self.directions, self.magnitudes
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the curvature is built from."""
+        return dict(vars(self))
+
+
+def held_out_directions(
+    folds: list[list[Factors]], shares: list[float], index: int
+) -> list[Factors]:
+    """Compute the eigenvectors of all folds but one.
+
+    Args:
+        folds: Factors of each block, for each fold.
+        shares: Each fold's share of the points.
+        index: The fold to leave out.
+
+    Returns:
+        Eigenvectors of each block.
+    """
+    return decompose(average(without(folds, index), without(shares, index)))
+
+
+def scale_gradients(kfacs: list[Factors], factor: float) -> list[Factors]:
+    """Scale the first factor of each block, and so the curvature.
+
+    Args:
+        kfacs: Factors ``[G, A]``, or ``[G]``, or eigenvalues, of each block.
+        factor: The factor.
+
+    Returns:
+        The scaled factors. Blocks that hold the same tensor still do.
+    """
+    scaled = {id(first): factor * first for first, *_ in kfacs}
+    return [[scaled[id(first)], *others] for first, *others in kfacs]
 
 
 @dataclass(frozen=True)
@@ -102,6 +188,12 @@ class GGNCurvature:
         ]
         return GGNCurvature(self.eigenvectors, eigenvalues)
 
+    def scaled(self, factor: float) -> GGNCurvature:
+        """Scale the curvature."""
+        return GGNCurvature(
+            self.eigenvectors, scale_gradients(self.eigenvalues, factor)
+        )
+
     def decompose(self, damping: bool = False) -> EigenbasisMatrix:
         """Return the curvature in its eigenbasis.
 
@@ -117,9 +209,9 @@ class GGNCurvature:
         """Compute the curvature densely, ``[params, params]``."""
         return self.decompose().to_matrix()
 
-    def tensors(self) -> tuple[list[Factors], list[Factors]]:
-        """Return the two lists that the curvature is built from."""
-        return self.eigenvectors, self.eigenvalues
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the curvature is built from."""
+        return dict(vars(self))
 
 
 CURVATURES = {"kfac": KFACCurvature, "ggn": GGNCurvature}

@@ -7,7 +7,10 @@ from numbers import Integral
 from typing import Any
 
 from laplace_debiased.operator import check_magnitudes
-from laplace_debiased.sampling import MIN_BUDGET
+
+MIN_BUDGET = 8
+SAMPLINGS = ("curvature", "uniform")
+ESTIMATORS = ("two_batch", "cross_fit")
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,12 @@ class Debiasing:
 
     Args:
         magnitudes: ``"kfac"`` or ``"ggn"``.
-        direction_fraction: Share of the points that give directions.
+        direction_fraction: Share of the points that give directions, with two batches.
         budget: Number of points that get backward passes; None for all.
+        sampling: How the budget is drawn: ``"curvature"`` or ``"uniform"``.
+        pool_size: Number of points that curvature sampling draws from.
+        estimator: ``"two_batch"`` or ``"cross_fit"``.
+        num_folds: Number of folds of ``"cross_fit"``.
         seed: Seed of the assignment, and of sampled labels.
 
     Raises:
@@ -28,10 +35,16 @@ class Debiasing:
     magnitudes: str = "kfac"
     direction_fraction: float = 0.5
     budget: int | None = None
+    sampling: str = "uniform"
+    pool_size: int = 4096
+    estimator: str = "two_batch"
+    num_folds: int = 2
     seed: int = 0
 
     def __post_init__(self):
         check_magnitudes(self.magnitudes)
+        _check_choice("sampling", self.sampling, SAMPLINGS)
+        _check_choice("estimator", self.estimator, ESTIMATORS)
         if not isinstance(self.direction_fraction, int | float):
             raise TypeError(
                 "`direction_fraction` must be a float, "
@@ -42,17 +55,38 @@ class Debiasing:
                 "`direction_fraction` must lie strictly between 0 and 1, "
                 f"got {self.direction_fraction}."
             )
-        if self.budget is not None and not _is_integer(self.budget):
-            raise TypeError(f"`budget` must be None or an int, got {self.budget!r}.")
-        if self.budget is not None and self.budget < MIN_BUDGET:
+        if self.budget is not None:
+            _check_integer("budget", self.budget, MIN_BUDGET)
+        _check_integer("pool_size", self.pool_size, MIN_BUDGET)
+        _check_integer("num_folds", self.num_folds, 2)
+        _check_integer("seed", self.seed)
+        if self.budget is not None and self.num_folds > self.budget:
             raise ValueError(
-                f"`budget` must be at least {MIN_BUDGET}, one point for directions and "
-                f"one for magnitudes, got {self.budget}."
+                f"`num_folds` must be at most `budget`, got {self.num_folds} folds for "
+                f"{self.budget} points."
             )
-        if not _is_integer(self.seed):
-            raise TypeError(f"`seed` must be an int, got {self.seed!r}.")
+
+    @property
+    def cross_fit(self) -> bool:
+        """Whether each fold gives directions and magnitudes."""
+        return self.estimator == "cross_fit"
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the points in each fold."""
+        if self.cross_fit:
+            return [1 / self.num_folds] * self.num_folds
+        return [self.direction_fraction, 1 - self.direction_fraction]
 
 
-def _is_integer(value: Any) -> bool:
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+
+
+def _check_integer(name: str, value: Any, smallest: int | None = None) -> None:
     """NumPy's integers are integers, too; booleans are not meant."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an int, got {value!r}.")
+    if smallest is not None and value < smallest:
+        raise ValueError(f"`{name}` must be at least {smallest}, got {value}.")

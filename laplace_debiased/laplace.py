@@ -25,13 +25,13 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
-from laplace_debiased.backends import CurvatureSource, scale_gradients
-from laplace_debiased.curvature import CURVATURES, GGNCurvature, KFACCurvature
+from laplace_debiased.backends import CurvatureSource
+from laplace_debiased.curvature import CURVATURES
 from laplace_debiased.debiasing import Debiasing
-from laplace_debiased.eigenbasis import decompose
+from laplace_debiased.estimation import Estimate, Estimator
 from laplace_debiased.guard import frozen, preserved
 from laplace_debiased.predictive import LinearizedPredictive, last_layer_covariance
-from laplace_debiased.sampling import Roles, explicit_roles, split_roles
+from laplace_debiased.sampling import Folds, explicit_folds, split
 from laplace_debiased.selection import (
     LeftOut,
     find_layers,
@@ -40,7 +40,6 @@ from laplace_debiased.selection import (
     refusal,
     select,
 )
-from laplace_debiased.sweep import SweepSummary
 
 
 class KronDebiasedLaplace(KronLaplace):
@@ -58,9 +57,19 @@ class KronDebiasedLaplace(KronLaplace):
             (that of the other points' K-FAC, the paper's) or ``"ggn"`` (that of each
             layer's exact GGN block; needs a curvlinops backend).
         direction_fraction: Share of the points that give directions; the others give
-            magnitudes.
-        budget: Number of training points, drawn uniformly, that get backward passes;
-            None for all that the loader yields.
+            magnitudes. Of no effect with ``estimator="cross_fit"``.
+        budget: Number of training points that get backward passes; None for all that
+            the loader yields.
+        sampling: How the budget is drawn: ``"curvature"`` (from a pool of points, with
+            probabilities that grow with the curvature of the loss in the network's
+            output, which takes forward passes; the pool also gives input covariances
+            and the loss) or ``"uniform"``. In regression all points of the pool are
+            equally probable.
+        pool_size: Number of points in the pool.
+        estimator: ``"two_batch"`` (some points give directions, others magnitudes) or
+            ``"cross_fit"`` (each point gives both, but none magnitudes along its own
+            directions).
+        num_folds: Number of folds of ``"cross_fit"``.
         seed: Makes draw and assignment of the points reproducible.
         memory_limit: Bytes that a GLM prediction may take for a chunk of examples; may
             be changed at any time.
@@ -83,12 +92,25 @@ class KronDebiasedLaplace(KronLaplace):
         magnitudes: str = "kfac",
         direction_fraction: float = 0.5,
         budget: int | None = None,
+        sampling: str = "uniform",
+        pool_size: int = 4096,
+        estimator: str = "two_batch",
+        num_folds: int = 2,
         seed: int = 0,
         memory_limit: int = 2**30,
         strict: bool = False,
         **kwargs: Any,
     ):
-        self.debiasing = Debiasing(magnitudes, direction_fraction, budget, seed)
+        self.debiasing = Debiasing(
+            magnitudes,
+            direction_fraction,
+            budget,
+            sampling,
+            pool_size,
+            estimator,
+            num_folds,
+            seed,
+        )
         self.memory_limit = memory_limit
         self._strict = strict
         self._generator: torch.Generator | None = None
@@ -99,6 +121,7 @@ class KronDebiasedLaplace(KronLaplace):
         arguments = signature(super().__init__).bind(model, likelihood, *args, **kwargs)
         self.damping = arguments.arguments.get("damping", False)
         self._check_ggn_support(self.damping, self._backend_cls)
+        self._check_sampling_support(self._backend_cls)
 
     def _check_ggn_support(
         self, damping: bool, backend: type[CurvatureInterface]
@@ -113,6 +136,13 @@ class KronDebiasedLaplace(KronLaplace):
             raise ValueError(
                 "`magnitudes='ggn'` needs a curvlinops backend, got "
                 f"{backend.__name__}: use `CurvlinopsGGN` or `magnitudes='kfac'`."
+            )
+
+    def _check_sampling_support(self, backend: type[CurvatureInterface]) -> None:
+        if self._draws and not issubclass(backend, CurvlinopsInterface):
+            raise ValueError(
+                "`sampling='curvature'` needs a curvlinops backend, got "
+                f"{backend.__name__}: use `CurvlinopsGGN` or `sampling='uniform'`."
             )
 
     def _find_left_out(self, model: nn.Module) -> list[LeftOut]:
@@ -179,14 +209,15 @@ class KronDebiasedLaplace(KronLaplace):
             raise ValueError(
                 "Last-layer Laplace approximations do not support `override=False`."
             )
-        roles = self._roles(train_loader, magnitude_loader)
+        folds = self._folds(train_loader, magnitude_loader)
         online = not override and self.H_facs is not None
-        self._prepare(roles)
+        self._prepare(folds)
+        explicit = magnitude_loader is not None
         with preserved(self.model, keep_new_hooks=True):
             self.model.eval()
-            curvature, loss, num_outputs = self._measure(roles, online, progress_bar)
+            estimate = self._estimate(folds, explicit, online, progress_bar)
 
-        num_data = roles.num_data
+        num_data, curvature, loss = folds.num_data, estimate.curvature, estimate.loss
         if online:
             num_data += self.n_data
             curvature = self.H_facs.merge(curvature, self.n_data / num_data)
@@ -195,23 +226,33 @@ class KronDebiasedLaplace(KronLaplace):
         mean = parameters_to_vector(self._fitted_params)
         self.H_facs, self.H = curvature, H
         self.mean = mean if self.enable_backprop else mean.detach()
-        self.loss, self.n_data, self.n_outputs = loss, num_data, num_outputs
-        self.model.output_size = num_outputs
+        self.loss, self.n_data, self.n_outputs = loss, num_data, estimate.num_outputs
+        self.model.output_size = estimate.num_outputs
         self.model.eval()
 
-    def _roles(
+    def _folds(
         self, train_loader: DataLoader, magnitude_loader: DataLoader | None
-    ) -> Roles:
-        """Decide which points give directions and which magnitudes."""
+    ) -> Folds:
+        """Assign points to folds: those to use, or those to draw from."""
         if magnitude_loader is not None:
-            return explicit_roles(train_loader, magnitude_loader)
+            return explicit_folds(train_loader, magnitude_loader)
         d = self.debiasing
-        return split_roles(train_loader, d.direction_fraction, d.budget, d.seed)
+        num_points = d.budget
+        if self._draws:
+            num_points = max(d.budget, d.pool_size)
+        return split(train_loader, d.shares, num_points, d.seed)
 
-    def _prepare(self, roles: Roles) -> None:
+    @property
+    def _draws(self) -> bool:
+        """Whether points are drawn by their curvature."""
+        return self.debiasing.sampling == "curvature" and (
+            self.debiasing.budget is not None
+        )
+
+    def _prepare(self, folds: Folds) -> None:
         """Find out, before curvature is measured, what the posterior is over."""
         if self.params:
-            self._leave_out_idle(next(iter(roles.directions)))
+            self._leave_out_idle(next(iter(folds.folds[0].loader)))
         if not self.params:
             raise ValueError(
                 "The model has no parameters with `requires_grad=True` in supported "
@@ -251,48 +292,24 @@ class KronDebiasedLaplace(KronLaplace):
         self.prior_precision = self._prior_precision
         self.prior_mean = self._prior_mean
 
-    def _measure(
-        self, roles: Roles, online: bool, progress_bar: bool
-    ) -> tuple[KFACCurvature | GGNCurvature, Tensor, int]:
-        """Measure curvature and loss, scaled to ``roles.num_data`` points."""
+    def _estimate(
+        self, folds: Folds, explicit: bool, online: bool, progress_bar: bool
+    ) -> Estimate:
+        """Measure curvature and loss, scaled to all data."""
+        d = self.debiasing
         source = CurvatureSource(
             self.backend,
             self._fitted_params,
             self._asdl_fisher_kwargs,
-            self.debiasing.seed,
+            d.seed,
             progress_bar,
         )
-        ggn = self.debiasing.magnitudes == "ggn"
-        measure = self._measure_ggn if ggn else self._measure_kfac
-        curvature, first, second = measure(source, roles, online)
-        num_used = roles.num_directions + roles.num_magnitudes
-        loss = (first.loss + second.loss) * (roles.num_data / num_used)
-        return curvature, loss, first.num_outputs
-
-    def _measure_kfac(
-        self, source: CurvatureSource, roles: Roles, online: bool
-    ) -> tuple[KFACCurvature, SweepSummary, SweepSummary]:
-        directions, first = source.kfacs(roles.directions, roles.num_directions)
-        magnitudes, second = source.kfacs(roles.magnitudes, roles.num_magnitudes)
-        curvature = KFACCurvature(
-            scale_gradients(directions, roles.num_data / roles.num_directions),
-            scale_gradients(magnitudes, roles.num_data / roles.num_magnitudes),
-        )
-        return curvature, first, second
-
-    def _measure_ggn(
-        self, source: CurvatureSource, roles: Roles, online: bool
-    ) -> tuple[GGNCurvature, SweepSummary, SweepSummary]:
-        if online:  # the eigenbasis is in hand
-            first, eigenvectors = source.loss(roles.directions), self.H.eigenvectors
-        else:
-            kfacs, first = source.kfacs(roles.directions, roles.num_directions)
-            eigenvectors = decompose(kfacs)
-        curvatures, second = source.directional_curvatures(
-            roles.magnitudes, eigenvectors
-        )
-        eigenvalues = scale_gradients(curvatures, roles.num_data / roles.num_magnitudes)
-        return GGNCurvature(eigenvectors, eigenvalues), first, second
+        estimator = Estimator(source, folds, d.cross_fit and not explicit)
+        if self._draws and not explicit and folds.num_points > d.budget:
+            estimator.draw(d.budget, d.seed)
+        if d.magnitudes == "ggn":
+            return estimator.ggn(self.H.eigenvectors if online else None)
+        return estimator.kfac()
 
     def __call__(
         self, *args: Any, generator: torch.Generator | None = None, **kwargs: Any
@@ -432,7 +449,7 @@ class KronDebiasedLaplace(KronLaplace):
             AttributeError: If there is no fit yet.
         """
         state_dict = ParametricLaplace.state_dict(self)
-        state_dict["H"], state_dict["H_magnitudes"] = self.H_facs.tensors()
+        state_dict["H"] = self.H_facs.state_dict()
         state_dict["magnitudes"] = self.debiasing.magnitudes
         state_dict["parameters"] = self._fitted_names
         return state_dict
@@ -456,8 +473,7 @@ class KronDebiasedLaplace(KronLaplace):
         if state_dict["cls_name"] == type(self).__name__:
             self._load_parameters(state_dict["parameters"])
         ParametricLaplace.load_state_dict(self, state_dict)
-        tensors = state_dict["H"], state_dict["H_magnitudes"]
-        self.H_facs = CURVATURES[own](*tensors)
+        self.H_facs = CURVATURES[own](**state_dict["H"])
         self.H = self.H_facs.decompose(self.damping)
 
     def _load_parameters(self, names: list[str]) -> None:
@@ -489,11 +505,11 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     def _fitted_params(self) -> list[Tensor]:
         return list(self.model.last_layer.parameters())
 
-    def _prepare(self, roles: Roles) -> None:
+    def _prepare(self, folds: Folds) -> None:
         if self.model.last_layer is None:
             with preserved(self.model, keep_new_hooks=True):
                 self.model.eval()
-                self._find_last_layer(next(iter(roles.directions)))
+                self._find_last_layer(next(iter(folds.folds[0].loader)))
             self._count_params()
 
     def _output_moments(

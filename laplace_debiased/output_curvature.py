@@ -95,6 +95,27 @@ class OutputCurvature:
             columns = self._residual(output, target).unsqueeze(0)
         return columns * self._output_scale(output) ** 0.5
 
+    def traces(self, output: Tensor, target: Tensor) -> Tensor:
+        """Compute the trace of each example's curvature, without its columns.
+
+        Args:
+            output: Network output ``[batch, outputs]``.
+            target: Targets as in :meth:`columns`.
+
+        Returns:
+            The traces ``[batch]``; with ``"mc"`` their expectation.
+        """
+        if self.fisher_type == FisherType.EMPIRICAL:
+            traces = self._residual(output, target).square().sum(1)
+        elif self._loss_type is CrossEntropyLoss:
+            traces = 1 - output.softmax(1).square().sum(1)
+        elif self._loss_type is MSELoss:
+            traces = output.new_full(output.shape[:1], 2.0 * output.shape[1])
+        else:
+            p = output.sigmoid()
+            traces = (p * (1 - p)).sum(1)
+        return traces * self._output_scale(output)
+
     def total_loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Compute each example's loss.
 

@@ -1,13 +1,13 @@
-"""Who gives directions, who gives magnitudes.
+"""Who gets backward passes, in which fold, and with which weight.
 
-Every point that a loader can yield is assigned to one of the two roles. The assignment
+Every point that a loader can yield is assigned to a fold, or left out. The assignment
 is made over sorted dataset indices by a seeded draw without replacement, so it depends
 on neither the batch size nor the order in which the loader shuffles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping, Sized
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,71 +16,173 @@ from laplace.utils import training_indices
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-MIN_BUDGET = 2
+MIN_POINTS = 2
 
 
 @dataclass(frozen=True)
-class Roles:
-    """The two data sources of a debiased fit.
+class Fold:
+    """Points that estimate the curvature of all data.
 
     Args:
-        directions: Loader of the points that give directions.
-        magnitudes: Loader of the points that give magnitudes.
-        num_directions: Number of points in ``directions``.
-        num_magnitudes: Number of points in ``magnitudes``.
+        loader: Yields the points that get backward passes.
+        num_points: Their number.
+        weights: Their weights ``[points]``; None if all count the same. Weighted sums
+            over the points estimate sums over all data.
+        pool: Yields the points that they were drawn from, which give input covariances
+            by forward passes; None if those are the same.
+    """
+
+    loader: Iterable
+    num_points: int
+    weights: Tensor | None = None
+    pool: Iterable | None = None
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Disjoint sets of points, and what they stand for.
+
+    Args:
+        folds: The folds.
         num_data: Number of points that the curvature is scaled to.
     """
 
-    directions: Iterable
-    magnitudes: Iterable
-    num_directions: int
-    num_magnitudes: int
+    folds: tuple[Fold, ...]
     num_data: int
 
+    @property
+    def num_points(self) -> int:
+        """Number of points in all folds."""
+        return sum(fold.num_points for fold in self.folds)
 
-def split_roles(
-    loader: DataLoader, direction_fraction: float, budget: int | None, seed: int
-) -> Roles:
-    """Assign each point of a loader to one of the two roles.
+    @property
+    def shares(self) -> list[float]:
+        """Each fold's share of the points."""
+        return [fold.num_points / self.num_points for fold in self.folds]
+
+
+def split(
+    loader: DataLoader, shares: Sequence[float], num_points: int | None, seed: int
+) -> Folds:
+    """Assign each point of a loader to a fold, or leave it out.
 
     Args:
         loader: Yields the training points.
-        direction_fraction: Share of the points that give directions; each role gets at
-            least one point.
-        budget: Number of points to use, drawn uniformly; None for all.
+        shares: Share of the points in each fold; each fold gets at least one point.
+        num_points: Number of points to use, drawn uniformly; None for all.
         seed: Seed of draw and assignment.
 
     Returns:
-        The two data sources.
+        The folds.
 
     Raises:
-        ValueError: If the loader is empty, yields a single point, or has no dataset of
-            known size.
+        ValueError: If the loader is empty, yields fewer points than there are folds, or
+            has no dataset of known size.
     """
     num_data = dataset_size(loader, "train_loader")
     loader = _indexable(loader)
     points = loader_indices(loader, "train_loader").unique()
-    if len(points) < MIN_BUDGET:
+    needed = max(MIN_POINTS, len(shares))
+    if len(points) < needed:
         raise ValueError(
-            f"`train_loader` yields {len(points)} point, but at least {MIN_BUDGET} are "
+            f"`train_loader` yields {len(points)} point, but at least {needed} are "
             "needed: one gives directions, another magnitudes."
         )
     generator = torch.Generator().manual_seed(int(seed))
-    drawn = points[torch.randperm(len(points), generator=generator)][:budget]
-    count = round(direction_fraction * len(drawn))
-    count = min(max(count, 1), len(drawn) - 1)
-    directions, magnitudes = drawn[:count].sort()[0], drawn[count:].sort()[0]
-    return Roles(
-        _loader_of(loader, directions),
-        _loader_of(loader, magnitudes),
-        len(directions),
-        len(magnitudes),
-        num_data,
-    )
+    drawn = points[torch.randperm(len(points), generator=generator)][:num_points]
+    parts = drawn.split(fold_sizes(len(drawn), shares))
+    folds = [Fold(loader_over(loader, part.sort()[0]), len(part)) for part in parts]
+    return Folds(tuple(folds), num_data)
 
 
-def explicit_roles(direction_loader: DataLoader, magnitude_loader: DataLoader) -> Roles:
-    """Take the two roles from two loaders.
+def fold_sizes(num_points: int, shares: Sequence[float]) -> list[int]:
+    """Divide a number of points by shares, with at least one point for each.
+
+    Args:
+        num_points: The number of points, no less than there are shares.
+        shares: Shares, which add up to one.
+
+    Returns:
+        Sizes that add up to the number.
+    """
+    ends = [round(num_points * sum(shares[: k + 1])) for k in range(len(shares))]
+    for k in range(len(ends)):
+        low = ends[k - 1] + 1 if k else 1
+        ends[k] = min(max(ends[k], low), num_points - (len(ends) - 1 - k))
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def draw(
+    scores: Tensor, num_points: int, floor: float = 0.1, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    r"""Draw points with probabilities that grow with their scores.
+
+    Inclusion probabilities are :math:`\pi_n \propto (1 - f) s_n / \sum s + f / M`,
+    capped at one, and the draw is systematic: exactly ``num_points`` distinct points,
+    spread evenly over the scores. With the weights :math:`1 / \pi_n`, weighted sums
+    over the points are unbiased estimates of sums over the pool (Horvitz and Thompson,
+    1952).
+
+    Args:
+        scores: Non-negative scores ``[M]``.
+        num_points: Number of points to draw, at most M.
+        floor: Share f of the uniform distribution, which bounds the weights.
+        seed: Seed of the draw.
+
+    Returns:
+        Sorted positions in the pool, and their weights, both ``[num_points]``.
+
+    Raises:
+        ValueError: If scores are negative or not finite, or there are fewer of them
+            than points to draw.
+    """
+    if not (scores.isfinite() & (scores >= 0)).all():
+        raise ValueError("`scores` must be finite and at least zero.")
+    if not 0 < num_points <= len(scores):
+        raise ValueError(
+            f"`num_points` must lie in 1..{len(scores)}, the number of scores, got "
+            f"{num_points}."
+        )
+    probabilities = inclusion_probabilities(scores.double().cpu(), num_points, floor)
+    order = probabilities.argsort(stable=True)
+    generator = torch.Generator().manual_seed(int(seed))
+    ticks = torch.arange(num_points, dtype=torch.float64)
+    ticks += torch.rand(1, generator=generator, dtype=torch.float64)
+    ends = probabilities[order].cumsum(0)
+    ends *= num_points / ends[-1].clone()
+    positions = order[torch.searchsorted(ends, ticks, right=True)].sort()[0]
+    return positions, probabilities[positions].reciprocal()
+
+
+def inclusion_probabilities(scores: Tensor, num_points: int, floor: float) -> Tensor:
+    """Scale scores to probabilities that add up to the number of points.
+
+    Args:
+        scores: Non-negative scores ``[M]``.
+        num_points: Number of points to draw.
+        floor: Share of the uniform distribution.
+
+    Returns:
+        Probabilities ``[M]``, none above one.
+    """
+    uniform = torch.full_like(scores, 1 / len(scores))
+    total = scores.sum()
+    mixture = (1 - floor) * scores / total + floor * uniform if total > 0 else uniform
+    certain = torch.zeros_like(scores, dtype=torch.bool)
+    while True:
+        rest = num_points - int(certain.sum())
+        scaled = mixture * (rest / mixture[~certain].sum())
+        probabilities = torch.where(certain, 1.0, scaled)
+        above = ~certain & (probabilities >= 1)
+        if not above.any():
+            return probabilities
+        certain |= above
+        if rest == int(above.sum()):
+            return certain.to(scores.dtype)
+
+
+def explicit_folds(direction_loader: DataLoader, magnitude_loader: DataLoader) -> Folds:
+    """Take two folds from two loaders.
 
     Args:
         direction_loader: Yields the points that give directions; the curvature is
@@ -88,7 +190,7 @@ def explicit_roles(direction_loader: DataLoader, magnitude_loader: DataLoader) -
         magnitude_loader: Yields the points that give magnitudes.
 
     Returns:
-        The two data sources.
+        The two folds.
 
     Raises:
         ValueError: If a loader is empty or has no dataset of known size, or both yield
@@ -112,11 +214,11 @@ def explicit_roles(direction_loader: DataLoader, magnitude_loader: DataLoader) -
                 "`train_loader` and `magnitude_loader` must be disjoint, but share "
                 f"{shared} points of the same dataset."
             )
-    return Roles(
-        _loader_of(direction_loader, directions),
-        _loader_of(magnitude_loader, magnitudes),
-        len(directions),
-        len(magnitudes),
+    return Folds(
+        (
+            Fold(loader_over(direction_loader, directions), len(directions)),
+            Fold(loader_over(magnitude_loader, magnitudes), len(magnitudes)),
+        ),
         num_data,
     )
 
@@ -164,20 +266,44 @@ def loader_indices(loader: DataLoader, name: str) -> Tensor:
     return training_indices(loader).sort()[0]
 
 
-def _loader_of(loader: DataLoader, indices: Tensor) -> DataLoader:
+def loader_over(
+    loader: DataLoader, indices: Tensor, dataset: Dataset | None = None
+) -> DataLoader:
     """Return a sequential loader over some points of a loader's dataset.
 
     laplace-torch's ``subset_loader`` does the same without workers.
+
+    Args:
+        loader: The loader.
+        indices: Dataset indices of the points.
+        dataset: The dataset, if it is not the loader's own.
+
+    Returns:
+        The loader.
     """
     batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
     return DataLoader(
-        Subset(loader.dataset, indices.tolist()),
+        Subset(loader.dataset if dataset is None else dataset, indices.tolist()),
         batch_size,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
     )
+
+
+def subset_of(loader: DataLoader, positions: Tensor) -> DataLoader:
+    """Return a sequential loader over some of the points of a sequential loader.
+
+    Args:
+        loader: From :func:`loader_over`.
+        positions: Positions of the points in it.
+
+    Returns:
+        The loader.
+    """
+    indices = torch.as_tensor(loader.dataset.indices)[positions]
+    return loader_over(loader, indices, loader.dataset.dataset)
 
 
 def _base_indices(dataset: Dataset, indices: Tensor) -> tuple[Dataset, Tensor]:

@@ -41,12 +41,15 @@ class SweepSummary:
         total_weight: Sum of their weights.
         loss: Weighted sum of their losses, a scalar tensor.
         num_outputs: Number of network outputs.
+        traces: Trace of each example's output curvature ``[num_data]``, unweighted;
+            None if the sweep did not compute them.
     """
 
     num_data: int
     total_weight: float
     loss: Tensor
     num_outputs: int
+    traces: Tensor | None = None
 
 
 def sweep(
@@ -57,6 +60,7 @@ def sweep(
     accumulator: Accumulator,
     *,
     weights: Tensor | None = None,
+    backward: bool = True,
     seed: int = 0,
     progress_bar: bool = False,
     description: str = "Curvature",
@@ -74,6 +78,7 @@ def sweep(
         output_curvature: Square roots of the loss curvature in the output.
         accumulator: Receives the rows.
         weights: A weight for each example, in the order of ``data``; None for ones.
+        backward: Whether to make backward passes; if not, layers have input rows only.
         seed: Seed for sampled labels.
         progress_bar: Whether to show a progress bar over the batches.
         description: The progress bar's label.
@@ -90,7 +95,10 @@ def sweep(
     generator = Generator(device=device).manual_seed(int(seed))
     detached = {name: param.detach() for name, param in model.named_parameters()}
 
-    num_data, num_outputs = 0, 0
+    if not backward:
+        layers = [layer for layer in layers if layer.has_inputs]
+
+    num_data, num_outputs, traces = 0, 0, []
     loss = torch.zeros((), dtype=dtype, device=device)
     total_weight = 0.0
     bar = tqdm(data, desc=f"[{description}]", disable=not progress_bar)
@@ -103,14 +111,15 @@ def sweep(
         )
         accumulator.start_batch(batch_weights)
         with (
-            torch.enable_grad(),
+            torch.set_grad_enabled(backward),
             capture_rows(layers, batch_size, accumulator.add_inputs) as tape,
         ):
             output = functional_call(model, detached, (X,))
         y = check_targets(output, y, output_curvature.loss_func)
         losses = output_curvature.total_loss(output.detach(), y)
+        traces.append(output_curvature.traces(output.detach(), y))
         columns = []
-        if layers:
+        if layers and backward:
             if num_data == 0:
                 check_examples_are_separate(tape, output)
             columns = output_curvature.columns(output, y, generator)
@@ -132,7 +141,7 @@ def sweep(
         )
     if not loss.isfinite():
         raise ValueError(f"The loss is {loss.item()}: model or targets are not finite.")
-    return SweepSummary(num_data, total_weight, loss, num_outputs)
+    return SweepSummary(num_data, total_weight, loss, num_outputs, torch.cat(traces))
 
 
 def _batch_weights(weights: Tensor | None, start: int, batch_size: int) -> Tensor:

@@ -3,6 +3,7 @@
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import Laplace
+from laplace_debiased.sampling import split
 from tests.cases import batch
 
 SIZE = 60
@@ -17,6 +18,12 @@ def loader(name="mlp", likelihood="classification", size=SIZE, batch_size=7, **k
 
 def debiased(model, likelihood="classification", subset="all", **kwargs):
     return Laplace(model, likelihood, subset, "kron_debiased", **kwargs)
+
+
+def two_roles(train, fraction=0.5, budget=None, seed=0):
+    """Loaders of the points that give directions, and magnitudes."""
+    folds = split(train, [fraction, 1 - fraction], budget, seed).folds
+    return [fold.loader for fold in folds]
 
 
 def posterior(la):

@@ -10,10 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
 
 from laplace_debiased import KronDebiasedLaplace, KronDebiasedLLLaplace
-from laplace_debiased.sampling import split_roles
 from tests import dense
 from tests.cases import batch, network
-from tests.fits import SIZE, SUBSETS, debiased, loader, posterior
+from tests.fits import SIZE, SUBSETS, debiased, loader, posterior, two_roles
 
 
 def test_importing_registers_the_structures():
@@ -54,10 +53,9 @@ def test_posterior_equals_dense_reference(name, magnitudes, likelihood):
     )
     la.fit(train)
 
-    roles = split_roles(train, 0.5, None, seed=3)
     (X, y), (Z, w) = (
         [torch.cat(parts) for parts in zip(*source, strict=True)]
-        for source in (roles.directions, roles.magnitudes)
+        for source in two_roles(train, seed=3)
     )
     if likelihood == "regression":
         # the negative log likelihood is half the squared error over sigma squared
@@ -201,7 +199,7 @@ def test_further_data_accumulate(magnitudes):
     other.fit(second)
     if magnitudes == "kfac":
         # as if K-FAC had seen both: G adds up, A averages
-        merged = la.H_facs.tensors()
+        merged = la.H_facs.folds
         for own, (a, b) in zip(
             merged,
             zip(refit(model, first), refit(model, second), strict=True),
@@ -215,8 +213,8 @@ def test_further_data_accumulate(magnitudes):
     else:
         for before, after in zip(vectors, la.H.eigenvectors, strict=True):
             assert all(u is v for u, v in zip(before, after, strict=True))
-        roles = split_roles(second, 0.5, None, 0)
-        Z, w = [torch.cat(p) for p in zip(*roles.magnitudes, strict=True)]
+        _, magnitude_loader = two_roles(second)
+        Z, w = [torch.cat(p) for p in zip(*magnitude_loader, strict=True)]
         blocks = dense.ggn_blocks(model, Z, w, nn.CrossEntropyLoss(reduction="sum"))
         bases = [torch.kron(*v) if len(v) == 2 else v[0] for v in la.H.eigenvectors]
         added = 30 / len(Z) * dense.debiased(bases, blocks)
@@ -226,7 +224,7 @@ def test_further_data_accumulate(magnitudes):
 def refit(model, train):
     la = debiased(model)
     la.fit(train)
-    return la.H_facs.tensors()
+    return la.H_facs.folds
 
 
 def test_override_false_is_refused_for_the_last_layer_and_starts_the_first_fit():
@@ -352,8 +350,8 @@ def test_reward_modelling_treats_a_pair_as_one_example(magnitudes):
     assert torch.allclose(f_mu, model(X[:, 0]))
     assert f_var.shape == (SIZE, 1, 1)
     if magnitudes == "ggn":
-        roles = split_roles(DataLoader(TensorDataset(X, y)), 0.5, None, 0)
-        Z, w = [torch.cat(p) for p in zip(*roles.magnitudes, strict=True)]
+        _, magnitude_loader = two_roles(DataLoader(TensorDataset(X, y)))
+        Z, w = [torch.cat(p) for p in zip(*magnitude_loader, strict=True)]
         loss = nn.CrossEntropyLoss(reduction="sum")
         blocks = dense.ggn_blocks(model, Z, w, loss)
         trace = SIZE / len(Z) * sum(b.trace() for b in blocks)
@@ -392,9 +390,9 @@ def test_dict_inputs_equal_tensor_inputs(magnitudes, subset, tmp_path):
         ({"direction_fraction": 0.0}, ValueError, "`direction_fraction` must lie"),
         ({"direction_fraction": 1}, ValueError, "`direction_fraction` must lie"),
         ({"direction_fraction": "half"}, TypeError, "`direction_fraction` must be"),
-        ({"budget": 1}, ValueError, "`budget` must be at least 2"),
-        ({"budget": 0.5}, TypeError, "`budget` must be None or an int"),
-        ({"budget": True}, TypeError, "`budget` must be None or an int"),
+        ({"budget": 1}, ValueError, "`budget` must be at least 8"),
+        ({"budget": 0.5}, TypeError, "`budget` must be an int"),
+        ({"budget": True}, TypeError, "`budget` must be an int"),
         ({"seed": 0.5}, TypeError, "`seed` must be an int"),
         ({"magnitudes": "ggn", "damping": True}, ValueError, "needs factored"),
     ],

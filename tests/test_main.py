@@ -31,8 +31,8 @@ def test_job_compares_estimators_on_digits(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--dataset", "svhn"], "argument --dataset: invalid choice: 'svhn'"),
-        (["--budget", "1"], "argument --budget: must be an integer of at least 2"),
-        (["--budget", "many"], "of at least 2, got 'many'"),
+        (["--budget", "1"], "argument --budget: must be an integer of at least 8"),
+        (["--budget", "many"], "of at least 8, got 'many'"),
         (["--budget", "1348"], "must be at most 1347, the training points of digits"),
         (["--seeds", "0"], "argument --seeds: must be an integer of at least 1"),
     ],

@@ -9,9 +9,10 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from laplace_debiased.sampling import explicit_roles, split_roles
+from laplace_debiased.sampling import explicit_folds, split
 
 SIZE = 20
+HALVES = [0.5, 0.5]
 
 
 @pytest.fixture
@@ -23,12 +24,15 @@ def points(loader):
     return [int(x) for X, _ in loader for x in X.flatten()]
 
 
+def all_points(folds):
+    return [point for fold in folds.folds for point in points(fold.loader)]
+
+
 def roles(loader, fraction=0.5, budget=None, seed=0):
-    split = split_roles(loader, fraction, budget, seed)
-    directions, magnitudes = points(split.directions), points(split.magnitudes)
-    assert len(directions) == split.num_directions
-    assert len(magnitudes) == split.num_magnitudes
-    return directions, magnitudes
+    folds = split(loader, [fraction, 1 - fraction], budget, seed).folds
+    indices = [points(fold.loader) for fold in folds]
+    assert [len(own) for own in indices] == [fold.num_points for fold in folds]
+    return indices
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.8, 0.99])
@@ -55,7 +59,7 @@ def test_drawing_does_not_touch_global_random_numbers(dataset):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    split_roles(DataLoader(dataset, shuffle=True), 0.5, 8, 0)
+    split(DataLoader(dataset, shuffle=True), HALVES, 8, 0)
     assert torch.rand(1) == expected
 
 
@@ -78,11 +82,9 @@ def test_draws_are_uniform(dataset):
 
 def test_a_loader_over_part_of_its_dataset_is_scaled_to_all_of_it(dataset):
     loader = DataLoader(dataset, 4, sampler=SubsetRandomSampler(range(5, 15)))
-    split = split_roles(loader, 0.5, None, 0)
-    assert sorted(points(split.directions) + points(split.magnitudes)) == list(
-        range(5, 15)
-    )
-    assert split.num_data == SIZE
+    folds = split(loader, HALVES, None, 0)
+    assert sorted(all_points(folds)) == list(range(5, 15))
+    assert folds.num_data == SIZE
 
 
 def test_points_that_a_loader_drops_are_not_used(dataset):
@@ -110,18 +112,17 @@ class Stream:
 def test_other_iterables_are_read_into_memory(dataset):
     directions, magnitudes = roles(Stream(dataset))
     assert sorted(directions + magnitudes) == list(range(SIZE))
-    split = split_roles(Stream(dataset, mapping=True), 0.5, None, 0)
-    seen = torch.cat(
-        [b["x"] for b in split.directions] + [b["x"] for b in split.magnitudes]
-    )
+    folds = split(Stream(dataset, mapping=True), HALVES, None, 0)
+    seen = torch.cat([batch["x"] for fold in folds.folds for batch in fold.loader])
     assert sorted(seen.flatten().int().tolist()) == list(range(SIZE))
 
 
 def test_explicit_loaders_keep_their_roles(dataset):
     first, second = DataLoader(dataset, 4), DataLoader(TensorDataset(*dataset.tensors))
-    split = explicit_roles(first, second)
-    assert points(split.directions) == points(split.magnitudes) == list(range(SIZE))
-    assert split.num_data == SIZE
+    folds = explicit_folds(first, second)
+    for fold in folds.folds:
+        assert points(fold.loader) == list(range(SIZE))
+    assert folds.num_data == SIZE
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -130,11 +131,11 @@ def test_overlapping_explicit_loaders_are_refused(dataset, nested):
     first = Subset(first, range(3, 7)) if nested else first
     second = Subset(dataset, range(10, 20))
     with pytest.raises(ValueError, match="must be disjoint, but share 2 points"):
-        explicit_roles(DataLoader(first), DataLoader(second))
-    explicit_roles(DataLoader(first), DataLoader(Subset(dataset, range(12, 20))))
+        explicit_folds(DataLoader(first), DataLoader(second))
+    explicit_folds(DataLoader(first), DataLoader(Subset(dataset, range(12, 20))))
     loader = DataLoader(dataset)
     with pytest.raises(ValueError, match="must be disjoint"):
-        explicit_roles(loader, loader)
+        explicit_folds(loader, loader)
 
 
 def test_empty_and_sizeless_loaders_are_refused(dataset):
@@ -151,9 +152,9 @@ def test_empty_and_sizeless_loaders_are_refused(dataset):
         (DataLoader(Subset(dataset, [0])), "yields 1 point, but at least 2"),
     ]:
         with pytest.raises(ValueError, match=message):
-            split_roles(loader, 0.5, None, 0)
+            split(loader, HALVES, None, 0)
     with pytest.raises(ValueError, match="`magnitude_loader` is empty"):
-        explicit_roles(DataLoader(dataset), empty)
+        explicit_folds(DataLoader(dataset), empty)
 
 
 def test_loaders_that_change_what_they_yield_are_read_through(dataset):
@@ -166,6 +167,6 @@ def test_loaders_that_change_what_they_yield_are_read_through(dataset):
 
 
 def test_workers_are_kept(dataset):
-    split = split_roles(DataLoader(dataset, 4, num_workers=1), 0.5, None, 0)
-    assert split.directions.num_workers == split.magnitudes.num_workers == 1
-    assert len(points(split.directions)) == SIZE // 2
+    folds = split(DataLoader(dataset, 4, num_workers=1), HALVES, None, 0)
+    assert [fold.loader.num_workers for fold in folds.folds] == [1, 1]
+    assert len(points(folds.folds[0].loader)) == SIZE // 2

@@ -4,8 +4,8 @@ from laplace import KronLaplace
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 from laplace_debiased.comparison.estimators import ESTIMATORS, FULL_DATA, scale_to
-from laplace_debiased.sampling import split_roles
 from tests.cases import batch, network
+from tests.fits import two_roles
 
 SIZE = 24
 COPIES = 3
@@ -48,7 +48,7 @@ def test_curvature_is_that_of_all_points(model, points, name):
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_number_of_points_is_reported(model, points, name):
-    budget = 7
+    budget = 9
     expected = SIZE if name == FULL_DATA else budget
     assert ESTIMATORS[name](model, points, budget, 0).num_points == expected
 
@@ -56,8 +56,7 @@ def test_number_of_points_is_reported(model, points, name):
 @pytest.mark.parametrize("name", ["single batch", "two batches, kfac"])
 def test_estimators_with_budget_see_the_same_points(model, points, name):
     budget, seed = 9, 4
-    roles = split_roles(DataLoader(points), 0.5, budget, seed)
-    drawn = [roles.directions.dataset, roles.magnitudes.dataset]
+    drawn = [r.dataset for r in two_roles(DataLoader(points), 0.5, budget, seed)]
     drawn = torch.cat([X for dataset in drawn for X, _ in DataLoader(dataset)])
 
     seen = []

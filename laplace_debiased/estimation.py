@@ -1,0 +1,149 @@
+"""From folds of points to debiased curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from laplace_debiased.backends import CurvatureSource
+from laplace_debiased.curvature import (
+    GGNCurvature,
+    KFACCurvature,
+    average,
+    held_out_directions,
+    scale_gradients,
+)
+from laplace_debiased.eigenbasis import Factors, decompose
+from laplace_debiased.sampling import Fold, Folds, draw, fold_sizes, subset_of
+from laplace_debiased.sweep import SweepSummary
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a fit measures.
+
+    Args:
+        curvature: The curvature, scaled to all data.
+        loss: The negative log likelihood, scaled to all data.
+        num_outputs: Number of network outputs.
+    """
+
+    curvature: KFACCurvature | GGNCurvature
+    loss: Tensor
+    num_outputs: int
+
+
+class Estimator:
+    """Measures debiased curvature.
+
+    Args:
+        source: Measures curvature on given points.
+        folds: The points.
+        cross_fit: Whether each fold gives directions and magnitudes; otherwise the
+            first of two folds gives directions and the second magnitudes.
+    """
+
+    def __init__(self, source: CurvatureSource, folds: Folds, cross_fit: bool):
+        self._source, self._cross_fit = source, cross_fit
+        self._folds, self._num_data = folds.folds, folds.num_data
+        self._shares = folds.shares
+        self._surveyed: list[list[Factors]] | None = None
+        self._pool_loss: Tensor | None = None
+        self._summaries: list[SweepSummary] = []
+
+    def draw(self, num_points: int, seed: int) -> None:
+        """Draw points from the folds with probabilities that grow with their curvature.
+
+        The score of a point is the trace of its output curvature, which takes a forward
+        pass. All points of the folds give input covariances and the loss.
+
+        Args:
+            num_points: Number of points to draw from all folds together.
+            seed: Seed of the draw.
+        """
+        sizes = fold_sizes(num_points, self._shares)
+        drawn, surveyed, losses = [], [], []
+        for k, (pool, size) in enumerate(zip(self._folds, sizes, strict=True)):
+            factors, summary = self._source.survey(pool.loader)
+            scale = self._num_data / pool.num_points
+            positions, weights = draw(summary.traces, size, seed=seed + k)
+            loader = subset_of(pool.loader, positions)
+            drawn.append(Fold(loader, size, scale * weights))
+            surveyed.append(factors)
+            losses.append(scale * summary.loss)
+        self._pool_loss = _weighted_sum(losses, self._shares)
+        self._folds, self._surveyed = tuple(drawn), surveyed
+
+    def kfac(self) -> Estimate:
+        """Measure curvature with ``kfac`` magnitudes."""
+        folds = [self._kfacs(k) for k in range(len(self._folds))]
+        return self._estimate(KFACCurvature(folds, self._shares, self._cross_fit))
+
+    def ggn(self, eigenvectors: list[Factors] | None = None) -> Estimate:
+        """Measure curvature with ``ggn`` magnitudes.
+
+        Args:
+            eigenvectors: Directions in hand, which other points gave; None for those of
+                the folds.
+        """
+        return self._estimate(
+            self._cross_fit_ggn(eigenvectors)
+            if self._cross_fit
+            else self._two_batch_ggn(eigenvectors)
+        )
+
+    def _two_batch_ggn(self, eigenvectors: list[Factors] | None) -> GGNCurvature:
+        if eigenvectors is None:
+            eigenvectors = decompose(self._kfacs(0))
+        else:
+            self._note(self._source.loss(self._folds[0]), self._folds[0])
+        return GGNCurvature(eigenvectors, self._curvatures(1, eigenvectors))
+
+    def _cross_fit_ggn(self, eigenvectors: list[Factors] | None) -> GGNCurvature:
+        indices = range(len(self._folds))
+        if eigenvectors is not None:
+            measured = [self._curvatures(k, eigenvectors) for k in indices]
+            return GGNCurvature(eigenvectors, average(measured, self._shares))
+        kfacs = [self._kfacs(k) for k in indices]
+        self._summaries.clear()  # the same points again
+        measured = [
+            self._curvatures(k, held_out_directions(kfacs, self._shares, k))
+            for k in indices
+        ]
+        eigenvectors = decompose(average(kfacs, self._shares))
+        return GGNCurvature(eigenvectors, average(measured, self._shares))
+
+    def _kfacs(self, index: int) -> list[Factors]:
+        """Compute the factors of a fold, scaled to all data."""
+        fold = self._folds[index]
+        kfacs, summary = self._source.kfacs(fold)
+        kfacs = scale_gradients(kfacs, self._note(summary, fold))
+        if self._surveyed is None:
+            return kfacs
+        pairs = zip(kfacs, self._surveyed[index], strict=True)
+        return [[G, *As] for (G, *_), (_, *As) in pairs]
+
+    def _curvatures(self, index: int, eigenvectors: list[Factors]) -> list[Factors]:
+        """Measure a fold's curvature along directions, scaled to all data."""
+        fold = self._folds[index]
+        curvatures, summary = self._source.directional_curvatures(fold, eigenvectors)
+        return scale_gradients(curvatures, self._note(summary, fold))
+
+    def _note(self, summary: SweepSummary, fold: Fold) -> float:
+        """Keep a summary, scaled to all data; return the scale."""
+        scale = self._num_data / fold.num_points if fold.weights is None else 1.0
+        self._summaries.append(replace(summary, loss=scale * summary.loss))
+        return scale
+
+    def _estimate(self, curvature: KFACCurvature | GGNCurvature) -> Estimate:
+        losses = [summary.loss for summary in self._summaries]
+        loss = self._pool_loss
+        if loss is None:
+            loss = _weighted_sum(losses, self._shares)
+        return Estimate(curvature, loss, self._summaries[0].num_outputs)
+
+
+def _weighted_sum(losses: Iterable[Tensor], shares: list[float]) -> Tensor:
+    return sum(s * loss for s, loss in zip(shares, losses, strict=True))
