@@ -44,6 +44,7 @@ class CurvatureSource:
         options: Options of the backend's ``kron``: with curvlinops ``mc_samples`` and
             ``kfac_approx``, with ASDL those of its Fisher configuration.
         seed: Seed for sampled labels.
+        fisher_rank: See :class:`~laplace_debiased.output_curvature.OutputCurvature`.
         progress_bar: Whether to show a progress bar.
 
     Raises:
@@ -54,6 +55,7 @@ class CurvatureSource:
     params: list[Tensor]
     options: dict[str, Any]
     seed: int
+    fisher_rank: int | None = None
     progress_bar: bool = False
 
     def __post_init__(self):
@@ -162,6 +164,7 @@ class CurvatureSource:
             self.backend.lossfunc,
             FisherType(self.backend._kron_fisher_type).value,
             self.options.get("mc_samples", 1),
+            self.fisher_rank,
         )
         data = (split_batch(batch, self.backend.dict_key_y) for batch in loader)
         summary = sweep(

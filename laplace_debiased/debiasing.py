@@ -25,6 +25,8 @@ class Debiasing:
         pool_size: Number of points that curvature sampling draws from.
         estimator: ``"two_batch"`` or ``"cross_fit"``.
         num_folds: Number of folds of ``"cross_fit"``.
+        fisher_rank: Number of backward passes for each point, but for one, if the
+            network has more outputs; None for as many as outputs.
         seed: Seed of the assignment, and of sampled labels.
 
     Raises:
@@ -39,6 +41,7 @@ class Debiasing:
     pool_size: int = 4096
     estimator: str = "two_batch"
     num_folds: int = 2
+    fisher_rank: int | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -59,6 +62,8 @@ class Debiasing:
             _check_integer("budget", self.budget, MIN_BUDGET)
         _check_integer("pool_size", self.pool_size, MIN_BUDGET)
         _check_integer("num_folds", self.num_folds, 2)
+        if self.fisher_rank is not None:
+            _check_integer("fisher_rank", self.fisher_rank, 1)
         _check_integer("seed", self.seed)
         if self.budget is not None and self.num_folds > self.budget:
             raise ValueError(

@@ -70,6 +70,10 @@ class KronDebiasedLaplace(KronLaplace):
             ``"cross_fit"`` (each point gives both, but none magnitudes along its own
             directions).
         num_folds: Number of folds of ``"cross_fit"``.
+        fisher_rank: Number of columns of the output curvature's square root that are
+            kept for each point, the largest ones; one more column stands for the
+            others, without bias. A point then takes ``fisher_rank + 1`` backward passes
+            instead of one for each output. None for all; needs ``CurvlinopsGGN``.
         seed: Makes draw and assignment of the points reproducible.
         memory_limit: Bytes that a GLM prediction may take for a chunk of examples; may
             be changed at any time.
@@ -96,6 +100,7 @@ class KronDebiasedLaplace(KronLaplace):
         pool_size: int = 4096,
         estimator: str = "two_batch",
         num_folds: int = 2,
+        fisher_rank: int | None = None,
         seed: int = 0,
         memory_limit: int = 2**30,
         strict: bool = False,
@@ -109,6 +114,7 @@ class KronDebiasedLaplace(KronLaplace):
             pool_size,
             estimator,
             num_folds,
+            fisher_rank,
             seed,
         )
         self.memory_limit = memory_limit
@@ -139,10 +145,16 @@ class KronDebiasedLaplace(KronLaplace):
             )
 
     def _check_sampling_support(self, backend: type[CurvatureInterface]) -> None:
-        if self._draws and not issubclass(backend, CurvlinopsInterface):
+        if issubclass(backend, CurvlinopsInterface):
+            return
+        if self._draws:
             raise ValueError(
                 "`sampling='curvature'` needs a curvlinops backend, got "
                 f"{backend.__name__}: use `CurvlinopsGGN` or `sampling='uniform'`."
+            )
+        if self.debiasing.fisher_rank is not None:
+            raise ValueError(
+                f"`fisher_rank` needs `CurvlinopsGGN`, got {backend.__name__}."
             )
 
     def _find_left_out(self, model: nn.Module) -> list[LeftOut]:
@@ -302,6 +314,7 @@ class KronDebiasedLaplace(KronLaplace):
             self._fitted_params,
             self._asdl_fisher_kwargs,
             d.seed,
+            d.fisher_rank,
             progress_bar,
         )
         estimator = Estimator(source, folds, d.cross_fit and not explicit)

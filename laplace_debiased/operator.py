@@ -147,6 +147,9 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
         magnitudes: ``"kfac"`` or ``"ggn"``.
         fisher_type: ``"type-2"``, ``"mc"`` or ``"empirical"``, as in curvlinops.
         mc_samples: Number of sampled labels for each example with ``"mc"``.
+        fisher_rank: With ``"type-2"``, number of columns of the output curvature's
+            square root to keep for each example, the largest ones; one more stands for
+            the others, without bias. None for all.
         kfac_approx: ``"expand"`` or ``"reduce"``, for weight-sharing layers.
         separate_weight_and_bias: Whether weight and bias are blocks of their own.
         direction_weights: A weight for each direction example ``[examples]``, in the
@@ -172,6 +175,7 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
         magnitudes: str = "kfac",
         fisher_type: str = FisherType.TYPE2,
         mc_samples: int = 1,
+        fisher_rank: int | None = None,
         kfac_approx: str = KFACType.EXPAND,
         separate_weight_and_bias: bool = True,
         direction_weights: Tensor | None = None,
@@ -180,7 +184,9 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
         progressbar: bool = False,
     ):
         check_magnitudes(magnitudes)
-        self._output_curvature = OutputCurvature(loss_func, fisher_type, mc_samples)
+        self._output_curvature = OutputCurvature(
+            loss_func, fisher_type, mc_samples, fisher_rank
+        )
         self._layers = find_layers(model_func, params)
         self._blocks = curvature_blocks(self._layers, separate_weight_and_bias)
         KroneckerFactors(self._blocks, kfac_approx)  # refuses an unknown `kfac_approx`
@@ -365,6 +371,7 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
             "magnitudes": self._magnitudes,
             "fisher_type": str(FisherType(self._output_curvature.fisher_type).value),
             "mc_samples": self._output_curvature.mc_samples,
+            "fisher_rank": self._output_curvature.fisher_rank,
             "kfac_approx": str(KFACType(self._kfac_approx).value),
             "separate_weight_and_bias": self._separate_weight_and_bias,
             "seed": self._seed,

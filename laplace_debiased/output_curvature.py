@@ -30,6 +30,8 @@ class OutputCurvature:
         fisher_type: ``"type-2"`` (exact Hessian), ``"mc"`` (labels sampled from the
             model) or ``"empirical"`` (gradients at the targets).
         mc_samples: Number of labels sampled for each example with ``"mc"``.
+        fisher_rank: With ``"type-2"``, number of columns that are kept, the largest of
+            each example; one more stands for the others, without bias. None for all.
 
     Raises:
         ValueError: If an argument is not supported.
@@ -38,6 +40,7 @@ class OutputCurvature:
     loss_func: Loss
     fisher_type: str = FisherType.TYPE2
     mc_samples: int = 1
+    fisher_rank: int | None = None
 
     def __post_init__(self):
         if not isinstance(self.loss_func, Loss):
@@ -69,6 +72,14 @@ class OutputCurvature:
                 f"got {self.mc_samples} with {self.fisher_type!r}."
             )
 
+        if self.fisher_rank is not None and (
+            self.fisher_rank < 1 or self.fisher_type != FisherType.TYPE2
+        ):
+            raise ValueError(
+                "`fisher_rank` must be at least 1, and needs `fisher_type='type-2'`, "
+                f"got {self.fisher_rank} with {self.fisher_type!r}."
+            )
+
     def columns(self, output: Tensor, target: Tensor, generator: Generator) -> Tensor:
         """Compute the columns to backpropagate.
 
@@ -84,7 +95,7 @@ class OutputCurvature:
         """
         output = output.detach()
         if self.fisher_type == FisherType.TYPE2:
-            columns = self._hessian_sqrt(output)
+            columns = self._hessian_sqrt(output, generator)
         elif self.fisher_type == FisherType.MC:
             residuals = [
                 self._residual(output, self._sample(output, generator))
@@ -150,22 +161,34 @@ class OutputCurvature:
             return 1 / output.shape[1]
         return 1.0
 
-    def _hessian_sqrt(self, output: Tensor) -> Tensor:
-        """Square root of the loss Hessian, ``[columns, batch, outputs]``.
+    def _hessian_sqrt(self, output: Tensor, generator: Generator) -> Tensor:
+        r"""Square root of the loss Hessian, ``[columns, batch, outputs]``.
 
-        MSE: 2 I. Cross-entropy: diag(p) - p pᵀ = S Sᵀ with S = diag(√p) - p √pᵀ. BCE:
-        diag(p (1 - p)).
+        Its columns are :math:`a_k (e_k - b)`: for cross-entropy's
+        :math:`\mathrm{diag}(p) - p p^\top` with :math:`a = \sqrt p, b = p`, for a
+        diagonal Hessian with its square root and zero.
         """
         if self._loss_type is CrossEntropyLoss:
             p = output.softmax(1)
-            sqrt = p.sqrt()
-            return sqrt.diag_embed().movedim(2, 0) - p * sqrt.T.unsqueeze(2)
-        if self._loss_type is MSELoss:
-            diagonal = torch.full_like(output, 2**0.5)
+            sizes, shift = p.sqrt(), p
         else:
-            p = output.sigmoid()
-            diagonal = (p * (1 - p)).sqrt()
-        return diagonal.diag_embed().movedim(2, 0)
+            shift = torch.zeros_like(output)
+            if self._loss_type is MSELoss:
+                sizes = torch.full_like(output, 2**0.5)
+            else:
+                p = output.sigmoid()
+                sizes = (p * (1 - p)).sqrt()
+        num_outputs = output.shape[1]
+        if self.fisher_rank is None or self.fisher_rank + 1 >= num_outputs:
+            kept = torch.arange(num_outputs, device=output.device).expand_as(output)
+            factors = sizes
+        else:
+            norms = sizes**2 * (1 - 2 * shift + (shift**2).sum(1, keepdim=True))
+            kept, scales = _largest_and_one(norms, self.fisher_rank, generator)
+            factors = sizes.gather(1, kept) * scales
+        columns = -factors.unsqueeze(2) * shift.unsqueeze(1)
+        columns.scatter_add_(2, kept.unsqueeze(2), factors.unsqueeze(2))
+        return columns.movedim(1, 0)
 
     def _residual(self, output: Tensor, target: Tensor) -> Tensor:
         """Gradient of each example's loss in its output, ``[batch, outputs]``."""
@@ -185,3 +208,28 @@ class OutputCurvature:
         )
         # exp(-MSE) is a Gaussian of variance one half
         return output + 0.5**0.5 * noise
+
+
+def _largest_and_one(
+    norms: Tensor, rank: int, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Choose the largest columns, and one of the others by its squared norm.
+
+    Args:
+        norms: Squared norms of the columns ``[batch, columns]``.
+        rank: Number of largest columns.
+        generator: Random numbers.
+
+    Returns:
+        Indices ``[batch, rank + 1]``, and factors that make the sum of the columns'
+        outer products unbiased: one, and for the last an inverse root of probability.
+    """
+    largest = norms.topk(rank, dim=1).indices
+    others = norms.clamp(min=0).scatter(1, largest, 0.0)
+    total = others.sum(1, keepdim=True)
+    others = torch.where(total > 0, others, 1.0)
+    drawn = others.multinomial(1, generator=generator)
+    inverse = others.sum(1, keepdim=True) / others.gather(1, drawn)
+    ones = torch.ones_like(largest, dtype=norms.dtype)
+    scales = torch.cat([ones, torch.where(total > 0, inverse, 0.0).sqrt()], 1)
+    return torch.cat([largest, drawn], 1), scales

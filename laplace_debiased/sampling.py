@@ -133,9 +133,11 @@ def draw(
         Sorted positions in the pool, and their weights, both ``[num_points]``.
 
     Raises:
-        ValueError: If scores are negative or not finite, or there are fewer of them
-            than points to draw.
+        ValueError: If scores are negative or not finite, there are fewer of them than
+            points to draw, or the floor is out of range.
     """
+    if not 0 < floor <= 1:
+        raise ValueError(f"`floor` must lie in (0, 1], got {floor}.")
     if not (scores.isfinite() & (scores >= 0)).all():
         raise ValueError("`scores` must be finite and at least zero.")
     if not 0 < num_points <= len(scores):
@@ -173,12 +175,10 @@ def inclusion_probabilities(scores: Tensor, num_points: int, floor: float) -> Te
         rest = num_points - int(certain.sum())
         scaled = mixture * (rest / mixture[~certain].sum())
         probabilities = torch.where(certain, 1.0, scaled)
-        above = ~certain & (probabilities >= 1)
+        above = ~certain & (probabilities > 1)
         if not above.any():
             return probabilities
         certain |= above
-        if rest == int(above.sum()):
-            return certain.to(scores.dtype)
 
 
 def explicit_folds(direction_loader: DataLoader, magnitude_loader: DataLoader) -> Folds:

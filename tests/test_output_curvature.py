@@ -71,3 +71,68 @@ def test_label_smoothing_enters_loss_and_gradient():
     assert torch.allclose(curvature.total_loss(f, y).sum(), loss(f, y))
     expected = torch.func.grad(loss)(f, y)
     assert torch.allclose(curvature.columns(f, y, torch.Generator())[0], expected)
+
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("loss_name", LOSSES)
+def test_traces_are_those_of_the_columns(loss_name, reduction, fisher_type):
+    f, y = outputs_and_targets(loss_name)
+    curvature = OutputCurvature(LOSSES[loss_name](reduction=reduction), fisher_type)
+    traces = curvature.traces(f, y)
+    if fisher_type == "mc":  # in expectation
+        curvature = OutputCurvature(curvature.loss_func)
+    columns = curvature.columns(f, y, torch.Generator())
+    assert torch.allclose(traces, columns.square().sum((0, 2)))
+
+
+MANY = 8
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("loss_name", LOSSES)
+def test_fewer_columns_are_unbiased_and_keep_the_trace(loss_name, rank):
+    f = torch.randn(1, MANY, dtype=torch.float64).expand(20_000, MANY)
+    loss = LOSSES[loss_name](reduction="sum")
+    generator = torch.Generator().manual_seed(0)
+    columns = OutputCurvature(loss, fisher_rank=rank).columns(f, f, generator)
+    assert columns.shape == (rank + 1, *f.shape)
+    exact = outer_products(OutputCurvature(loss).columns(f[:1], f[:1], generator))
+    mean = outer_products(columns).mean(0)
+    assert torch.allclose(mean, exact, atol=0.03 * exact.abs().max().item())
+    traces = columns.square().sum((0, 2))
+    assert torch.allclose(traces, exact.diagonal(dim1=1, dim2=2).sum())
+
+
+def test_the_largest_columns_are_kept_exactly():
+    f = torch.tensor([[4.0, 0.0, 3.0, -1.0, 1.0]])
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    generator = torch.Generator().manual_seed(0)
+    exact = OutputCurvature(loss).columns(f, f, generator)
+    fewer = OutputCurvature(loss, fisher_rank=2).columns(f, f, generator)
+    norms = exact.square().sum((1, 2))
+    assert torch.allclose(fewer[:2], exact[norms.topk(2).indices])
+
+
+@pytest.mark.parametrize("rank", [MANY - 1, MANY, 100])
+def test_enough_columns_are_exact(rank):
+    f = torch.randn(3, MANY)
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    expected = OutputCurvature(loss).columns(f, f, torch.Generator())
+    actual = OutputCurvature(loss, fisher_rank=rank).columns(f, f, torch.Generator())
+    assert torch.equal(actual, expected)
+
+
+def test_certain_predictions_have_no_curvature():
+    f = torch.full((2, MANY), -200.0).index_fill(1, torch.tensor(3), 200.0)
+    curvature = OutputCurvature(nn.CrossEntropyLoss(reduction="sum"), fisher_rank=2)
+    columns = curvature.columns(f, f, torch.Generator())
+    assert columns.isfinite().all() and columns.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("fisher_type", "rank"), [("type-2", 0), ("mc", 2), ("empirical", 2)]
+)
+def test_unsupported_ranks_are_refused(fisher_type, rank):
+    with pytest.raises(ValueError, match="`fisher_rank` must be at least 1"):
+        OutputCurvature(nn.CrossEntropyLoss(), fisher_type, fisher_rank=rank)

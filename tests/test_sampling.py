@@ -9,7 +9,13 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from laplace_debiased.sampling import explicit_folds, split
+from laplace_debiased.sampling import (
+    draw,
+    explicit_folds,
+    fold_sizes,
+    inclusion_probabilities,
+    split,
+)
 
 SIZE = 20
 HALVES = [0.5, 0.5]
@@ -170,3 +176,73 @@ def test_workers_are_kept(dataset):
     folds = split(DataLoader(dataset, 4, num_workers=1), HALVES, None, 0)
     assert [fold.loader.num_workers for fold in folds.folds] == [1, 1]
     assert len(points(folds.folds[0].loader)) == SIZE // 2
+
+
+SCORES = torch.tensor([0.0, 0.0, 10.0, 1.0, 2.0, 3.0, 0.1, 0.2, 0.0, 0.7])
+
+
+@pytest.mark.parametrize("floor", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("num_points", [1, 4, 9, 10])
+def test_draws_have_the_inclusion_probabilities(num_points, floor):
+    expected = inclusion_probabilities(SCORES, num_points, floor)
+    assert torch.allclose(expected.sum(), torch.tensor(float(num_points)))
+    assert expected.max() <= 1 + 1e-6
+    counts = torch.zeros(len(SCORES))
+    for seed in range(2000):
+        positions, weights = draw(SCORES, num_points, floor, seed)
+        assert len(positions.unique()) == num_points
+        assert torch.allclose(weights.float() * expected[positions], torch.ones(()))
+        counts[positions] += 1
+    # a binomial share of 2,000 draws has a standard deviation of at most 0.011
+    assert (counts / 2000 - expected).abs().max() < 0.045
+
+
+def test_weighted_sums_are_unbiased():
+    values = torch.randn(len(SCORES), generator=torch.Generator().manual_seed(0))
+    sums = []
+    for seed in range(3000):
+        positions, weights = draw(SCORES, 4, 0.2, seed)
+        sums.append((weights * values[positions]).sum())
+    sums = torch.stack(sums)
+    error = (sums.mean() - values.sum()).abs()
+    assert error < 4 * sums.std() / len(sums) ** 0.5
+
+
+def test_equal_scores_are_drawn_uniformly():
+    for scores in (torch.zeros(6), torch.ones(6)):
+        _, weights = draw(scores, 4)
+        assert torch.allclose(weights, torch.full((4,), 1.5).double())
+
+
+@pytest.mark.parametrize(
+    ("scores", "num_points", "message"),
+    [
+        (torch.tensor([1.0, -1.0]), 1, "`scores` must be finite"),
+        (torch.tensor([1.0, float("nan")]), 1, "`scores` must be finite"),
+        (torch.ones(3), 4, r"`num_points` must lie in 1\.\.3"),
+        (torch.ones(3), 0, r"`num_points` must lie in 1\.\.3"),
+    ],
+)
+def test_bad_scores_are_refused(scores, num_points, message):
+    with pytest.raises(ValueError, match=message):
+        draw(scores, num_points)
+
+
+@pytest.mark.parametrize("floor", [0.0, -0.1, 1.1])
+def test_bad_floors_are_refused(floor):
+    with pytest.raises(ValueError, match=r"`floor` must lie in \(0, 1\]"):
+        draw(SCORES, 4, floor)
+
+
+@pytest.mark.parametrize("num_points", [2, 5, 8, 33])
+@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.01, 0.99], [0.99, 0.01]])
+def test_fold_sizes_add_up_and_are_positive(num_points, shares):
+    sizes = fold_sizes(num_points, shares)
+    assert sum(sizes) == num_points and min(sizes) >= 1
+    assert abs(sizes[0] - num_points * shares[0]) <= 1
+
+
+@pytest.mark.parametrize("num_folds", [2, 3, 5, 8])
+def test_folds_are_of_equal_size(num_folds):
+    sizes = fold_sizes(17, [1 / num_folds] * num_folds)
+    assert sum(sizes) == 17 and max(sizes) - min(sizes) <= 1

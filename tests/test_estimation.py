@@ -1,0 +1,229 @@
+"""Curvature sampling and cross-fit, through the Laplace class."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from laplace_debiased.sampling import draw, split
+from tests import dense
+from tests.cases import batch, network
+from tests.fits import SIZE, SUBSETS, debiased, loader, posterior
+
+LOSS = nn.CrossEntropyLoss(reduction="sum")
+
+
+def points(fold_loader):
+    return [torch.cat(parts) for parts in zip(*fold_loader, strict=True)]
+
+
+def fold_factors(model, fold_loader, num_data, weights=None):
+    """K-FAC's factors of a fold, scaled to all data."""
+    X, y = points(fold_loader)
+    weights = torch.ones(len(X)) if weights is None else weights
+    weights = weights.double() * num_data / weights.sum()
+    return dense.kronecker_factors(model, X, y, LOSS, weights=weights)
+
+
+def mean_factors(factors):
+    """The average over folds, of equal size."""
+    return {
+        owner: [sum(parts) / len(factors) for parts in zip(*each, strict=True)]
+        for owner, each in ((o, [f[o] for f in factors]) for o in factors[0])
+    }
+
+
+def eigenvectors(factors):
+    """Eigenvectors [U_G, U_A] or [U_G] of each parameter."""
+    vectors = []
+    for owner, own in factors.items():
+        each = [torch.linalg.eigh(factor).eigenvectors for factor in own]
+        vectors.append(each)
+        if len(own) == 2 and owner.bias is not None:
+            vectors.append(each[:1])
+    return vectors
+
+
+def kfac_magnitudes(factors, vectors):
+    """(u' G u) and (u' A u) of each parameter."""
+    blocks = []
+    for owner, own in factors.items():
+        blocks.append(own)
+        if len(own) == 2 and owner.bias is not None:
+            blocks.append(own[:1])
+    return [
+        [(U.T @ F @ U).diagonal() for F, U in zip(own, us, strict=True)]
+        for own, us in zip(blocks, vectors, strict=True)
+    ]
+
+
+def kron(vectors):
+    return vectors[0] if len(vectors) == 1 else torch.kron(*vectors)
+
+
+@pytest.mark.parametrize("num_folds", [2, 3])
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("name", ["mlp", "cnn-stride-padding", "resnet"])
+def test_cross_fit_equals_dense_reference(name, magnitudes, num_folds):
+    model, train = network(name), loader(name)
+    la = debiased(
+        model, magnitudes=magnitudes, estimator="cross_fit", num_folds=num_folds
+    )
+    la.fit(train)
+    folds = split(train, [1 / num_folds] * num_folds, None, 0).folds
+    factors = [fold_factors(model, fold.loader, SIZE) for fold in folds]
+    values = []
+    for k, fold in enumerate(folds):
+        others = eigenvectors(mean_factors(factors[:k] + factors[k + 1 :]))
+        if magnitudes == "kfac":
+            values.append(kfac_magnitudes(factors[k], others))
+        else:
+            X, y = points(fold.loader)
+            blocks = dense.ggn_blocks(model, X, y, LOSS)
+            values.append(
+                [
+                    [SIZE / len(X) * (kron(u).T @ H @ kron(u)).diagonal()]
+                    for u, H in zip(others, blocks, strict=True)
+                ]
+            )
+    blocks = []
+    for u, *each in zip(eigenvectors(mean_factors(factors)), *values, strict=True):
+        mean = [sum(parts) / num_folds for parts in zip(*each, strict=True)]
+        blocks.append(kron(u) @ torch.diag(kron(mean)) @ kron(u).T)
+    expected = torch.block_diag(*blocks)
+    expected += torch.eye(len(expected))
+    assert dense.relative_error(posterior(la), expected) < 1e-8
+    loss = sum(
+        SIZE / n * LOSS(model(X), y) / num_folds for X, y, n in map(_sized, folds)
+    )
+    assert torch.allclose(la.loss, loss)
+
+
+def _sized(fold):
+    X, y = points(fold.loader)
+    return X, y, len(X)
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet"])
+def test_drawn_points_are_weighted_and_the_pool_gives_inputs(name):
+    model, train, budget, pool_size = network(name), loader(name), 16, 40
+    la = debiased(model, budget=budget, sampling="curvature", pool_size=pool_size)
+    la.fit(train)
+    pools = split(train, [0.5, 0.5], pool_size, 0).folds
+    factors, loss = [], 0.0
+    for k, pool in enumerate(pools):
+        X, y = points(pool.loader)
+        traces = 1 - model(X).softmax(1).square().sum(1)
+        drawn, weights = draw(traces.detach(), budget // 2, seed=k)
+        weights = weights * SIZE / len(X)
+        own = dense.kronecker_factors(model, X[drawn], y[drawn], LOSS, weights=weights)
+        inputs = dense.kronecker_factors(model, X, y, LOSS)
+        factors.append({o: [f[0], *inputs[o][1:]] for o, f in own.items()})
+        loss += SIZE / len(X) * LOSS(model(X), y) / 2
+    directions, magnitudes = factors
+    expected = dense.debiased(
+        dense.eigenbases(directions), dense.kfac_blocks(magnitudes)
+    )
+    expected += torch.eye(len(expected))
+    assert dense.relative_error(posterior(la), expected) < 1e-8
+    assert torch.allclose(la.loss, loss)
+
+
+def test_gradient_covariances_are_unbiased():
+    model, train = network("mlp"), loader()
+    for parameter in model.parameters():
+        parameter.data *= 4  # curvature that differs from point to point
+    exact = fold_factors(model, train, SIZE)
+    exact = torch.cat([factors[0].flatten() for factors in exact.values()])
+    estimates = []
+    for seed in range(150):
+        la = debiased(model, budget=12, sampling="curvature", pool_size=30, seed=seed)
+        la.fit(train)
+        for fold in la.H_facs.folds:
+            estimates.append(torch.cat([fold[i][0].flatten() for i in (0, 2)]))
+    estimates = torch.stack(estimates)
+    error = (estimates.mean(0) - exact).abs()
+    # a fold's estimates are independent of each other but for the pool
+    assert (error < 5 * estimates.std(0) / len(estimates) ** 0.5 + 1e-12).all()
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("estimator", ["two_batch", "cross_fit"])
+@pytest.mark.parametrize("sampling", ["curvature", "uniform"])
+@pytest.mark.parametrize("budget", [8, 9, 25])
+def test_small_budgets_give_finite_posteriors(
+    budget, sampling, estimator, magnitudes, subset
+):
+    la = debiased(
+        network("mlp"),
+        subset=subset,
+        magnitudes=magnitudes,
+        budget=budget,
+        sampling=sampling,
+        estimator=estimator,
+        pool_size=20,
+    )
+    la.fit(loader())
+    la.optimize_prior_precision()
+    X, _ = batch("mlp", 3)
+    assert la(X).isfinite().all() and la.log_marginal_likelihood().isfinite()
+
+
+def test_a_pool_of_all_points_needs_no_draw():
+    options = {"budget": 100, "pool_size": 200, "estimator": "cross_fit"}
+    la = debiased(network("mlp"), sampling="curvature", **options)
+    la.fit(loader())
+    expected = debiased(network("mlp"), sampling="uniform", **options)
+    expected.fit(loader())
+    assert torch.equal(posterior(la), posterior(expected))
+
+
+def test_regression_draws_uniformly():
+    model, train = network("mlp"), loader(likelihood="regression")
+    la = debiased(model, "regression", sampling="curvature", budget=12, pool_size=60)
+    la.fit(train)
+    pools = split(train, [0.5, 0.5], 60, 0).folds
+    X, _ = points(pools[1].loader)
+    _, weights = draw(torch.ones(len(X)), 6, seed=1)
+    assert torch.allclose(weights, torch.full((6,), 5.0).double())
+    # the last layer's gradient covariance is the same for all points
+    assert torch.allclose(la.H_facs.folds[1][2][0], SIZE * torch.eye(3).double())
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_further_data_of_cross_fit_accumulate(magnitudes):
+    la = debiased(network("mlp"), estimator="cross_fit", magnitudes=magnitudes)
+    first = loader()
+    la.fit(first)
+    trace, loss = la.H.diag().sum(), la.loss
+    la.fit(first, override=False)
+    if magnitudes == "kfac":
+        assert torch.allclose(la.H.diag().sum(), 2 * trace)
+    assert torch.allclose(la.loss, 2 * loss) and la.n_data == 2 * SIZE
+
+
+def test_further_data_of_another_estimator_are_refused():
+    la = debiased(network("mlp"), estimator="cross_fit")
+    X, y = batch("mlp", 40)
+    first, second = (
+        DataLoader(TensorDataset(X[part], y[part]), 5)
+        for part in (slice(20), slice(20, 40))
+    )
+    la.fit(first, magnitude_loader=second)  # two batches, whatever the estimator
+    before = posterior(la)
+    with pytest.raises(ValueError, match="must be used as the first data were"):
+        la.fit(loader(), override=False)
+    assert torch.equal(posterior(la), before)
+
+
+def test_fewer_backward_passes_for_many_outputs():
+    model, train = network("mlp"), loader()
+    la = debiased(model, fisher_rank=1, seed=0)
+    la.fit(train)
+    exact = debiased(model, seed=0)
+    exact.fit(train)
+    assert not torch.equal(posterior(la), posterior(exact))
+    # the trace of the last layer's gradient covariance is that of the output curvature
+    for own, other in zip(la.H_facs.folds, exact.H_facs.folds, strict=True):
+        assert torch.allclose(own[2][0].trace(), other[2][0].trace())
