@@ -147,6 +147,11 @@ class CurvatureSource:
     def _approximation(self) -> str:
         return self.options.get("kfac_approx", KFACType.EXPAND)
 
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers."""
+        return list(dict.fromkeys(block.layer.name for block in self._blocks()))
+
     def _blocks(self) -> list:
         layers = find_layers(self.backend.model, self.params)
         return curvature_blocks(layers, separate_weight_and_bias=True)
@@ -179,7 +184,13 @@ class CurvatureSource:
             backward=backward,
             seed=self.seed,
         )
-        return replace(summary, loss=self.backend.factor * summary.loss)
+        factor = self.backend.factor
+        return replace(
+            summary,
+            loss=factor * summary.loss,
+            losses=factor * summary.losses,
+            contributions=factor * accumulator.contributions.matrix(),
+        )
 
     def _kfacs_of_backend(
         self, loader: Iterable, num_data: int

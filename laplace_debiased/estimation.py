@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from laplace_debiased.backends import CurvatureSource
@@ -18,6 +18,7 @@ from laplace_debiased.curvature import (
 from laplace_debiased.eigenbasis import Factors, decompose
 from laplace_debiased.sampling import Fold, Folds, draw, fold_sizes, subset_of
 from laplace_debiased.sweep import SweepSummary
+from laplace_debiased.uncertainty import SamplingError
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,39 @@ class Estimate:
         curvature: The curvature, scaled to all data.
         loss: The negative log likelihood, scaled to all data.
         num_outputs: Number of network outputs.
+        error: The sampling error of both, None if the backend does not tell.
     """
 
     curvature: KFACCurvature | GGNCurvature
     loss: Tensor
     num_outputs: int
+    error: SamplingError | None
+
+    def merge(self, other: Estimate, share: float) -> Estimate:
+        """Add further data.
+
+        Args:
+            other: The estimate from the further data.
+            share: Number of points here, as a share of all.
+
+        Returns:
+            The estimate for all data.
+        """
+        return Estimate(
+            self.curvature.merge(other.curvature, share),
+            self.loss + other.loss,
+            other.num_outputs,
+            self.error and other.error and self.error.merge(other.error),
+        )
+
+    def scaled(self, factor: float) -> Estimate:
+        """Scale curvature and loss."""
+        return Estimate(
+            self.curvature.scaled(factor),
+            factor * self.loss,
+            self.num_outputs,
+            self.error and self.error.scaled(factor),
+        )
 
 
 class Estimator:
@@ -50,7 +79,7 @@ class Estimator:
         self._folds, self._num_data = folds.folds, folds.num_data
         self._shares = folds.shares
         self._surveyed: list[list[Factors]] | None = None
-        self._pool_loss: Tensor | None = None
+        self._surveys: list[SweepSummary] = []
         self._summaries: list[SweepSummary] = []
 
     def draw(self, num_points: int, seed: int) -> None:
@@ -64,7 +93,7 @@ class Estimator:
             seed: Seed of the draw.
         """
         sizes = fold_sizes(num_points, self._shares)
-        drawn, surveyed, losses = [], [], []
+        drawn, surveyed = [], []
         for k, (pool, size) in enumerate(zip(self._folds, sizes, strict=True)):
             factors, summary = self._source.survey(pool.loader)
             scale = self._num_data / pool.num_points
@@ -72,8 +101,7 @@ class Estimator:
             loader = subset_of(pool.loader, positions)
             drawn.append(Fold(loader, size, scale * weights))
             surveyed.append(factors)
-            losses.append(scale * summary.loss)
-        self._pool_loss = _weighted_sum(losses, self._shares)
+            self._surveys.append(replace(summary, loss=scale * summary.loss))
         self._folds, self._surveyed = tuple(drawn), surveyed
 
     def kfac(self) -> Estimate:
@@ -134,16 +162,34 @@ class Estimator:
     def _note(self, summary: SweepSummary, fold: Fold) -> float:
         """Keep a summary, scaled to all data; return the scale."""
         scale = self._num_data / fold.num_points if fold.weights is None else 1.0
-        self._summaries.append(replace(summary, loss=scale * summary.loss))
+        contributions = summary.contributions
+        self._summaries.append(
+            replace(
+                summary,
+                loss=scale * summary.loss,
+                contributions=None if contributions is None else scale * contributions,
+            )
+        )
         return scale
 
     def _estimate(self, curvature: KFACCurvature | GGNCurvature) -> Estimate:
-        losses = [summary.loss for summary in self._summaries]
-        loss = self._pool_loss
-        if loss is None:
-            loss = _weighted_sum(losses, self._shares)
-        return Estimate(curvature, loss, self._summaries[0].num_outputs)
+        seen = self._surveys or self._summaries
+        pairs = zip(self._shares, seen, strict=True)
+        loss = sum(share * summary.loss for share, summary in pairs)
+        num_outputs = self._summaries[0].num_outputs
+        return Estimate(curvature, loss, num_outputs, self._error(seen))
 
-
-def _weighted_sum(losses: Iterable[Tensor], shares: list[float]) -> Tensor:
-    return sum(s * loss for s, loss in zip(shares, losses, strict=True))
+    def _error(self, seen: list[SweepSummary]) -> SamplingError | None:
+        if not self._source.takes_weights:
+            return None
+        measured, shares = self._summaries, self._shares
+        if not self._cross_fit:  # only the second fold gives magnitudes
+            measured, shares = measured[1:], [1.0]
+        pairs = zip(shares, measured, strict=True)
+        return SamplingError.of_points(
+            self._source.layers,
+            torch.cat([share * summary.contributions for share, summary in pairs]),
+            torch.cat([summary.losses for summary in seen]),
+            self._num_data,
+            torch.cat([s.traces for s in self._surveys]) if self._surveys else None,
+        )

@@ -33,6 +33,34 @@ def _with_bias_column(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
 
 
+class Contributions:
+    """What each example contributes to the trace of each layer's curvature.
+
+    Args:
+        layers: Names of the layers.
+    """
+
+    def __init__(self, layers: list[str]):
+        self.layers = layers
+        self._batches: list[Tensor] = []
+
+    def start_batch(self, weights: Tensor) -> None:
+        """Begin a batch of examples with weights ``[batch]``."""
+        self._batches.append(weights.new_zeros(len(weights), len(self.layers)))
+
+    def add(self, layer: str, squares: Tensor) -> None:
+        """Add the squares of a layer ``[batch]``, which carry the weights."""
+        self._batches[-1][:, self.layers.index(layer)] += squares
+
+    def matrix(self) -> Tensor:
+        """Return all contributions ``[examples, layers]``."""
+        return torch.cat(self._batches)
+
+
+def _layer_names(blocks: list[Block]) -> list[str]:
+    return list(dict.fromkeys(block.layer.name for block in blocks))
+
+
 class KroneckerFactors:
     r"""K-FAC's factors: input covariance A and gradient covariance G of each layer.
 
@@ -72,12 +100,14 @@ class KroneckerFactors:
             if block.has_inputs:
                 self._joint[name] = block.is_joint
                 self._input_covariances[name] = _zeros(block, *d_in, *d_in)
+        self.contributions = Contributions(_layer_names(blocks))
         self._row_weights = dict.fromkeys(self._joint, 0.0)
         self._calls: dict[str, list[Tensor]] = {}
 
     def start_batch(self, weights: Tensor) -> None:
         """Take note of the examples' weights ``[batch]``."""
         self._reduce_calls()
+        self.contributions.start_batch(weights)
         self._weights = weights
 
     def add_inputs(self, layer: Layer, rows: Tensor) -> None:
@@ -111,6 +141,7 @@ class KroneckerFactors:
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
         """Add a batch of gradient rows, which carry the square root of the weights."""
         rows = rows.to(_accumulation_dtype(rows.dtype)).flatten(2)
+        self.contributions.add(layer.name, rows.square().sum((1, 2)))
         rows = rows.flatten(0, 1) if self._expand else rows.sum(1)
         self._gradient_covariances[layer.name].addmm_(rows.T, rows)
 
@@ -163,6 +194,7 @@ class DirectionalCurvatures:
         self._eigenvectors = eigenvectors
         self._inputs: dict[int, list[Tensor]] = {}
         self._curvatures = [_zeros(block, *block.shape) for block in blocks]
+        self.contributions = Contributions(_layer_names(blocks))
 
     def _blocks_of(self, layer: Layer) -> list[tuple[int, Block]]:
         return [
@@ -172,8 +204,9 @@ class DirectionalCurvatures:
         ]
 
     def start_batch(self, weights: Tensor) -> None:
-        """Forget the last batch; weights come with the gradient rows."""
+        """Forget the last batch; its weights come with the gradient rows."""
         self._inputs.clear()
+        self.contributions.start_batch(weights)
 
     def add_inputs(self, layer: Layer, rows: Tensor) -> None:
         """Rotate and keep a batch of input rows ``[batch, S, groups, features]``."""
@@ -190,11 +223,13 @@ class DirectionalCurvatures:
             if block.has_inputs:
                 inputs = join_positions(self._inputs[index])
                 self._inputs[index] = [inputs]  # the next column's too
-                curvature = _squared_gradients(rows, inputs, basis)
+                curvature, squares = _squared_gradients(rows, inputs, basis)
             else:
-                summed = rows.flatten(2).sum(1) @ basis
-                curvature = (summed**2).sum(0, dtype=_accumulation_dtype(rows.dtype))
+                squared = (rows.flatten(2).sum(1) @ basis) ** 2
+                squared = squared.to(_accumulation_dtype(rows.dtype))
+                curvature, squares = squared.sum(0), squared.sum(1)
             self._curvatures[index] += curvature
+            self.contributions.add(layer.name, squares)
 
     def eigenvalues(self, dtype: torch.dtype) -> list[Factors]:
         """Return the curvatures of each block.
@@ -208,8 +243,10 @@ class DirectionalCurvatures:
         return [[curvature.to(dtype)] for curvature in self._curvatures]
 
 
-def _squared_gradients(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tensor:
-    """Sum the squares of the rotated per-example gradients over the batch.
+def _squared_gradients(
+    gradients: Tensor, inputs: Tensor, basis: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum the squares of the rotated per-example gradients.
 
     Args:
         gradients: Gradient rows ``[batch, S, groups, d_out / groups]``.
@@ -217,17 +254,18 @@ def _squared_gradients(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tens
         basis: Eigenvectors ``[d_out, d_out]`` for the gradients.
 
     Returns:
-        The sums ``[d_out, d_in]``.
+        The sums over the batch ``[d_out, d_in]``, and over the gradient ``[batch]``.
     """
     _, positions, groups, d_in = inputs.shape
     dtype = _accumulation_dtype(gradients.dtype)
     if groups == 1:
         gradients = gradients @ basis
         if positions == 1:
-            squares = gradients.flatten(1).to(dtype) ** 2
-            return squares.T @ inputs.flatten(1).to(dtype) ** 2
+            g, x = (rows.flatten(1).to(dtype) ** 2 for rows in (gradients, inputs))
+            return g.T @ x, g.sum(1) * x.sum(1)
 
     total = inputs.new_zeros(len(basis), d_in, dtype=dtype)
+    of_examples = []
     size = max(1, _CHUNK_ENTRIES // total.numel())
     # [batch, groups, positions, features]: one matrix product for an example and group
     gradients, inputs = gradients.transpose(1, 2), inputs.transpose(1, 2)
@@ -235,5 +273,7 @@ def _squared_gradients(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tens
         products = (g.mT @ x).flatten(1, 2)
         if groups > 1:
             products = basis.T @ products
-        total += (products**2).sum(0, dtype=dtype)
-    return total
+        squares = products.to(dtype) ** 2
+        total += squares.sum(0)
+        of_examples.append(squares.sum((1, 2)))
+    return total, torch.cat(of_examples)

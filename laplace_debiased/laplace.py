@@ -30,6 +30,7 @@ from laplace_debiased.curvature import CURVATURES
 from laplace_debiased.debiasing import Debiasing
 from laplace_debiased.estimation import Estimate, Estimator
 from laplace_debiased.guard import frozen, preserved
+from laplace_debiased.layers import curvature_blocks
 from laplace_debiased.predictive import LinearizedPredictive, last_layer_covariance
 from laplace_debiased.sampling import Folds, explicit_folds, split
 from laplace_debiased.selection import (
@@ -40,6 +41,7 @@ from laplace_debiased.selection import (
     refusal,
     select,
 )
+from laplace_debiased.uncertainty import SamplingError
 
 
 class KronDebiasedLaplace(KronLaplace):
@@ -120,6 +122,8 @@ class KronDebiasedLaplace(KronLaplace):
         self.memory_limit = memory_limit
         self._strict = strict
         self._generator: torch.Generator | None = None
+        self._num_points = 0
+        self.sampling_error: SamplingError | None = None
         self._left_out = self._find_left_out(model)
         with frozen([param for entry in self._left_out for param in entry.params]):
             super().__init__(model, likelihood, *args, **kwargs)
@@ -229,18 +233,89 @@ class KronDebiasedLaplace(KronLaplace):
             self.model.eval()
             estimate = self._estimate(folds, explicit, online, progress_bar)
 
-        num_data, curvature, loss = folds.num_data, estimate.curvature, estimate.loss
+        num_data, num_used = folds.num_data, self._num_used(folds, explicit)
         if online:
             num_data += self.n_data
-            curvature = self.H_facs.merge(curvature, self.n_data / num_data)
-            loss = self.loss + loss
-        H = curvature.decompose(self.damping)
+            estimate = self._last_estimate().merge(estimate, self.n_data / num_data)
+            num_used += self._num_points
+        self._take_over(estimate, num_data, num_used)
+        self._warn_of_small_budget(explicit)
+
+    def _take_over(self, estimate: Estimate, num_data: int, num_points: int) -> None:
+        """Make an estimate the posterior, at the model's parameters."""
+        H = estimate.curvature.decompose(self.damping)
         mean = parameters_to_vector(self._fitted_params)
-        self.H_facs, self.H = curvature, H
+        self.H_facs, self.H = estimate.curvature, H
         self.mean = mean if self.enable_backprop else mean.detach()
-        self.loss, self.n_data, self.n_outputs = loss, num_data, estimate.num_outputs
+        self.loss, self.n_outputs = estimate.loss, estimate.num_outputs
+        self.n_data, self._num_points = num_data, num_points
+        self.sampling_error = estimate.error
         self.model.output_size = estimate.num_outputs
         self.model.eval()
+
+    def _last_estimate(self) -> Estimate:
+        return Estimate(self.H_facs, self.loss, self.n_outputs, self.sampling_error)
+
+    def _num_used(self, folds: Folds, explicit: bool) -> int:
+        """Number of points that get backward passes."""
+        if explicit or self.debiasing.budget is None:
+            return folds.num_points
+        return min(self.debiasing.budget, folds.num_points)
+
+    def _warn_of_small_budget(self, explicit: bool) -> None:
+        if explicit or self.debiasing.budget is None or self.sampling_error is None:
+            return
+        message = self.sampling_error.warning(self._num_points)
+        if message:
+            warn(message, stacklevel=3)
+
+    @property
+    def curvature_standard_errors(self) -> dict[str, float]:
+        """Relative standard error of the curvature's scale in each layer.
+
+        Of the trace of each layer's curvature, over draws of the points.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+            ValueError: If the backend does not tell what each point contributes.
+        """
+        return self._known_sampling_error().relative_errors()
+
+    def log_marginal_likelihood_standard_error(self) -> Tensor:
+        r"""Estimate the standard error of the log marginal likelihood.
+
+        A relative error e of a layer's scale changes it by :math:`\gamma e / 2`, with
+        the layer's effective number of parameters :math:`\gamma = \sum \lambda /
+        (\lambda + \delta)` (MacKay, 1992). The loss is taken as independent.
+
+        Returns:
+            A scalar, at the present prior precision.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+            ValueError: If the backend does not tell what each point contributes.
+        """
+        error = self._known_sampling_error()
+        layers = find_layers(self.model, self._fitted_params)
+        blocks = curvature_blocks(layers, separate_weight_and_bias=True)
+        precisions = self.posterior_precision
+        gamma = error.traces.new_zeros(len(error.layers))
+        for block, values, delta in zip(
+            blocks, precisions.spectra(), precisions.deltas, strict=True
+        ):
+            gamma[error.layers.index(block.layer.name)] += (1 - delta / values).sum()
+        relative = error.relative_covariance()
+        variance = gamma @ relative @ gamma / 4
+        return (variance + self._H_factor**2 * error.loss_variance).sqrt()
+
+    def _known_sampling_error(self) -> SamplingError:
+        self._check_H_init()
+        if self.sampling_error is None:
+            raise ValueError(
+                f"{self._backend_cls.__name__} does not tell what each point "
+                "contributes: use `CurvlinopsGGN`."
+            )
+        return self.sampling_error
 
     def _folds(
         self, train_loader: DataLoader, magnitude_loader: DataLoader | None
@@ -463,6 +538,9 @@ class KronDebiasedLaplace(KronLaplace):
         """
         state_dict = ParametricLaplace.state_dict(self)
         state_dict["H"] = self.H_facs.state_dict()
+        state_dict["num_points"] = self._num_points
+        error = self.sampling_error
+        state_dict["sampling_error"] = error and error.state_dict()
         state_dict["magnitudes"] = self.debiasing.magnitudes
         state_dict["parameters"] = self._fitted_names
         return state_dict
@@ -487,6 +565,9 @@ class KronDebiasedLaplace(KronLaplace):
             self._load_parameters(state_dict["parameters"])
         ParametricLaplace.load_state_dict(self, state_dict)
         self.H_facs = CURVATURES[own](**state_dict["H"])
+        self._num_points = state_dict["num_points"]
+        error = state_dict["sampling_error"]
+        self.sampling_error = error and SamplingError(**error)
         self.H = self.H_facs.decompose(self.damping)
 
     def _load_parameters(self, names: list[str]) -> None:

@@ -41,15 +41,20 @@ class SweepSummary:
         total_weight: Sum of their weights.
         loss: Weighted sum of their losses, a scalar tensor.
         num_outputs: Number of network outputs.
-        traces: Trace of each example's output curvature ``[num_data]``, unweighted;
-            None if the sweep did not compute them.
+        losses: Each example's loss ``[num_data]``, unweighted; None, as all that
+            follows, if a backend does not tell.
+        traces: Trace of each example's output curvature ``[num_data]``, unweighted.
+        contributions: Each example's weighted contribution to the traces of the layers'
+            curvature, ``[num_data, layers]``.
     """
 
     num_data: int
     total_weight: float
     loss: Tensor
     num_outputs: int
+    losses: Tensor | None = None
     traces: Tensor | None = None
+    contributions: Tensor | None = None
 
 
 def sweep(
@@ -98,7 +103,7 @@ def sweep(
     if not backward:
         layers = [layer for layer in layers if layer.has_inputs]
 
-    num_data, num_outputs, traces = 0, 0, []
+    num_data, num_outputs, all_losses, traces = 0, 0, [], []
     loss = torch.zeros((), dtype=dtype, device=device)
     total_weight = 0.0
     bar = tqdm(data, desc=f"[{description}]", disable=not progress_bar)
@@ -117,6 +122,7 @@ def sweep(
             output = functional_call(model, detached, (X,))
         y = check_targets(output, y, output_curvature.loss_func)
         losses = output_curvature.total_loss(output.detach(), y)
+        all_losses.append(losses)
         traces.append(output_curvature.traces(output.detach(), y))
         columns = []
         if layers and backward:
@@ -141,7 +147,14 @@ def sweep(
         )
     if not loss.isfinite():
         raise ValueError(f"The loss is {loss.item()}: model or targets are not finite.")
-    return SweepSummary(num_data, total_weight, loss, num_outputs, torch.cat(traces))
+    return SweepSummary(
+        num_data,
+        total_weight,
+        loss,
+        num_outputs,
+        torch.cat(all_losses),
+        torch.cat(traces),
+    )
 
 
 def _batch_weights(weights: Tensor | None, start: int, batch_size: int) -> Tensor:
