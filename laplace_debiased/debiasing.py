@@ -59,12 +59,12 @@ class Debiasing:
                 f"got {self.direction_fraction}."
             )
         if self.budget is not None:
-            _check_integer("budget", self.budget, MIN_BUDGET)
-        _check_integer("pool_size", self.pool_size, MIN_BUDGET)
-        _check_integer("num_folds", self.num_folds, 2)
+            check_integer("budget", self.budget, MIN_BUDGET)
+        check_integer("pool_size", self.pool_size, MIN_BUDGET)
+        check_integer("num_folds", self.num_folds, 2)
         if self.fisher_rank is not None:
-            _check_integer("fisher_rank", self.fisher_rank, 1)
-        _check_integer("seed", self.seed)
+            check_integer("fisher_rank", self.fisher_rank, 1)
+        check_integer("seed", self.seed)
         if self.budget is not None and self.num_folds > self.budget:
             raise ValueError(
                 f"`num_folds` must be at most `budget`, got {self.num_folds} folds for "
@@ -89,8 +89,18 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
 
 
-def _check_integer(name: str, value: Any, smallest: int | None = None) -> None:
-    """NumPy's integers are integers, too; booleans are not meant."""
+def check_integer(name: str, value: Any, smallest: int | None = None) -> None:
+    """Refuse what is no integer, or too small a one.
+
+    Args:
+        name: The argument's name.
+        value: Its value. NumPy's integers are integers, too; booleans are not meant.
+        smallest: The smallest value allowed.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is too small.
+    """
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an int, got {value!r}.")
     if smallest is not None and value < smallest:

@@ -27,12 +27,17 @@ from torch.utils.data import DataLoader
 
 from laplace_debiased.backends import CurvatureSource
 from laplace_debiased.curvature import CURVATURES
-from laplace_debiased.debiasing import Debiasing
+from laplace_debiased.debiasing import Debiasing, check_integer
 from laplace_debiased.estimation import Estimate, Estimator
 from laplace_debiased.guard import frozen, preserved
 from laplace_debiased.layers import curvature_blocks
 from laplace_debiased.predictive import LinearizedPredictive, last_layer_covariance
-from laplace_debiased.sampling import Folds, explicit_folds, split
+from laplace_debiased.sampling import (
+    Folds,
+    explicit_folds,
+    loader_of_batch,
+    split,
+)
 from laplace_debiased.selection import (
     LeftOut,
     find_layers,
@@ -122,7 +127,7 @@ class KronDebiasedLaplace(KronLaplace):
         self.memory_limit = memory_limit
         self._strict = strict
         self._generator: torch.Generator | None = None
-        self._num_points = 0
+        self._num_points, self._num_batches = 0, 0
         self.sampling_error: SamplingError | None = None
         self._left_out = self._find_left_out(model)
         with frozen([param for entry in self._left_out for param in entry.params]):
@@ -227,11 +232,8 @@ class KronDebiasedLaplace(KronLaplace):
             )
         folds = self._folds(train_loader, magnitude_loader)
         online = not override and self.H_facs is not None
-        self._prepare(folds)
         explicit = magnitude_loader is not None
-        with preserved(self.model, keep_new_hooks=True):
-            self.model.eval()
-            estimate = self._estimate(folds, explicit, online, progress_bar)
+        estimate = self._guarded_estimate(folds, explicit, online, progress_bar)
 
         num_data, num_used = folds.num_data, self._num_used(folds, explicit)
         if online:
@@ -317,6 +319,76 @@ class KronDebiasedLaplace(KronLaplace):
             )
         return self.sampling_error
 
+    def partial_fit(
+        self,
+        batch: Any,
+        magnitude_batch: Any = None,
+        decay: float = 1.0,
+        num_data: int | None = None,
+    ) -> None:
+        """Bring the posterior up to date with a mini-batch, at the model's parameters.
+
+        Curvature and loss are averages over all points so far, in which the points of
+        a batch lose the share ``1 - decay`` of their weight with each further batch.
+        Without decay, and with as many points for directions in each, batches one by
+        one equal a fit to all of them. With ``ggn`` magnitudes, the eigenbasis stays
+        that of the first batch.
+
+        Args:
+            batch: A batch ``(X, y)``, or a mapping. Without ``magnitude_batch``, its
+                points are assigned to the folds at random.
+            magnitude_batch: A batch that gives magnitudes; then ``batch`` gives
+                directions.
+            decay: Factor on the weight of earlier points, in (0, 1].
+            num_data: Number of points that curvature and loss are scaled to; None for
+                the number of points so far, decayed like their weights.
+
+        Raises:
+            TypeError: If an argument has a wrong type.
+            ValueError: If data, model or an argument are not valid.
+        """
+        if not 0 < decay <= 1:
+            raise ValueError(f"`decay` must lie in (0, 1], got {decay}.")
+        if num_data is not None:
+            check_integer("num_data", num_data, 1)
+        if not self._accumulates:
+            raise ValueError(
+                "Last-layer Laplace approximations do not support `partial_fit`."
+            )
+        if magnitude_batch is None:
+            seed = self.debiasing.seed + self._num_batches
+            loader = loader_of_batch(batch)
+            folds = split(loader, self.debiasing.shares, None, seed)
+        else:
+            loaders = loader_of_batch(batch), loader_of_batch(magnitude_batch)
+            folds = explicit_folds(*loaders)
+        online = self.H_facs is not None
+        explicit = magnitude_batch is not None
+        estimate = self._guarded_estimate(folds, explicit, online, False)
+
+        num_new = num_all = folds.num_points
+        estimate = estimate.scaled(num_new / folds.num_data)
+        num_target = num_new if num_data is None else num_data
+        if online:
+            remembered = decay * self._num_points
+            num_all = remembered + num_new
+            if num_data is None:
+                num_target = decay * self.n_data + num_new
+            old = self._last_estimate().scaled(remembered / self.n_data)
+            estimate = old.merge(estimate, remembered / num_all)
+        self._take_over(estimate.scaled(num_target / num_all), num_target, num_all)
+        self._num_batches += 1
+
+    def _guarded_estimate(
+        self, folds: Folds, explicit: bool, online: bool, progress_bar: bool
+    ) -> Estimate:
+        """Measure curvature and loss, and leave the model as it was."""
+        if not online:
+            self._prepare(folds)
+        with preserved(self.model, keep_new_hooks=True):
+            self.model.eval()
+            return self._estimate(folds, explicit, online, progress_bar)
+
     def _folds(
         self, train_loader: DataLoader, magnitude_loader: DataLoader | None
     ) -> Folds:
@@ -393,7 +465,7 @@ class KronDebiasedLaplace(KronLaplace):
             progress_bar,
         )
         estimator = Estimator(source, folds, d.cross_fit and not explicit)
-        if self._draws and not explicit and folds.num_points > d.budget:
+        if not explicit and self._draws and folds.num_points > d.budget:
             estimator.draw(d.budget, d.seed)
         if d.magnitudes == "ggn":
             return estimator.ggn(self.H.eigenvectors if online else None)

@@ -331,6 +331,26 @@ def _indexable(loader: DataLoader) -> DataLoader:
     return DataLoader(batches, batch_size=batches.largest, collate_fn=batches.collate)
 
 
+def loader_of_batch(batch: Any) -> DataLoader:
+    """Return a loader over the points of one batch.
+
+    Args:
+        batch: A pair ``(X, y)``, or a mapping of tensors.
+
+    Returns:
+        A loader that yields them in one batch.
+
+    Raises:
+        TypeError: If it is neither, or holds no tensors.
+    """
+    if not isinstance(batch, MutableMapping | tuple | list):
+        raise TypeError(
+            f"`batch` must be a pair (X, y) or a mapping, got {type(batch).__name__}."
+        )
+    points = _Batches([batch])
+    return DataLoader(points, batch_size=len(points), collate_fn=points.collate)
+
+
 class _Batches(Dataset):
     """The points of batches that were read into memory.
 
