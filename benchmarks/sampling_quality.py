@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
+from math import exp
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +26,7 @@ from common import write_report
 from laplace import KronLaplace
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -233,9 +235,14 @@ class Result:
 
 
 def chosen_prior(la: KronLaplace) -> float:
-    """Choose the prior precision by the marginal likelihood."""
-    la.optimize_prior_precision(n_steps=200)
-    return la.prior_precision.item()
+    """Choose the prior precision by the marginal likelihood, to full precision."""
+
+    @torch.no_grad()
+    def objective(log_prior: float) -> float:
+        prior = torch.tensor([log_prior]).exp()
+        return -la.log_marginal_likelihood(prior_precision=prior).item()
+
+    return exp(minimize_scalar(objective, bounds=(-5, 10), method="bounded").x)
 
 
 def full_kfac(problem: Problem) -> tuple[Result, list]:
