@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,35 @@ def write_report(
     (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / f"{name}.md").write_text(table + "\n")
     print(table)
+
+
+class Progress:
+    """Results so far, so that an interrupted study resumes where it stopped.
+
+    Args:
+        path: Where they are kept.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._results = json.loads(path.read_text()) if path.exists() else {}
+
+    def run(self, key: str, measure: Callable[[], Any]) -> Any:
+        """Return a result; measure and keep it if there is none.
+
+        Args:
+            key: Names the result.
+            measure: Returns it, as plain values.
+
+        Returns:
+            The result.
+        """
+        if key not in self._results:
+            self._results[key] = measure()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(self._results))
+        return self._results[key]
+
+    def clear(self) -> None:
+        """Forget all, once they are reported."""
+        self._path.unlink(missing_ok=True)

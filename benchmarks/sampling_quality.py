@@ -1,10 +1,16 @@
 """How close posteriors from few backward passes come to the full-data posterior.
 
-Three networks are trained on FashionMNIST. The full-data references are laplace-torch's
-``KronLaplace`` (K-FAC) and EKFAC; every other row gets backward passes for ``budget``
-points only, and is drawn again for each seed.
+Three networks were trained on FashionMNIST. The full-data references are
+laplace-torch's ``KronLaplace`` (K-FAC) and EKFAC; every other row gets backward passes
+for ``budget`` points only, and is drawn again for each seed. The studies are:
 
-    python benchmarks/sampling_quality.py --data-root DATA --out benchmarks/results
+- ``estimators``: each ingredient alone, and together;
+- ``settings``: pools, floors and folds of the best estimator;
+- ``fractions``: the share of the points that give directions, with two batches.
+
+An interrupted study resumes where it stopped.
+
+    python benchmarks/sampling_quality.py estimators --data-root DATA
 """
 
 from __future__ import annotations
@@ -12,20 +18,21 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import combinations
 from math import exp
 from pathlib import Path
 from unittest import mock
 
 import torch
-from common import write_report
+from common import Progress, write_report
 from laplace import KronLaplace
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from networks import RECIPES, accuracy, problem_data, trained
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -34,7 +41,6 @@ from tueplots import axes, figsizes, fontsizes
 
 from laplace_debiased import DebiasedKFACLinearOperator, EigenbasisMatrix, Laplace
 from laplace_debiased.capture import capture_rows
-from laplace_debiased.comparison.data import load
 from laplace_debiased.comparison.estimators import single_batch
 from laplace_debiased.curvature import average
 from laplace_debiased.eigenbasis import decompose, project
@@ -44,96 +50,7 @@ from laplace_debiased.sampling import draw
 from laplace_debiased.selection import find_layers
 
 PRIORS = (1.0, 10.0, 31.6, 100.0, 1000.0)
-NUM_TRAIN = 50_000
-POOL_SIZE = 4096
-
-
-class ResidualBlock(nn.Module):
-    """Two convolutions with BatchNorm, and a shortcut."""
-
-    def __init__(self, channels: int, filters: int, stride: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, filters, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(filters),
-            nn.ReLU(),
-            nn.Conv2d(filters, filters, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(filters),
-        )
-        self.shortcut = nn.Sequential(
-            nn.Conv2d(channels, filters, 1, stride, bias=False),
-            nn.BatchNorm2d(filters),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[batch, channels, height, width]`` to filters."""
-        return torch.relu(self.body(x) + self.shortcut(x))
-
-
-def mlp() -> nn.Module:
-    """Build a network of three linear layers."""
-    widths = [784, 128, 64]
-    hidden = [
-        layer
-        for d_in, d_out in pairwise(widths)
-        for layer in (nn.Linear(d_in, d_out), nn.ReLU())
-    ]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(widths[-1], 10))
-
-
-def all_convolutional() -> nn.Module:
-    """Build a network of seven convolutions."""
-    plan = [(1, 16, 1), (16, 16, 2), (16, 32, 1), (32, 32, 2), (32, 50, 1), (50, 64, 1)]
-    hidden = [
-        layer
-        for channels, filters, stride in plan
-        for layer in (nn.Conv2d(channels, filters, 3, stride, 1), nn.ReLU())
-    ]
-    head = [nn.Conv2d(64, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*hidden, *head)
-
-
-def resnet() -> nn.Module:
-    """Build a ResNet of three blocks with BatchNorm."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, 1, 1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        ResidualBlock(16, 16, 2),
-        ResidualBlock(16, 32, 2),
-        ResidualBlock(32, 64, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, 10),
-    )
-
-
-# name: (network, epochs, learning rate)
-NETWORKS = {
-    "MLP": (mlp, 8, 2e-3),
-    "all-convolutional": (all_convolutional, 8, 4e-3),
-    "ResNet": (resnet, 6, 1e-2),
-}
-
-
-def train(name: str, X: Tensor, y: Tensor) -> nn.Module:
-    """Train a network with mirrored images."""
-    torch.manual_seed(0)
-    build, epochs, learning_rate = NETWORKS[name]
-    model, batch_size = build(), 128
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=epochs * -(-len(X) // batch_size)
-    )
-    for _ in range(epochs):
-        for batch in torch.randperm(len(X)).split(batch_size):
-            mirrored = torch.rand(len(batch), 1, 1, 1) < 0.5
-            images = torch.where(mirrored, X[batch].flip(3), X[batch])
-            optimizer.zero_grad()
-            cross_entropy(model(images), y[batch]).backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
+DATASET = "fashion-mnist"
 
 
 @dataclass
@@ -316,22 +233,9 @@ def as_matrix(H) -> EigenbasisMatrix:
     return EigenbasisMatrix(H.eigenvectors, H.eigenvalues)
 
 
-@contextmanager
-def equal_probabilities() -> Iterator[None]:
-    """Let draws ignore the scores."""
-    with mock.patch("laplace_debiased.estimation.draw", partial(draw, floor=1.0)):
-        yield
-
-
-def uniform_with_pool(problem: Problem, seed: int, factors: list, **options) -> Result:
-    """Draw uniformly, with input covariances and loss from the pool."""
-    with equal_probabilities():
-        return ours(problem, seed, factors, sampling="curvature", **options)
-
-
 def drawn_single(problem: Problem, seed: int, factors: list) -> Result:
     """Use a draw's points for both roles, which does not debias."""
-    _, la = fitted(problem, seed, **CROSS_FIT, sampling="curvature")
+    _, la = fitted(problem, seed, **BEST)
     kfacs = average(la.H_facs.folds, la.H_facs.shares)
     vectors = decompose(kfacs)
     la.H = EigenbasisMatrix(vectors, project(kfacs, vectors))
@@ -340,65 +244,127 @@ def drawn_single(problem: Problem, seed: int, factors: list) -> Result:
 
 def oracle(problem: Problem, seed: int, factors: list) -> Result:
     """Take directions from a draw, and magnitudes from all data."""
-    _, la = fitted(problem, seed, **CROSS_FIT, sampling="curvature")
+    _, la = fitted(problem, seed, **BEST)
     la.H = EigenbasisMatrix(la.H.eigenvectors, project(factors, la.H.eigenvectors))
     return Result(nlls(problem, la.H), chosen_prior(la))
 
 
+def other_floor(
+    problem: Problem, seed: int, factors: list, floor: float, **options
+) -> Result:
+    """Change the share of the uniform distribution in a draw's probabilities."""
+    with mock.patch("laplace_debiased.estimation.draw", partial(draw, floor=floor)):
+        return ours(problem, seed, factors, **options)
+
+
+def repeated_splits(problem: Problem, seed: int, factors: list) -> Result:
+    """Average magnitudes over all splits of eight folds in two halves (NERCOME)."""
+    _, la = fitted(problem, seed, **BEST, num_folds=8)
+    folds, shares = la.H_facs.folds, la.H_facs.shares
+    magnitudes = []
+    for half in combinations(range(len(folds)), len(folds) // 2):
+        rest = [k for k in range(len(folds)) if k not in half]
+        directions, judges = (
+            average([folds[k] for k in chosen], [shares[k] for k in chosen])
+            for chosen in (half, rest)
+        )
+        magnitudes.append(project(judges, decompose(directions)))
+    values = average(magnitudes, [1.0] * len(magnitudes))
+    la.H = EigenbasisMatrix(la.H.eigenvectors, values)
+    return Result(nlls(problem, la.H), chosen_prior(la))
+
+
+UNIFORM = {"sampling": "uniform"}
+CURVATURE = {"sampling": "curvature"}
+TWO_BATCH = {"estimator": "two_batch"}
 CROSS_FIT = {"estimator": "cross_fit"}
+GGN = {"magnitudes": "ggn"}
+BEST = CROSS_FIT | CURVATURE
+FRACTIONS = [k / 10 for k in range(1, 10)]
 Row = Callable[[Problem, int, list], Result]
-ROWS: dict[str, dict[str, Row]] = {
-    "kfac": {
-        "single batch, uniform": uniform_single,
-        "two batches, uniform": partial(ours, sampling="uniform"),
-        "cross-fit, uniform": partial(ours, sampling="uniform", **CROSS_FIT),
-        "two batches, uniform, inputs of pool": uniform_with_pool,
-        "cross-fit, uniform, inputs of pool": partial(uniform_with_pool, **CROSS_FIT),
-        "single batch, curvature": drawn_single,
-        "two batches, curvature": partial(ours, sampling="curvature"),
-        "cross-fit, curvature": partial(ours, sampling="curvature", **CROSS_FIT),
-        "oracle": oracle,
+STUDIES: dict[str, dict[str, Row]] = {
+    "estimators": {
+        "kfac: single batch, uniform": uniform_single,
+        "kfac: two batches, uniform": partial(ours, **TWO_BATCH, **UNIFORM),
+        "kfac: cross-fit, uniform": partial(ours, **CROSS_FIT, **UNIFORM),
+        "kfac: two batches, uniform, inputs of pool": partial(
+            other_floor, floor=1.0, **TWO_BATCH, **CURVATURE
+        ),
+        "kfac: cross-fit, uniform, inputs of pool": partial(
+            other_floor, floor=1.0, **BEST
+        ),
+        "kfac: single batch, curvature": drawn_single,
+        "kfac: two batches, curvature": partial(ours, **TWO_BATCH, **CURVATURE),
+        "kfac: cross-fit, curvature": partial(ours, **BEST),
+        "kfac: oracle": oracle,
+        "ggn: two batches, uniform": partial(ours, **TWO_BATCH, **UNIFORM, **GGN),
+        "ggn: cross-fit, uniform": partial(ours, **CROSS_FIT, **UNIFORM, **GGN),
+        "ggn: two batches, curvature": partial(ours, **TWO_BATCH, **CURVATURE, **GGN),
+        "ggn: cross-fit, curvature": partial(ours, **BEST, **GGN),
     },
-    "ggn": {
-        "two batches, uniform": partial(ours, sampling="uniform", magnitudes="ggn"),
-        "cross-fit, uniform": partial(
-            ours, sampling="uniform", magnitudes="ggn", **CROSS_FIT
-        ),
-        "two batches, curvature": partial(ours, sampling="curvature", magnitudes="ggn"),
-        "cross-fit, curvature": partial(
-            ours, sampling="curvature", magnitudes="ggn", **CROSS_FIT
-        ),
+    "settings": {
+        **{
+            f"kfac: pool of {size}": partial(ours, **BEST, pool_size=size)
+            for size in (512, 1024, 2048, 4096, 8192)
+        },
+        **{
+            f"kfac: floor {floor:g}": partial(other_floor, **BEST, floor=floor)
+            for floor in (0.01, 0.03, 0.1, 0.3)
+        },
+        **{
+            f"kfac: {folds} folds": partial(ours, **BEST, num_folds=folds)
+            for folds in (2, 4, 8)
+        },
+        "kfac: 8 folds, repeated splits": repeated_splits,
+    },
+    "fractions": {
+        f"{magnitudes}: {fraction:g}": partial(
+            ours,
+            **TWO_BATCH,
+            **CURVATURE,
+            magnitudes=magnitudes,
+            direction_fraction=fraction,
+        )
+        for magnitudes in ("kfac", "ggn")
+        for fraction in FRACTIONS
     },
 }
 
 
-def run_network(name: str, data, budget: int, num_seeds: int) -> dict:
-    """Train a network, and measure all rows on all seeds."""
-    X, y = (tensor[:NUM_TRAIN] for tensor in data.train.tensors)
-    model = train(name, X, y)
+def run_network(
+    name: str, rows: dict[str, Row], settings: argparse.Namespace, progress: Progress
+) -> dict:
+    """Measure all rows on all seeds."""
+    data = problem_data(DATASET, settings.data_root)
     problem = Problem(
-        model, TensorDataset(X, y), data.test_inputs, data.test_labels, budget
+        trained(name, DATASET, settings.data_root),
+        data.train,
+        data.test_inputs,
+        data.test_labels,
+        settings.budget,
     )
     with torch.no_grad():
-        output = model(problem.inputs)
-    accuracy = (output.argmax(1) == problem.labels).float().mean().item()
+        output = problem.model(problem.inputs)
     kfac, factors = full_kfac(problem)
-    print(f"{name}: accuracy {accuracy:.3f}, K-FAC {kfac}", flush=True)
     references = {"kfac": kfac, "ggn": full_ekfac(problem)}
-    print(f"{name}: EKFAC {references['ggn']}", flush=True)
-    rows = {}
-    for magnitudes, estimators in ROWS.items():
-        for label, estimator in estimators.items():
-            results = [estimator(problem, seed, factors) for seed in range(num_seeds)]
-            rows[f"{magnitudes}: {label}"] = [asdict(result) for result in results]
-            line = summary(references[magnitudes], results)
-            print(f"{name}, {magnitudes}: {label} {line}", flush=True)
+    print(f"{name}: {references}", flush=True)
+
+    def measure(row: Row) -> list[dict]:
+        seeds = range(settings.seeds)
+        return [asdict(row(problem, seed, factors)) for seed in seeds]
+
+    results = {}
+    for label, row in rows.items():
+        results[label] = progress.run(f"{name}: {label}", partial(measure, row))
+        runs = [Result(**result) for result in results[label]]
+        line = summary(references[label.split(":")[0]], runs)
+        print(f"{name}, {label} {line}", flush=True)
     return {
-        "accuracy": accuracy,
+        "accuracy": accuracy(problem.model, problem.inputs, problem.labels),
         "num_params": sum(p.numel() for p in problem.params()),
         "map_nll": cross_entropy(output, problem.labels).item(),
         "references": {key: asdict(value) for key, value in references.items()},
-        "rows": rows,
+        "rows": results,
     }
 
 
@@ -441,8 +407,14 @@ def table(networks: dict) -> str:
     return "\n".join(parts).rstrip()
 
 
-def write_figure(path: Path, networks: dict) -> None:
-    """Draw the NLL's difference to full data, with its standard deviation."""
+def write_figure(path: Path, networks: dict, draw_panel: Callable) -> None:
+    """Draw a panel for each network, with a common legend.
+
+    Args:
+        path: Where to write the figure.
+        networks: Results of each network.
+        draw_panel: Draws a network's results into axes.
+    """
     style = {
         **figsizes.neurips2023(ncols=3, rel_width=1.4, height_to_width_ratio=0.9),
         **fontsizes.neurips2023(),
@@ -454,16 +426,8 @@ def write_figure(path: Path, networks: dict) -> None:
         figure = Figure()
         panels = figure.subplots(1, len(networks), squeeze=False)[0]
         for axis, (name, result) in zip(panels, networks.items(), strict=True):
-            reference = torch.tensor(result["references"]["kfac"]["nll"])
-            for label, runs in result["rows"].items():
-                if not label.startswith("kfac"):
-                    continue
-                percent = torch.tensor([run["nll"] for run in runs]) / reference
-                percent = 100 * (percent - 1)
-                mean, std = percent.mean(0), percent.std(0)
-                axis.plot(PRIORS, mean, label=label.removeprefix("kfac: "))
-                axis.fill_between(PRIORS, mean - std, mean + std, alpha=0.15)
-            axis.set(xscale="log", title=name, xlabel="prior precision")
+            draw_panel(axis, result)
+            axis.set_title(name)
         panels[0].set_ylabel("test NLL above full data (%)")
         figure.legend(
             *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3
@@ -471,31 +435,69 @@ def write_figure(path: Path, networks: dict) -> None:
         figure.savefig(path, dpi=200)
 
 
+def percent_above(result: dict, label: str) -> Tensor:
+    """Difference of a row's NLLs to full data in percent, ``[seeds, priors]``."""
+    reference = torch.tensor(result["references"][label.split(":")[0]]["nll"])
+    nll = torch.tensor([run["nll"] for run in result["rows"][label]])
+    return 100 * (nll / reference - 1)
+
+
+def panel_of_priors(axis: Axes, result: dict) -> None:
+    """Draw the NLL of each ``kfac`` row against the prior precision."""
+    for label in result["rows"]:
+        if not label.startswith("kfac"):
+            continue
+        percent = percent_above(result, label)
+        mean, std = percent.mean(0), percent.std(0)
+        axis.plot(PRIORS, mean, label=label.removeprefix("kfac: "))
+        axis.fill_between(PRIORS, mean - std, mean + std, alpha=0.15)
+    axis.set(xscale="log", xlabel="prior precision")
+
+
+def panel_of_fractions(axis: Axes, result: dict) -> None:
+    """Draw the NLL at two prior precisions against the share of directions."""
+    for magnitudes, line in (("kfac", "-"), ("ggn", "--")):
+        rows = [percent_above(result, f"{magnitudes}: {f:g}") for f in FRACTIONS]
+        percent = torch.stack(rows)  # [fractions, seeds, priors]
+        for prior in (1.0, 10.0, 31.6):
+            column = percent[..., PRIORS.index(prior)]
+            mean, error = column.mean(1), column.std(1) / column.shape[1] ** 0.5
+            axis.plot(FRACTIONS, mean, line, label=f"{magnitudes}, prior {prior:g}")
+            axis.fill_between(FRACTIONS, mean - error, mean + error, alpha=0.15)
+    axis.set(xlabel="share of points for directions")
+
+
+PANELS = {"estimators": panel_of_priors, "fractions": panel_of_fractions}
+
+
 def main() -> None:
-    """Run all networks, and write table, numbers and figure."""
+    """Run a study on all networks, and write table, numbers and figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--budget", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--networks", nargs="*", default=list(NETWORKS))
+    parser.add_argument("--networks", nargs="*", default=list(RECIPES))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
+    settings = parser.parse_args()
     warnings.simplefilter("ignore")
-    data = load("fashion-mnist", arguments.data_root)
+    name = f"sampling_{settings.study}"
+    progress = Progress(settings.out / f"{name}.partial.json")
     networks = {
-        name: run_network(name, data, arguments.budget, arguments.seeds)
-        for name in arguments.networks
+        network: run_network(network, STUDIES[settings.study], settings, progress)
+        for network in settings.networks
     }
-    settings = {
-        "budget": arguments.budget,
-        "pool_size": POOL_SIZE,
-        "seeds": arguments.seeds,
-        "num_train": NUM_TRAIN,
+    recorded = {
+        "budget": settings.budget,
+        "seeds": settings.seeds,
         "priors": PRIORS,
+        "dataset": DATASET,
     }
-    report = table(networks)
-    write_report(arguments.out, "sampling_quality", settings, networks, report)
-    write_figure(arguments.out / "sampling_quality.png", networks)
+    write_report(settings.out, name, recorded, networks, table(networks))
+    if settings.study in PANELS:
+        figure = settings.out / f"{name}.png"
+        write_figure(figure, networks, PANELS[settings.study])
+    progress.clear()
 
 
 if __name__ == "__main__":

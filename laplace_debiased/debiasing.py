@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from laplace_debiased.holdout import best_share
 from laplace_debiased.operator import check_magnitudes
 
 MIN_BUDGET = 8
+POOL_FACTOR = 32
 SAMPLINGS = ("curvature", "uniform")
 ESTIMATORS = ("two_batch", "cross_fit")
 
@@ -19,10 +22,13 @@ class Debiasing:
 
     Args:
         magnitudes: ``"kfac"`` or ``"ggn"``.
-        direction_fraction: Share of the points that give directions, with two batches.
+        direction_fraction: Share of the points that give directions, with two batches;
+            ``"auto"`` for the best one by theory.
         budget: Number of points that get backward passes; None for all.
-        sampling: How the budget is drawn: ``"curvature"`` or ``"uniform"``.
-        pool_size: Number of points that curvature sampling draws from.
+        sampling: How the budget is drawn: ``"curvature"`` or ``"uniform"``; None for
+            the former if the backend allows it.
+        pool_size: Number of points that curvature sampling draws from; None for
+            ``POOL_FACTOR`` times the budget.
         estimator: ``"two_batch"`` or ``"cross_fit"``.
         num_folds: Number of folds of ``"cross_fit"``.
         fisher_rank: Number of backward passes for each point, but for one, if the
@@ -35,32 +41,26 @@ class Debiasing:
     """
 
     magnitudes: str = "kfac"
-    direction_fraction: float = 0.5
+    direction_fraction: float | str = 0.5
     budget: int | None = None
-    sampling: str = "uniform"
-    pool_size: int = 4096
-    estimator: str = "two_batch"
+    sampling: str | None = None
+    pool_size: int | None = None
+    estimator: str = "cross_fit"
     num_folds: int = 2
     fisher_rank: int | None = None
     seed: int = 0
 
     def __post_init__(self):
         check_magnitudes(self.magnitudes)
-        _check_choice("sampling", self.sampling, SAMPLINGS)
+        if self.sampling is not None:
+            _check_choice("sampling", self.sampling, SAMPLINGS)
         _check_choice("estimator", self.estimator, ESTIMATORS)
-        if not isinstance(self.direction_fraction, int | float):
-            raise TypeError(
-                "`direction_fraction` must be a float, "
-                f"got {self.direction_fraction!r}."
-            )
-        if not 0 < self.direction_fraction < 1:
-            raise ValueError(
-                "`direction_fraction` must lie strictly between 0 and 1, "
-                f"got {self.direction_fraction}."
-            )
+        if self.direction_fraction != "auto":
+            _check_fraction("direction_fraction", self.direction_fraction)
         if self.budget is not None:
             check_integer("budget", self.budget, MIN_BUDGET)
-        check_integer("pool_size", self.pool_size, MIN_BUDGET)
+        if self.pool_size is not None:
+            check_integer("pool_size", self.pool_size, MIN_BUDGET)
         check_integer("num_folds", self.num_folds, 2)
         if self.fisher_rank is not None:
             check_integer("fisher_rank", self.fisher_rank, 1)
@@ -72,16 +72,44 @@ class Debiasing:
             )
 
     @property
+    def num_candidates(self) -> int | None:
+        """Number of points that a budget is drawn from by curvature."""
+        if self.budget is None:
+            return None
+        if self.pool_size is None:
+            return POOL_FACTOR * self.budget
+        return max(self.pool_size, self.budget)
+
+    @property
     def cross_fit(self) -> bool:
         """Whether each fold gives directions and magnitudes."""
         return self.estimator == "cross_fit"
 
-    @property
-    def shares(self) -> list[float]:
-        """Share of the points in each fold."""
+    def shares(self, num_points: int, dimensions: Iterable[int]) -> list[float]:
+        """Compute the share of the points in each fold.
+
+        Args:
+            num_points: Number of points that get backward passes.
+            dimensions: Dimensions of the gradient covariances.
+
+        Returns:
+            The shares.
+        """
         if self.cross_fit:
             return [1 / self.num_folds] * self.num_folds
-        return [self.direction_fraction, 1 - self.direction_fraction]
+        fraction = self.direction_fraction
+        if fraction == "auto":
+            fraction = best_share(num_points, dimensions)
+        return [fraction, 1 - fraction]
+
+
+def _check_fraction(name: str, value: Any) -> None:
+    if not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a float or 'auto', got {value!r}.")
+    if not 0 < value < 1:
+        raise ValueError(
+            f"`{name}` must lie strictly between 0 and 1, or be 'auto', got {value}."
+        )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -30,13 +30,14 @@ from laplace_debiased.curvature import CURVATURES
 from laplace_debiased.debiasing import Debiasing, check_integer
 from laplace_debiased.estimation import Estimate, Estimator
 from laplace_debiased.guard import frozen, preserved
-from laplace_debiased.layers import curvature_blocks
+from laplace_debiased.layers import Block, curvature_blocks
 from laplace_debiased.predictive import LinearizedPredictive, last_layer_covariance
 from laplace_debiased.sampling import (
     Folds,
+    Points,
+    draw_uniformly,
     explicit_folds,
     loader_of_batch,
-    split,
 )
 from laplace_debiased.selection import (
     LeftOut,
@@ -63,20 +64,22 @@ class KronDebiasedLaplace(KronLaplace):
         magnitudes: Which directional curvature replaces the eigenvalues: ``"kfac"``
             (that of the other points' K-FAC, the paper's) or ``"ggn"`` (that of each
             layer's exact GGN block; needs a curvlinops backend).
-        direction_fraction: Share of the points that give directions; the others give
-            magnitudes. Of no effect with ``estimator="cross_fit"``.
         budget: Number of training points that get backward passes; None for all that
             the loader yields.
+        estimator: ``"cross_fit"`` (each point gives directions and magnitudes, but none
+            magnitudes along its own directions) or ``"two_batch"`` (some points give
+            directions, the others magnitudes: the paper's).
+        num_folds: Number of folds of ``"cross_fit"``.
+        direction_fraction: Share of the points that give directions with
+            ``"two_batch"``; ``"auto"`` for the best share by theory
+            (:mod:`laplace_debiased.holdout`).
         sampling: How the budget is drawn: ``"curvature"`` (from a pool of points, with
             probabilities that grow with the curvature of the loss in the network's
             output, which takes forward passes; the pool also gives input covariances
-            and the loss) or ``"uniform"``. In regression all points of the pool are
-            equally probable.
-        pool_size: Number of points in the pool.
-        estimator: ``"two_batch"`` (some points give directions, others magnitudes) or
-            ``"cross_fit"`` (each point gives both, but none magnitudes along its own
-            directions).
-        num_folds: Number of folds of ``"cross_fit"``.
+            and the loss) or ``"uniform"``. None for ``"curvature"`` with the curvlinops
+            backends, the only ones that support it. In regression all points of the
+            pool are equally probable.
+        pool_size: Number of points in the pool; None for 32 times the budget.
         fisher_rank: Number of columns of the output curvature's square root that are
             kept for each point, the largest ones; one more column stands for the
             others, without bias. A point then takes ``fisher_rank + 1`` backward passes
@@ -101,12 +104,12 @@ class KronDebiasedLaplace(KronLaplace):
         likelihood: Likelihood | str,
         *args: Any,
         magnitudes: str = "kfac",
-        direction_fraction: float = 0.5,
         budget: int | None = None,
-        sampling: str = "uniform",
-        pool_size: int = 4096,
-        estimator: str = "two_batch",
+        estimator: str = "cross_fit",
         num_folds: int = 2,
+        direction_fraction: float | str = 0.5,
+        sampling: str | None = None,
+        pool_size: int | None = None,
         fisher_rank: int | None = None,
         seed: int = 0,
         memory_limit: int = 2**30,
@@ -114,15 +117,15 @@ class KronDebiasedLaplace(KronLaplace):
         **kwargs: Any,
     ):
         self.debiasing = Debiasing(
-            magnitudes,
-            direction_fraction,
-            budget,
-            sampling,
-            pool_size,
-            estimator,
-            num_folds,
-            fisher_rank,
-            seed,
+            magnitudes=magnitudes,
+            budget=budget,
+            estimator=estimator,
+            num_folds=num_folds,
+            direction_fraction=direction_fraction,
+            sampling=sampling,
+            pool_size=pool_size,
+            fisher_rank=fisher_rank,
+            seed=seed,
         )
         self.memory_limit = memory_limit
         self._strict = strict
@@ -156,7 +159,7 @@ class KronDebiasedLaplace(KronLaplace):
     def _check_sampling_support(self, backend: type[CurvatureInterface]) -> None:
         if issubclass(backend, CurvlinopsInterface):
             return
-        if self._draws:
+        if self.debiasing.sampling == "curvature":
             raise ValueError(
                 "`sampling='curvature'` needs a curvlinops backend, got "
                 f"{backend.__name__}: use `CurvlinopsGGN` or `sampling='uniform'`."
@@ -230,9 +233,12 @@ class KronDebiasedLaplace(KronLaplace):
             raise ValueError(
                 "Last-layer Laplace approximations do not support `override=False`."
             )
-        folds = self._folds(train_loader, magnitude_loader)
         online = not override and self.H_facs is not None
         explicit = magnitude_loader is not None
+        if explicit:
+            folds = self._explicit_folds(train_loader, magnitude_loader, online)
+        else:
+            folds = self._folds(train_loader, online)
         estimate = self._guarded_estimate(folds, explicit, online, progress_bar)
 
         num_data, num_used = folds.num_data, self._num_used(folds, explicit)
@@ -298,12 +304,10 @@ class KronDebiasedLaplace(KronLaplace):
             ValueError: If the backend does not tell what each point contributes.
         """
         error = self._known_sampling_error()
-        layers = find_layers(self.model, self._fitted_params)
-        blocks = curvature_blocks(layers, separate_weight_and_bias=True)
         precisions = self.posterior_precision
         gamma = error.traces.new_zeros(len(error.layers))
         for block, values, delta in zip(
-            blocks, precisions.spectra(), precisions.deltas, strict=True
+            self._blocks(), precisions.spectra(), precisions.deltas, strict=True
         ):
             gamma[error.layers.index(block.layer.name)] += (1 - delta / values).sum()
         relative = error.relative_covariance()
@@ -355,15 +359,15 @@ class KronDebiasedLaplace(KronLaplace):
             raise ValueError(
                 "Last-layer Laplace approximations do not support `partial_fit`."
             )
-        if magnitude_batch is None:
-            seed = self.debiasing.seed + self._num_batches
-            loader = loader_of_batch(batch)
-            folds = split(loader, self.debiasing.shares, None, seed)
-        else:
-            loaders = loader_of_batch(batch), loader_of_batch(magnitude_batch)
-            folds = explicit_folds(*loaders)
         online = self.H_facs is not None
         explicit = magnitude_batch is not None
+        if explicit:
+            loaders = loader_of_batch(batch), loader_of_batch(magnitude_batch)
+            folds = self._explicit_folds(*loaders, online)
+        else:
+            seed = self.debiasing.seed + self._num_batches
+            points = draw_uniformly(loader_of_batch(batch), None, seed)
+            folds = self._split(points, online)
         estimate = self._guarded_estimate(folds, explicit, online, False)
 
         num_new = num_all = folds.num_points
@@ -383,35 +387,49 @@ class KronDebiasedLaplace(KronLaplace):
         self, folds: Folds, explicit: bool, online: bool, progress_bar: bool
     ) -> Estimate:
         """Measure curvature and loss, and leave the model as it was."""
-        if not online:
-            self._prepare(folds)
         with preserved(self.model, keep_new_hooks=True):
             self.model.eval()
             return self._estimate(folds, explicit, online, progress_bar)
 
-    def _folds(
-        self, train_loader: DataLoader, magnitude_loader: DataLoader | None
+    def _explicit_folds(
+        self, direction_loader: DataLoader, magnitude_loader: DataLoader, online: bool
     ) -> Folds:
+        """Take the folds from two loaders."""
+        folds = explicit_folds(direction_loader, magnitude_loader)
+        if not online:
+            self._prepare(folds.first_batch())
+        return folds
+
+    def _folds(self, train_loader: DataLoader, online: bool) -> Folds:
         """Assign points to folds: those to use, or those to draw from."""
-        if magnitude_loader is not None:
-            return explicit_folds(train_loader, magnitude_loader)
         d = self.debiasing
-        num_points = d.budget
-        if self._draws:
-            num_points = max(d.budget, d.pool_size)
-        return split(train_loader, d.shares, num_points, d.seed)
+        num_points = d.num_candidates if self._draws else d.budget
+        return self._split(draw_uniformly(train_loader, num_points, d.seed), online)
+
+    def _split(self, points: Points, online: bool) -> Folds:
+        if not online:
+            self._prepare(points.first_batch())
+        num_points = min(self.debiasing.budget or len(points), len(points))
+        dimensions = [block.shape[0] for block in self._blocks()]
+        return points.split(self.debiasing.shares(num_points, dimensions))
+
+    def _blocks(self) -> list[Block]:
+        """The blocks of the fitted parameters."""
+        layers = find_layers(self.model, self._fitted_params)
+        return curvature_blocks(layers, separate_weight_and_bias=True)
 
     @property
     def _draws(self) -> bool:
         """Whether points are drawn by their curvature."""
-        return self.debiasing.sampling == "curvature" and (
-            self.debiasing.budget is not None
-        )
+        d = self.debiasing
+        if d.sampling is None:
+            return issubclass(self._backend_cls, CurvlinopsInterface)
+        return d.sampling == "curvature"
 
-    def _prepare(self, folds: Folds) -> None:
+    def _prepare(self, batch: Any) -> None:
         """Find out, before curvature is measured, what the posterior is over."""
         if self.params:
-            self._leave_out_idle(next(iter(folds.folds[0].loader)))
+            self._leave_out_idle(batch)
         if not self.params:
             raise ValueError(
                 "The model has no parameters with `requires_grad=True` in supported "
@@ -465,7 +483,7 @@ class KronDebiasedLaplace(KronLaplace):
             progress_bar,
         )
         estimator = Estimator(source, folds, d.cross_fit and not explicit)
-        if not explicit and self._draws and folds.num_points > d.budget:
+        if not explicit and d.budget is not None and folds.num_points > d.budget:
             estimator.draw(d.budget, d.seed)
         if d.magnitudes == "ggn":
             return estimator.ggn(self.H.eigenvectors if online else None)
@@ -671,11 +689,11 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     def _fitted_params(self) -> list[Tensor]:
         return list(self.model.last_layer.parameters())
 
-    def _prepare(self, folds: Folds) -> None:
+    def _prepare(self, batch: Any) -> None:
         if self.model.last_layer is None:
             with preserved(self.model, keep_new_hooks=True):
                 self.model.eval()
-                self._find_last_layer(next(iter(folds.folds[0].loader)))
+                self._find_last_layer(batch)
             self._count_params()
 
     def _output_moments(

@@ -28,14 +28,11 @@ class Fold:
         num_points: Their number.
         weights: Their weights ``[points]``; None if all count the same. Weighted sums
             over the points estimate sums over all data.
-        pool: Yields the points that they were drawn from, which give input covariances
-            by forward passes; None if those are the same.
     """
 
     loader: Iterable
     num_points: int
     weights: Tensor | None = None
-    pool: Iterable | None = None
 
 
 @dataclass(frozen=True)
@@ -55,44 +52,83 @@ class Folds:
         """Number of points in all folds."""
         return sum(fold.num_points for fold in self.folds)
 
+    def first_batch(self) -> Any:
+        """Return a batch of the first fold."""
+        return next(iter(self.folds[0].loader))
+
     @property
     def shares(self) -> list[float]:
         """Each fold's share of the points."""
         return [fold.num_points / self.num_points for fold in self.folds]
 
 
-def split(
-    loader: DataLoader, shares: Sequence[float], num_points: int | None, seed: int
-) -> Folds:
-    """Assign each point of a loader to a fold, or leave it out.
+@dataclass(frozen=True)
+class Points:
+    """Points of a loader, in random order.
+
+    Args:
+        loader: Yields them and others.
+        indices: Their dataset indices.
+        num_data: Number of points that the curvature is scaled to.
+    """
+
+    loader: DataLoader
+    indices: Tensor
+    num_data: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def first_batch(self) -> Any:
+        """Return a batch of some of the points."""
+        size = self.loader.batch_size or 1
+        return next(iter(loader_over(self.loader, self.indices[:size].sort()[0])))
+
+    def split(self, shares: Sequence[float]) -> Folds:
+        """Assign each point to a fold.
+
+        Args:
+            shares: Share of the points in each fold; each fold gets at least one point.
+
+        Returns:
+            The folds.
+
+        Raises:
+            ValueError: If there are fewer points than folds.
+        """
+        needed = max(MIN_POINTS, len(shares))
+        if len(self) < needed:
+            raise ValueError(
+                f"`train_loader` yields {len(self)} point, but at least {needed} are "
+                "needed: one gives directions, another magnitudes."
+            )
+        parts = self.indices.split(fold_sizes(len(self), shares))
+        folds = [
+            Fold(loader_over(self.loader, part.sort()[0]), len(part)) for part in parts
+        ]
+        return Folds(tuple(folds), self.num_data)
+
+
+def draw_uniformly(loader: DataLoader, num_points: int | None, seed: int) -> Points:
+    """Draw points of a loader without replacement.
 
     Args:
         loader: Yields the training points.
-        shares: Share of the points in each fold; each fold gets at least one point.
-        num_points: Number of points to use, drawn uniformly; None for all.
-        seed: Seed of draw and assignment.
+        num_points: Number of points to draw; None for all.
+        seed: Seed of draw and order.
 
     Returns:
-        The folds.
+        The points.
 
     Raises:
-        ValueError: If the loader is empty, yields fewer points than there are folds, or
-            has no dataset of known size.
+        ValueError: If the loader is empty or has no dataset of known size.
     """
     num_data = dataset_size(loader, "train_loader")
     loader = _indexable(loader)
     points = loader_indices(loader, "train_loader").unique()
-    needed = max(MIN_POINTS, len(shares))
-    if len(points) < needed:
-        raise ValueError(
-            f"`train_loader` yields {len(points)} point, but at least {needed} are "
-            "needed: one gives directions, another magnitudes."
-        )
     generator = torch.Generator().manual_seed(int(seed))
     drawn = points[torch.randperm(len(points), generator=generator)][:num_points]
-    parts = drawn.split(fold_sizes(len(drawn), shares))
-    folds = [Fold(loader_over(loader, part.sort()[0]), len(part)) for part in parts]
-    return Folds(tuple(folds), num_data)
+    return Points(loader, drawn, num_data)
 
 
 def fold_sizes(num_points: int, shares: Sequence[float]) -> list[int]:

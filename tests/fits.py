@@ -3,11 +3,12 @@
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import Laplace
-from laplace_debiased.sampling import split
+from laplace_debiased.sampling import draw_uniformly
 from tests.cases import batch
 
 SIZE = 60
 SUBSETS = ["all", "last_layer"]
+TWO_BATCH = {"estimator": "two_batch", "sampling": "uniform"}  # the paper's
 
 
 def loader(name="mlp", likelihood="classification", size=SIZE, batch_size=7, **kwargs):
@@ -22,7 +23,7 @@ def debiased(model, likelihood="classification", subset="all", **kwargs):
 
 def two_roles(train, fraction=0.5, budget=None, seed=0):
     """Loaders of the points that give directions, and magnitudes."""
-    folds = split(train, [fraction, 1 - fraction], budget, seed).folds
+    folds = draw_uniformly(train, budget, seed).split([fraction, 1 - fraction]).folds
     return [fold.loader for fold in folds]
 
 

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased.sampling import draw, split
+from laplace_debiased.holdout import best_share
+from laplace_debiased.sampling import draw, draw_uniformly
 from tests import dense
 from tests.cases import batch, network
-from tests.fits import SIZE, SUBSETS, debiased, loader, posterior
+from tests.fits import SIZE, SUBSETS, TWO_BATCH, debiased, loader, posterior
 
 LOSS = nn.CrossEntropyLoss(reduction="sum")
 
@@ -70,7 +71,7 @@ def test_cross_fit_equals_dense_reference(name, magnitudes, num_folds):
         model, magnitudes=magnitudes, estimator="cross_fit", num_folds=num_folds
     )
     la.fit(train)
-    folds = split(train, [1 / num_folds] * num_folds, None, 0).folds
+    folds = draw_uniformly(train, None, 0).split([1 / num_folds] * num_folds).folds
     factors = [fold_factors(model, fold.loader, SIZE) for fold in folds]
     values = []
     for k, fold in enumerate(folds):
@@ -107,9 +108,14 @@ def _sized(fold):
 @pytest.mark.parametrize("name", ["mlp", "resnet"])
 def test_drawn_points_are_weighted_and_the_pool_gives_inputs(name):
     model, train, budget, pool_size = network(name), loader(name), 16, 40
-    la = debiased(model, budget=budget, sampling="curvature", pool_size=pool_size)
+    la = debiased(
+        model,
+        budget=budget,
+        pool_size=pool_size,
+        **TWO_BATCH | {"sampling": "curvature"},
+    )
     la.fit(train)
-    pools = split(train, [0.5, 0.5], pool_size, 0).folds
+    pools = draw_uniformly(train, pool_size, 0).split([0.5, 0.5]).folds
     factors, loss = [], 0.0
     for k, pool in enumerate(pools):
         X, y = points(pool.loader)
@@ -183,7 +189,7 @@ def test_regression_draws_uniformly():
     model, train = network("mlp"), loader(likelihood="regression")
     la = debiased(model, "regression", sampling="curvature", budget=12, pool_size=60)
     la.fit(train)
-    pools = split(train, [0.5, 0.5], 60, 0).folds
+    pools = draw_uniformly(train, 60, 0).split([0.5, 0.5]).folds
     X, _ = points(pools[1].loader)
     _, weights = draw(torch.ones(len(X)), 6, seed=1)
     assert torch.allclose(weights, torch.full((6,), 5.0).double())
@@ -227,3 +233,19 @@ def test_fewer_backward_passes_for_many_outputs():
     # the trace of the last layer's gradient covariance is that of the output curvature
     for own, other in zip(la.H_facs.folds, exact.H_facs.folds, strict=True):
         assert torch.allclose(own[2][0].trace(), other[2][0].trace())
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_share_of_directions_by_theory(subset):
+    options = TWO_BATCH | {"direction_fraction": "auto"}
+    la = debiased(network("mlp"), subset=subset, budget=40, **options)
+    la.fit(loader())
+    sizes = [block.shape[0] for block in la._blocks()]
+    share = best_share(40, sizes)
+    assert sizes == [5, 5, 3, 3] if subset == "all" else [3, 3]
+    expected = debiased(
+        network("mlp"), subset=subset, budget=40, **TWO_BATCH, direction_fraction=share
+    )
+    expected.fit(loader())
+    assert share != 0.5
+    assert torch.equal(posterior(la), posterior(expected))

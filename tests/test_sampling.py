@@ -11,10 +11,10 @@ from torch.utils.data import (
 
 from laplace_debiased.sampling import (
     draw,
+    draw_uniformly,
     explicit_folds,
     fold_sizes,
     inclusion_probabilities,
-    split,
 )
 
 SIZE = 20
@@ -35,7 +35,7 @@ def all_points(folds):
 
 
 def roles(loader, fraction=0.5, budget=None, seed=0):
-    folds = split(loader, [fraction, 1 - fraction], budget, seed).folds
+    folds = draw_uniformly(loader, budget, seed).split([fraction, 1 - fraction]).folds
     indices = [points(fold.loader) for fold in folds]
     assert [len(own) for own in indices] == [fold.num_points for fold in folds]
     return indices
@@ -65,7 +65,7 @@ def test_drawing_does_not_touch_global_random_numbers(dataset):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    split(DataLoader(dataset, shuffle=True), HALVES, 8, 0)
+    draw_uniformly(DataLoader(dataset, shuffle=True), 8, 0).split(HALVES)
     assert torch.rand(1) == expected
 
 
@@ -88,7 +88,7 @@ def test_draws_are_uniform(dataset):
 
 def test_a_loader_over_part_of_its_dataset_is_scaled_to_all_of_it(dataset):
     loader = DataLoader(dataset, 4, sampler=SubsetRandomSampler(range(5, 15)))
-    folds = split(loader, HALVES, None, 0)
+    folds = draw_uniformly(loader, None, 0).split(HALVES)
     assert sorted(all_points(folds)) == list(range(5, 15))
     assert folds.num_data == SIZE
 
@@ -118,7 +118,7 @@ class Stream:
 def test_other_iterables_are_read_into_memory(dataset):
     directions, magnitudes = roles(Stream(dataset))
     assert sorted(directions + magnitudes) == list(range(SIZE))
-    folds = split(Stream(dataset, mapping=True), HALVES, None, 0)
+    folds = draw_uniformly(Stream(dataset, mapping=True), None, 0).split(HALVES)
     seen = torch.cat([batch["x"] for fold in folds.folds for batch in fold.loader])
     assert sorted(seen.flatten().int().tolist()) == list(range(SIZE))
 
@@ -158,7 +158,7 @@ def test_empty_and_sizeless_loaders_are_refused(dataset):
         (DataLoader(Subset(dataset, [0])), "yields 1 point, but at least 2"),
     ]:
         with pytest.raises(ValueError, match=message):
-            split(loader, HALVES, None, 0)
+            draw_uniformly(loader, None, 0).split(HALVES)
     with pytest.raises(ValueError, match="`magnitude_loader` is empty"):
         explicit_folds(DataLoader(dataset), empty)
 
@@ -173,7 +173,7 @@ def test_loaders_that_change_what_they_yield_are_read_through(dataset):
 
 
 def test_workers_are_kept(dataset):
-    folds = split(DataLoader(dataset, 4, num_workers=1), HALVES, None, 0)
+    folds = draw_uniformly(DataLoader(dataset, 4, num_workers=1), None, 0).split(HALVES)
     assert [fold.loader.num_workers for fold in folds.folds] == [1, 1]
     assert len(points(folds.folds[0].loader)) == SIZE // 2
 

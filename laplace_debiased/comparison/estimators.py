@@ -1,6 +1,7 @@
 """The posteriors to compare: all data, or the same few points used in different ways.
 
-A seed draws the same points for every estimator with a budget.
+A seed draws the same points for the single batch and the two batches; by default,
+points are drawn by their curvature.
 """
 
 from __future__ import annotations
@@ -70,23 +71,23 @@ def single_batch(model: nn.Module, points: Dataset, budget: int, seed: int) -> F
     return Fit(laplace, budget)
 
 
-def two_batch(
-    model: nn.Module, points: Dataset, budget: int, seed: int, magnitudes: str
+def debiased(
+    model: nn.Module, points: Dataset, budget: int, seed: int, **options: str
 ) -> Fit:
-    """Fit ``KronDebiasedLaplace``: half of the points give directions.
+    """Fit ``KronDebiasedLaplace``.
 
     Args:
         model: The trained network.
         points: The training points.
-        budget: Number of points in both mini-batches together.
+        budget: Number of points that get backward passes.
         seed: Seed of the draw.
-        magnitudes: ``"kfac"`` or ``"ggn"``.
+        **options: Further keywords.
 
     Returns:
         The fit.
     """
     laplace = KronDebiasedLaplace(
-        model, "classification", magnitudes=magnitudes, budget=budget, seed=seed
+        model, "classification", budget=budget, seed=seed, **options
     )
     laplace.fit(_loader(points))
     return Fit(laplace, budget)
@@ -115,6 +116,7 @@ def _loader(points: Dataset) -> DataLoader:
 ESTIMATORS: dict[str, Callable[[nn.Module, Dataset, int, int], Fit]] = {
     FULL_DATA: full_data,
     "single batch": single_batch,
-    "two batches, kfac": partial(two_batch, magnitudes="kfac"),
-    "two batches, ggn": partial(two_batch, magnitudes="ggn"),
+    "two batches": partial(debiased, estimator="two_batch", sampling="uniform"),
+    "default": debiased,
+    "default, ggn": partial(debiased, magnitudes="ggn"),
 }

@@ -1,0 +1,182 @@
+"""Fewer backward passes for many classes: error against the exact type-2 Fisher.
+
+A network with 100 classes (pairs of MNIST's digits). With ``fisher_rank=r`` a point
+takes r + 1 backward passes; sampled labels (MC) with as many passes are the
+alternative that laplace-torch and curvlinops offer.
+
+    python benchmarks/many_classes.py --data-root DATA
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from functools import partial
+from math import exp
+from pathlib import Path
+
+import torch
+from common import write_report
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from networks import PAIRS, accuracy, problem_data, trained
+from scipy.optimize import minimize_scalar
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tueplots import axes, figsizes, fontsizes
+
+from laplace_debiased import KronDebiasedLaplace
+from laplace_debiased.curvature import average
+from laplace_debiased.eigenbasis import Factors
+
+PASSES = (2, 3, 5, 10, 20, 50)
+NUM_POINTS = 256
+
+
+def fit(
+    model: nn.Module, points: Dataset, **options
+) -> tuple[KronDebiasedLaplace, float]:
+    """Fit the posterior to all points; also return the time it takes."""
+    la = KronDebiasedLaplace(model, "classification", **options)
+    start = time.perf_counter()
+    la.fit(DataLoader(points, 64))
+    return la, time.perf_counter() - start
+
+
+def gradient_covariances(la: KronDebiasedLaplace) -> list[Factors]:
+    """Return G of each layer, of all points."""
+    factors = average(la.H_facs.folds, la.H_facs.shares)
+    return [G for G, *inputs in factors if inputs]
+
+
+def chosen_prior(la: KronDebiasedLaplace) -> float:
+    """Choose the prior precision by the marginal likelihood, to full precision."""
+
+    @torch.no_grad()
+    def objective(log_prior: float) -> float:
+        prior = torch.tensor([log_prior]).exp()
+        return -la.log_marginal_likelihood(prior_precision=prior).item()
+
+    return exp(minimize_scalar(objective, bounds=(-5, 10), method="bounded").x)
+
+
+def compare(la: KronDebiasedLaplace, exact: KronDebiasedLaplace) -> dict[str, float]:
+    """Compare with a fit to the same points by the exact type-2 Fisher."""
+    errors = [
+        ((G - H).norm() / H.norm()).item()
+        for G, H in zip(
+            gradient_covariances(la), gradient_covariances(exact), strict=True
+        )
+    ]
+    trace, exact_trace = la.H.diag().sum(), exact.H.diag().sum()
+    return {
+        "error": sum(errors) / len(errors),
+        "last_layer_error": errors[-1],
+        "trace": (trace / exact_trace - 1).item(),
+        "prior_precision": chosen_prior(la) / chosen_prior(exact) - 1,
+    }
+
+
+def options_of(method: str, passes: int) -> dict:
+    """Return the keywords that give a method so many backward passes a point."""
+    if method == "fisher_rank":
+        return {"fisher_rank": passes - 1}
+    return {
+        "backend_kwargs": {"stochastic": True},
+        "asdl_fisher_kwargs": {"mc_samples": passes},
+    }
+
+
+def table(rows: list[dict], exact_seconds: float) -> str:
+    """Format the rows as a Markdown table."""
+    lines = [
+        "| method | backward passes a point | error of G % | of the last layer's G % "
+        "| trace % | chosen prior % | fit s |",
+        "|---|---|---|---|---|---|---|",
+        f"| exact type-2 | 100 | 0 | 0 | 0 | 0 | {exact_seconds:.1f} |",
+    ]
+    for row in rows:
+        columns = [
+            100 * torch.tensor([run[key] for run in row["runs"]])
+            for key in ("error", "last_layer_error", "trace", "prior_precision")
+        ]
+        cells = [f"{column.mean():.1f} ± {column.std():.1f}" for column in columns]
+        seconds = sorted(run["seconds"] for run in row["runs"])
+        lines.append(
+            f"| {row['method']} | {row['passes']} | {' | '.join(cells)} "
+            f"| {seconds[len(seconds) // 2]:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_figure(path: Path, rows: list[dict]) -> None:
+    """Draw the error of the gradient covariances against the backward passes."""
+    style = {
+        **figsizes.neurips2023(ncols=2, height_to_width_ratio=0.8),
+        **fontsizes.neurips2023(),
+        **axes.lines(),
+        **axes.grid(),
+        "axes.grid": True,
+    }
+    with rc_context(style):
+        figure = Figure()
+        axis = figure.subplots()
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method]
+            errors = torch.tensor([[r["error"] for r in row["runs"]] for row in own])
+            passes, mean, std = (
+                [row["passes"] for row in own],
+                100 * errors.mean(1),
+                100 * errors.std(1),
+            )
+            axis.plot(passes, mean, ".-", label=method)
+            axis.fill_between(passes, mean - std, mean + std, alpha=0.2)
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel="backward passes a point (exact: 100)",
+            ylabel="error of G (%)",
+        )
+        axis.legend()
+        figure.savefig(path, dpi=200)
+
+
+def main() -> None:
+    """Run all methods on all seeds, and write table, numbers and figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    data = problem_data(PAIRS, arguments.data_root)
+    model = trained("pair-classifier", PAIRS, arguments.data_root)
+    points = Subset(data.train, range(NUM_POINTS))
+    measure = partial(fit, model, points)
+    seeds = range(arguments.seeds)
+    exact, exact_seconds = zip(*(measure(seed=seed) for seed in seeds), strict=True)
+    exact_seconds = sorted(exact_seconds)[len(exact_seconds) // 2]
+    rows = []
+    for method in ("fisher_rank", "sampled labels (MC)"):
+        for passes in PASSES:
+            runs = []
+            for seed in seeds:
+                la, seconds = measure(**options_of(method, passes), seed=seed)
+                runs.append(compare(la, exact[seed]) | {"seconds": seconds})
+            rows.append({"method": method, "passes": passes, "runs": runs})
+            print(table(rows[-1:], exact_seconds).splitlines()[-1], flush=True)
+    settings = {
+        "points": NUM_POINTS,
+        "seeds": arguments.seeds,
+        "accuracy": accuracy(model, data.test_inputs, data.test_labels),
+        "exact_seconds": exact_seconds,
+    }
+    write_report(
+        arguments.out, "many_classes", settings, rows, table(rows, exact_seconds)
+    )
+    write_figure(arguments.out / "many_classes.png", rows)
+
+
+if __name__ == "__main__":
+    main()
