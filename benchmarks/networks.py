@@ -136,9 +136,9 @@ class Recipe:
 
 
 RECIPES = {
-    "MLP": Recipe(mlp, 8, 2e-3),
-    "all-convolutional": Recipe(all_convolutional, 8, 4e-3),
-    "ResNet": Recipe(resnet, 6, 1e-2),
+    "MLP": Recipe(mlp, 20, 2e-3),
+    "all-convolutional": Recipe(all_convolutional, 20, 4e-3),
+    "ResNet": Recipe(resnet, 12, 1e-2),
 }
 PAIRS = "mnist-pairs"
 PAIR_RECIPES = {"pair-classifier": Recipe(pair_classifier, 3, 4e-3)}

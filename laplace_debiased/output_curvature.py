@@ -127,32 +127,9 @@ class OutputCurvature:
             traces = (p * (1 - p)).sum(1)
         return traces * self._output_scale(output)
 
-    def total_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Compute each example's loss.
-
-        Args:
-            output: Network output ``[batch, outputs]``.
-            target: Targets as in :meth:`columns`.
-
-        Returns:
-            The loss of each example ``[batch]``, summed over its outputs.
-        """
-        functional = {
-            MSELoss: torch.nn.functional.mse_loss,
-            CrossEntropyLoss: torch.nn.functional.cross_entropy,
-            BCEWithLogitsLoss: torch.nn.functional.binary_cross_entropy_with_logits,
-        }[self._loss_type]
-        options = (
-            {"label_smoothing": self.loss_func.label_smoothing}
-            if self._loss_type is CrossEntropyLoss
-            else {}
-        )
-        loss = functional(output, target, reduction="none", **options)
-        return loss.reshape(output.shape[0], -1).sum(1)
-
     @property
     def _loss_type(self) -> type[Loss]:
-        return next(t for t in Loss.__args__ if isinstance(self.loss_func, t))
+        return _type_of(self.loss_func)
 
     def _output_scale(self, output: Tensor) -> float:
         """MSELoss and BCEWithLogitsLoss average over the outputs, too."""
@@ -194,7 +171,7 @@ class OutputCurvature:
         """Gradient of each example's loss in its output, ``[batch, outputs]``."""
         output = output.detach().requires_grad_()
         with torch.enable_grad():
-            loss = self.total_loss(output, target).sum()
+            loss = example_losses(self.loss_func, output, target).sum()
         return torch.autograd.grad(loss, output)[0]
 
     def _sample(self, output: Tensor, generator: Generator) -> Tensor:
@@ -208,6 +185,36 @@ class OutputCurvature:
         )
         # exp(-MSE) is a Gaussian of variance one half
         return output + 0.5**0.5 * noise
+
+
+def example_losses(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
+    """Compute each example's loss.
+
+    Args:
+        loss_func: The loss, whose reduction does not matter.
+        output: Network output ``[batch, outputs]``.
+        target: Targets as in :meth:`OutputCurvature.columns`.
+
+    Returns:
+        The loss of each example ``[batch]``, summed over its outputs.
+    """
+    loss_type = _type_of(loss_func)
+    functional = {
+        MSELoss: torch.nn.functional.mse_loss,
+        CrossEntropyLoss: torch.nn.functional.cross_entropy,
+        BCEWithLogitsLoss: torch.nn.functional.binary_cross_entropy_with_logits,
+    }[loss_type]
+    options = (
+        {"label_smoothing": loss_func.label_smoothing}
+        if loss_type is CrossEntropyLoss
+        else {}
+    )
+    loss = functional(output, target, reduction="none", **options)
+    return loss.reshape(output.shape[0], -1).sum(1)
+
+
+def _type_of(loss_func: Loss) -> type[Loss]:
+    return next(t for t in Loss.__args__ if isinstance(loss_func, t))
 
 
 def _largest_and_one(

@@ -20,11 +20,14 @@ from dataclasses import dataclass
 import torch
 from laplace.utils import select_rows
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from laplace_debiased.capture import capture_rows
 from laplace_debiased.eigenbasis import EigenbasisMatrix, Factors
-from laplace_debiased.layers import Layer, curvature_blocks, join_positions
+from laplace_debiased.layers import curvature_blocks
+from laplace_debiased.linearization import (
+    Linearization,
+    contract_positions,
+    linearize,
+)
 from laplace_debiased.selection import find_layers
 from laplace_debiased.sweep import Inputs
 
@@ -87,13 +90,8 @@ class BlockPosterior:
 def _rotated_jacobians(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tensor:
     """Contract positions: ``[batch, C, d_out, d_in]``."""
     if gradients.shape[3] == 1:
-        rotated = (gradients.squeeze(3) @ basis).mT
-        batch, num_outputs, d_out, positions = rotated.shape
-        # one matrix product for an example: its outputs share the inputs
-        flat = rotated.reshape(batch, num_outputs * d_out, positions)
-        return (flat @ inputs.squeeze(2)).view(batch, num_outputs, d_out, -1)
-    per_group = torch.einsum("ncsgo,nsgi->ncgoi", gradients, inputs)
-    return basis.T @ per_group.flatten(2, 3)
+        return contract_positions(gradients @ basis, inputs)
+    return basis.T @ contract_positions(gradients, inputs)
 
 
 class LinearizedPredictive:
@@ -155,72 +153,38 @@ class LinearizedPredictive:
         means, covariances = zip(*chunks, strict=True)
         return torch.cat(means), torch.cat(covariances)
 
-    @torch.enable_grad()
-    def _capture(
-        self, X: Inputs, batch_size: int
-    ) -> tuple[Tensor, dict[int, Tensor], dict[str, Tensor]]:
-        """Run the network forward once and backward once for each output.
-
-        Returns:
-            The output, the rotated input rows of each block, and each layer's gradient
-            rows ``[batch, C, S, groups, d_out / groups]``.
-        """
-        calls: dict[int, list[Tensor]] = {}
-
-        def rotate(layer: Layer, rows: Tensor) -> None:
-            for index, block in enumerate(self._blocks):
-                if block.layer is layer and block.has_inputs:
-                    rotated = self._posteriors[index].rotate_inputs(rows)
-                    calls.setdefault(index, []).append(rotated)
-
-        detached = {name: p.detach() for name, p in self._model.named_parameters()}
-        with capture_rows(
-            self._layers, batch_size, rotate, self._differentiable
-        ) as tape:
-            output = functional_call(self._model, detached, (X,))
-        if output.ndim != 2:
-            raise ValueError(
-                "The model's output must have shape [batch, outputs], got "
-                f"{tuple(output.shape)}."
-            )
-        gradients: dict[str, list[Tensor]] = {}
-        for column in torch.eye(output.shape[1], dtype=output.dtype).unbind():
-            column = column.to(output.device).expand_as(output)
-            for layer, rows in tape.gradient_rows(
-                output, column, retain_graph=True, create_graph=self._differentiable
-            ):
-                gradients.setdefault(layer.name, []).append(rows)
-        stacked = {name: torch.stack(rows, 1) for name, rows in gradients.items()}
-        inputs = {index: join_positions(rows) for index, rows in calls.items()}
-        return output, inputs, stacked
+    def _linearize(self, X: Inputs, batch_size: int) -> Linearization:
+        return linearize(self._model, self._layers, X, batch_size, self._differentiable)
 
     def _chunk(self, X: Inputs, batch_size: int, kind: str) -> tuple[Tensor, Tensor]:
-        output, inputs, gradients = self._capture(X, batch_size)
+        linear = self._linearize(X, batch_size)
         covariance = sum(
-            self._posteriors[index].covariance(
-                gradients[block.layer.name], inputs.pop(index, None), kind
+            posterior.covariance(
+                linear.gradients[block.layer.name],
+                posterior.rotate_inputs(linear.inputs.pop(block.layer.name))
+                if block.has_inputs
+                else None,
+                kind,
             )
-            for index, block in enumerate(self._blocks)
-            if block.layer.name in gradients
+            for block, posterior in zip(self._blocks, self._posteriors, strict=True)
+            if block.layer.name in linear.gradients
         )
         if self._differentiable:
-            return output, covariance
-        return output.detach(), covariance.detach()
+            return linear.output, covariance
+        return linear.output.detach(), covariance.detach()
 
     def _chunk_size(self, X: Inputs, batch_size: int) -> int:
         """Find out by one example how many fit into the memory limit."""
-        output, inputs, gradients = self._capture(
-            select_rows(X, torch.arange(1), batch_size), 1
-        )
-        num_outputs = output.shape[1]
+        example = self._linearize(select_rows(X, torch.arange(1), batch_size), 1)
+        num_outputs = example.output.shape[1]
         jacobians = max(
             num_outputs * block.precisions.numel() for block in self._posteriors
         )
-        rows = sum(rows.numel() for rows in inputs.values())
-        rows += 2 * sum(rows.numel() for rows in gradients.values())
+        rows = sum(rows.numel() for rows in example.inputs.values())
+        rows += 2 * sum(rows.numel() for rows in example.gradients.values())
         # the scaled copy and its transpose come on top of the Jacobians themselves
         entries = rows + 3 * jacobians + num_outputs**2
-        return max(1, self._memory_limit // (entries * output.element_size()))
+        return max(1, self._memory_limit // (entries * example.output.element_size()))
 
 
 def block_posteriors(posterior: EigenbasisMatrix) -> list[BlockPosterior]:

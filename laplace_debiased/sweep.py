@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from laplace_debiased.capture import Tape, capture_rows
 from laplace_debiased.layers import Layer
-from laplace_debiased.output_curvature import OutputCurvature
+from laplace_debiased.output_curvature import OutputCurvature, example_losses
 
 Inputs = Tensor | MutableMapping[str, Any]
 
@@ -121,7 +121,7 @@ def sweep(
         ):
             output = functional_call(model, detached, (X,))
         y = check_targets(output, y, output_curvature.loss_func)
-        losses = output_curvature.total_loss(output.detach(), y)
+        losses = example_losses(output_curvature.loss_func, output.detach(), y)
         all_losses.append(losses)
         traces.append(output_curvature.traces(output.detach(), y))
         columns = []
