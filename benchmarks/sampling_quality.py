@@ -39,7 +39,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from tueplots import axes, figsizes, fontsizes
 
-from laplace_debiased import DebiasedKFACLinearOperator, EigenbasisMatrix, Laplace
+from laplace_debiased import (
+    DebiasedKFACLinearOperator,
+    EigenbasisMatrix,
+    KronDebiasedLaplace,
+    Laplace,
+)
 from laplace_debiased.capture import capture_rows
 from laplace_debiased.comparison.estimators import single_batch
 from laplace_debiased.curvature import average
@@ -163,16 +168,25 @@ def chosen_prior(la: KronLaplace) -> float:
 
 
 def full_kfac(problem: Problem) -> tuple[Result, list]:
-    """Fit laplace-torch's ``KronLaplace`` to all data; also return its factors."""
+    """Fit K-FAC to all data; also return its factors.
+
+    By laplace-torch's ``KronLaplace``, or by ours where it refuses a layer.
+    """
     la = KronLaplace(problem.model, "classification")
     start = time.perf_counter()
-    la.fit(problem.loader())
+    try:
+        la.fit(problem.loader())
+        kfacs = la.H_facs.kfacs
+    except NotImplementedError:
+        la = KronDebiasedLaplace(problem.model, "classification", **TWO_BATCH)
+        start = time.perf_counter()
+        la.fit(problem.loader())
+        kfacs = average(la.H_facs.folds, la.H_facs.shares)
     seconds = time.perf_counter() - start
-    kfacs = la.H_facs.kfacs
     # laplace-torch decomposes in single precision
     vectors = decompose(kfacs)
-    matrix = EigenbasisMatrix(vectors, project(kfacs, vectors))
-    return Result(nlls(problem, matrix), chosen_prior(la), seconds), kfacs
+    la.H = EigenbasisMatrix(vectors, project(kfacs, vectors))
+    return Result(nlls(problem, la.H), chosen_prior(la), seconds), kfacs
 
 
 def full_ekfac(problem: Problem) -> Result:

@@ -6,14 +6,37 @@ Importing the package registers the structure ``"kron_debiased"`` with laplace-t
 
 from laplace import Laplace
 
+from laplace_debiased.bias import BiasReport, bias_report
+from laplace_debiased.cg import CGResult, cg, debiased_cg
+from laplace_debiased.derivatives import (
+    DirectionalDerivatives,
+    directional_derivatives,
+)
 from laplace_debiased.eigenbasis import EigenbasisMatrix
+from laplace_debiased.eigenspace import overlap, principal_angles, top_eigenspace
 from laplace_debiased.laplace import KronDebiasedLaplace, KronDebiasedLLLaplace
 from laplace_debiased.operator import DebiasedKFACLinearOperator
+from laplace_debiased.optimizer import DebiasedCG
+from laplace_debiased.sampling import draw
+from laplace_debiased.scores import curvature_scores
 
 __all__ = [
+    "BiasReport",
+    "CGResult",
+    "DebiasedCG",
     "DebiasedKFACLinearOperator",
+    "DirectionalDerivatives",
     "EigenbasisMatrix",
     "KronDebiasedLLLaplace",
     "KronDebiasedLaplace",
     "Laplace",
+    "bias_report",
+    "cg",
+    "curvature_scores",
+    "debiased_cg",
+    "directional_derivatives",
+    "draw",
+    "overlap",
+    "principal_angles",
+    "top_eigenspace",
 ]

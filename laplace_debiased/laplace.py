@@ -26,7 +26,8 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from laplace_debiased.backends import CurvatureSource
-from laplace_debiased.curvature import CURVATURES
+from laplace_debiased.bias import BiasReport, kfac_bias
+from laplace_debiased.curvature import CURVATURES, KFACCurvature
 from laplace_debiased.debiasing import Debiasing, check_integer
 from laplace_debiased.estimation import Estimate, Estimator
 from laplace_debiased.guard import frozen, preserved
@@ -314,6 +315,51 @@ class KronDebiasedLaplace(KronLaplace):
         variance = gamma @ relative @ gamma / 4
         return (variance + self._H_factor**2 * error.loss_variance).sqrt()
 
+    def bias_report(
+        self,
+        train_loader: DataLoader | None = None,
+        magnitude_loader: DataLoader | None = None,
+        num_directions: int = 100,
+    ) -> BiasReport:
+        """Tell how biased the curvature would be without debiasing.
+
+        The K-FAC of some folds is measured along its own eigenvectors, and so is that
+        of the held-out fold.
+
+        Args:
+            train_loader: What the posterior was fitted to: with ``ggn`` magnitudes, the
+                folds' K-FAC is computed again. Not needed with ``kfac``.
+            magnitude_loader: As in :meth:`fit`.
+            num_directions: Number of directions with the largest curvature.
+
+        Returns:
+            The report.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+            ValueError: If ``train_loader`` is needed, but not given.
+        """
+        self._check_H_init()
+        curvature, num_points = self.H_facs, self._num_points
+        if train_loader is not None:
+            explicit = magnitude_loader is not None
+            folds = (
+                self._explicit_folds(train_loader, magnitude_loader, online=True)
+                if explicit
+                else self._folds(train_loader, online=True)
+            )
+            with preserved(self.model, keep_new_hooks=True):
+                self.model.eval()
+                estimator = self._estimator(folds, explicit, progress_bar=False)
+                curvature = estimator.kfac().curvature
+            num_points = self._num_used(folds, explicit)
+        elif not isinstance(curvature, KFACCurvature):
+            raise ValueError(
+                "`train_loader` is needed with `magnitudes='ggn'`: the eigenbasis "
+                "alone does not tell its bias."
+            )
+        return kfac_bias(curvature, num_points, num_directions)
+
     def _known_sampling_error(self) -> SamplingError:
         self._check_H_init()
         if self.sampling_error is None:
@@ -473,6 +519,12 @@ class KronDebiasedLaplace(KronLaplace):
         self, folds: Folds, explicit: bool, online: bool, progress_bar: bool
     ) -> Estimate:
         """Measure curvature and loss, scaled to all data."""
+        estimator = self._estimator(folds, explicit, progress_bar)
+        if self.debiasing.magnitudes == "ggn":
+            return estimator.ggn(self.H.eigenvectors if online else None)
+        return estimator.kfac()
+
+    def _estimator(self, folds: Folds, explicit: bool, progress_bar: bool) -> Estimator:
         d = self.debiasing
         source = CurvatureSource(
             self.backend,
@@ -485,9 +537,7 @@ class KronDebiasedLaplace(KronLaplace):
         estimator = Estimator(source, folds, d.cross_fit and not explicit)
         if not explicit and d.budget is not None and folds.num_points > d.budget:
             estimator.draw(d.budget, d.seed)
-        if d.magnitudes == "ggn":
-            return estimator.ggn(self.H.eigenvectors if online else None)
-        return estimator.kfac()
+        return estimator
 
     def __call__(
         self, *args: Any, generator: torch.Generator | None = None, **kwargs: Any

@@ -1,0 +1,85 @@
+"""Time of curvatures along many directions, against curvlinops' GGN products.
+
+python benchmarks/directional_cost.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from common import conv_net, write_report
+from curvlinops import GGNLinearOperator
+from torch import nn
+
+from laplace_debiased import directional_derivatives
+
+NUM_POINTS, NUM_DIRECTIONS = 512, 100
+
+
+def measure(num_products: int) -> list[dict]:
+    """Time curvatures along the same directions.
+
+    Args:
+        num_products: Number of curvlinops' products to time: their time grows with
+            their number.
+
+    Returns:
+        Rows of the table.
+    """
+    torch.manual_seed(0)
+    model, loss = conv_net().eval(), nn.CrossEntropyLoss()
+    params = list(model.parameters())
+    data = [(torch.randn(NUM_POINTS, 1, 28, 28), torch.randint(10, (NUM_POINTS,)))]
+    num_params = sum(param.numel() for param in params)
+    directions = torch.randn(num_params, NUM_DIRECTIONS)
+    operator = GGNLinearOperator(model, loss, params, data, check_deterministic=False)
+    some = directions[:, :num_products]
+    start = time.perf_counter()
+    expected = (some * (operator @ some)).sum(0)
+    peer = (time.perf_counter() - start) * NUM_DIRECTIONS / num_products
+    rows = [{"what": "curvlinops, GGN products", "seconds": peer, "ratio": 1.0}]
+    for mode in ("forward", "reverse"):
+        start = time.perf_counter()
+        result = directional_derivatives(
+            model, loss, params, data, directions, mode=mode
+        )
+        seconds = time.perf_counter() - start
+        error = (result.curvature[:num_products] / expected - 1).abs().max().item()
+        rows.append(
+            {
+                "what": f"directional_derivatives, {mode}",
+                "seconds": seconds,
+                "ratio": peer / seconds,
+                "largest_relative_difference": error,
+                "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Format the rows as a Markdown table."""
+    lines = ["| what | seconds | times faster |", "|---|---|---|"]
+    lines += [f"| {r['what']} | {r['seconds']:.1f} | {r['ratio']:.1f} |" for r in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, and write table and numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--products", type=int, default=NUM_DIRECTIONS)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    rows = measure(arguments.products)
+    settings = {"points": NUM_POINTS, "directions": NUM_DIRECTIONS}
+    write_report(arguments.out, "directional_cost", settings, rows, table(rows))
+
+
+if __name__ == "__main__":
+    main()

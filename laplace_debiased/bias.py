@@ -1,0 +1,402 @@
+"""How biased the quadratic of a mini-batch is, in numbers and in a figure.
+
+Along directions that a mini-batch gave, its slopes and curvatures are compared with
+those of other mini-batches and of all data (Tatzel et al., 2024, arXiv 2410.14325,
+Section 3 and Figure 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from curvlinops import GGNLinearOperator, HessianLinearOperator
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader
+
+from laplace_debiased.cg import cg
+from laplace_debiased.curvature import (
+    KFACCurvature,
+    average,
+    held_out_directions,
+    without,
+)
+from laplace_debiased.derivatives import directional_derivatives
+from laplace_debiased.eigenbasis import project, spectrum
+from laplace_debiased.eigenspace import top_eigenspace
+from laplace_debiased.output_curvature import Loss
+from laplace_debiased.sampling import draw_uniformly, loader_over
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DIRECTIONS = ("eigenvectors", "cg")
+TOLERATED_RATIO = 1.1
+_NUM_RESAMPLES = 1000
+_RANKS = (1, 5, 10, 20, 50, 100)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity along K directions, on the mini-batch that gave them and elsewhere.
+
+    Args:
+        own: On the mini-batch that gave the directions, ``[K]``.
+        others: On other mini-batches, ``[batches, K]``.
+        overall: On all data ``[K]``.
+        interval: Bounds of the 95 % bootstrap interval of ``own / overall`` ``[2, K]``,
+            over examples; None if they are not known.
+    """
+
+    own: Tensor
+    others: Tensor
+    overall: Tensor
+    interval: Tensor | None = None
+
+    @property
+    def ratio(self) -> Tensor:
+        """How often the mini-batch has what all data have, ``[K]``."""
+        return self.own / self.overall
+
+    def top_ratio(self, count: int) -> float:
+        """Ratio of the sums over the first directions."""
+        return (self.own[:count].sum() / self.overall[:count].sum()).item()
+
+
+@dataclass(frozen=True)
+class BiasReport:
+    """Bias of a mini-batch along its own directions.
+
+    Args:
+        directions: What the directions are.
+        num_points: Number of points that gave them.
+        curvature: Curvatures along them, with damping.
+        slope: Slopes along them; None if they are not known.
+    """
+
+    directions: str
+    num_points: int
+    curvature: Comparison
+    slope: Comparison | None = None
+
+    def sufficient_points(self, count: int = 10) -> int:
+        """Estimate how many points overestimate the curvature 1.1 times only.
+
+        The excess of the ratio over one is taken to shrink as one over their number,
+        as it does for spiked covariances (:mod:`laplace_debiased.spiked`).
+
+        Args:
+            count: Number of top directions.
+
+        Returns:
+            The number of points.
+        """
+        excess = self.curvature.top_ratio(count) - 1
+        return max(1, ceil(self.num_points * excess / (TOLERATED_RATIO - 1)))
+
+    def summary(self, count: int = 10) -> str:
+        """Say in a sentence how biased the curvature is.
+
+        Args:
+            count: Number of top directions.
+
+        Returns:
+            The sentence.
+        """
+        count = min(count, len(self.curvature.own))
+        ratio = self.curvature.top_ratio(count)
+        message = (
+            f"Along their top {count} {self.directions}, {self.num_points} points have "
+            f"{ratio:.1f} times the curvature of held-out points"
+        )
+        if ratio <= TOLERATED_RATIO:
+            return message + "."
+        return (
+            f"{message}: about {self.sufficient_points(count)} points would have "
+            f"{TOLERATED_RATIO} times."
+        )
+
+    def table(self) -> str:
+        """Return the means over ranges of ranks, as a Markdown table."""
+        lines = [
+            "| quantity | ranks | own points | other points | all data | own / all |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, values in (("slope", self.slope), ("curvature", self.curvature)):
+            if values is None:
+                continue
+            for first, last in _ranges(len(values.own)):
+                ranks = slice(first - 1, last)
+                own, others, overall = (
+                    part[..., ranks].mean().item()
+                    for part in (values.own, values.others, values.overall)
+                )
+                ratio = f"{own / overall:.2f}"
+                if values.interval is not None:
+                    low, high = values.interval[:, ranks].mean(1).tolist()
+                    ratio += f" ({low:.2f} to {high:.2f})"
+                lines.append(
+                    f"| {name} | {first} to {last} | {own:.3g} | {others:.3g} "
+                    f"| {overall:.3g} | {ratio} |"
+                )
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw slopes and curvatures against the directions' rank.
+
+        Args:
+            path: Where to save the figure; None for nowhere.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("`plot` needs matplotlib: install it.") from error
+        parts = [("slope", self.slope), ("curvature", self.curvature)]
+        parts = [(name, values) for name, values in parts if values is not None]
+        figure = Figure(figsize=(6, 2.6 * len(parts)), layout="constrained")
+        panels = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
+        for axis, (name, values) in zip(panels, parts, strict=True):
+            ranks = range(1, len(values.own) + 1)
+            others = values.others.cpu()
+            axis.plot(ranks, values.own.cpu(), label="points that gave the directions")
+            (line,) = axis.plot(ranks, others.mean(0), label="other points")
+            axis.fill_between(
+                ranks,
+                others.amin(0),
+                others.amax(0),
+                color=line.get_color(),
+                alpha=0.2,
+                lw=0,
+            )
+            axis.plot(ranks, values.overall.cpu(), "k--", lw=1, label="all data")
+            positive = all((v > 0).all() for v in (values.own, others, values.overall))
+            axis.set(ylabel=name, yscale="log" if positive else "linear")
+        panels[-1].set_xlabel(f"rank of the direction ({self.directions})")
+        panels[0].legend()
+        if path is not None:
+            figure.savefig(path, dpi=200)
+        return figure
+
+
+def _ranges(count: int) -> list[tuple[int, int]]:
+    """Ranges of ranks, ``(first, last)``, counted from one."""
+    ends = [rank for rank in _RANKS if rank < count] + [count]
+    return [(a + 1, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def bias_report(
+    model_func: nn.Module,
+    loss_func: Loss,
+    params: list[Tensor],
+    loader: DataLoader,
+    *,
+    directions: str = "eigenvectors",
+    num_directions: int = 100,
+    batch_size: int = 512,
+    num_batches: int = 4,
+    num_points: int | None = None,
+    curvature: str = "ggn",
+    damping: float = 0.0,
+    seed: int = 0,
+    progressbar: bool = False,
+) -> BiasReport:
+    """Measure how biased a mini-batch is along the directions that it gives.
+
+    Args:
+        model_func: The neural network.
+        loss_func: The loss, with reduction ``"mean"`` or ``"sum"``; values are those of
+            a mean over examples, of whatever the loss sums over in each.
+        params: The parameters.
+        loader: Yields the training points.
+        directions: ``"eigenvectors"`` (of the mini-batch's curvature, the largest
+            first) or ``"cg"`` (those of conjugate gradients on its quadratic).
+        num_directions: Number of directions, K.
+        batch_size: Number of points in a mini-batch.
+        num_batches: Number of other, disjoint mini-batches.
+        num_points: Number of points that stand for all data; None for all that the
+            loader yields.
+        curvature: ``"ggn"`` or ``"hessian"``.
+        damping: Damping of the quadratics.
+        seed: Seed of the draw of mini-batches.
+        progressbar: Whether to show progress bars.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: If an argument is out of range or not supported.
+    """
+    if directions not in DIRECTIONS:
+        raise ValueError(
+            f"`directions` must be one of {list(DIRECTIONS)}, got {directions!r}."
+        )
+    points = draw_uniformly(loader, num_points, seed)
+    needed = (1 + num_batches) * batch_size
+    if num_batches < 1 or batch_size < 1 or needed > len(points):
+        raise ValueError(
+            f"`num_batches` must be at least 1, and {1 + num_batches} mini-batches of "
+            f"{batch_size} points need {needed} points, but there are {len(points)}."
+        )
+    own_batch = list(loader_over(points.loader, points.indices[:batch_size]))
+    columns = _directions(
+        model_func,
+        loss_func,
+        params,
+        own_batch,
+        directions,
+        num_directions,
+        curvature,
+        damping,
+        seed,
+        progressbar,
+    )
+    derivatives = directional_derivatives(
+        model_func,
+        loss_func,
+        params,
+        loader_over(points.loader, points.indices),
+        columns,
+        curvature=curvature,
+        progressbar=progressbar,
+    )
+    scale = len(points) * derivatives.scale if loss_func.reduction == "mean" else 1.0
+    slopes = scale * derivatives.slopes
+    # a direction and its opposite are the same: point it uphill
+    slopes = slopes * slopes[:batch_size].sum(0).sign()
+    generator = torch.Generator().manual_seed(seed)
+    damped = scale * derivatives.curvatures + damping * columns.square().sum(0)
+    return BiasReport(
+        {"eigenvectors": "eigenvectors", "cg": "conjugate directions"}[directions],
+        batch_size,
+        _compare(damped, batch_size, num_batches, generator),
+        _compare(slopes, batch_size, num_batches, generator),
+    )
+
+
+def _directions(
+    model_func: nn.Module,
+    loss_func: Loss,
+    params: list[Tensor],
+    batch: Sequence,
+    kind: str,
+    count: int,
+    curvature: str,
+    damping: float,
+    seed: int,
+    progressbar: bool,
+) -> Tensor:
+    """Compute unit directions ``[D, K]`` from a mini-batch."""
+    of_kind = {"ggn": GGNLinearOperator, "hessian": HessianLinearOperator}
+    if curvature not in of_kind:
+        raise ValueError(
+            f"`curvature` must be one of {list(of_kind)}, got {curvature!r}."
+        )
+    operator = of_kind[curvature](
+        model_func, loss_func, params, batch, check_deterministic=False
+    )
+    if kind == "eigenvectors":
+        space = top_eigenspace(operator, count, seed=seed, progressbar=progressbar)
+        return space.eigenvectors
+    gradient = parameters_to_vector(
+        [
+            sum(parts)
+            for parts in zip(
+                *(
+                    torch.autograd.grad(
+                        loss_func(model_func(X), y) * _share(loss_func, y, batch),
+                        params,
+                    )
+                    for X, y in batch
+                ),
+                strict=True,
+            )
+        ]
+    )
+    result = cg(_Damped(operator, damping), -gradient, rtol=0.0, max_iterations=count)
+    return result.directions / result.directions.norm(dim=0)
+
+
+def _share(loss_func: Loss, y: Tensor, batches: Sequence) -> float:
+    """Weight of a batch's loss in the loss of all batches."""
+    if loss_func.reduction == "sum":
+        return 1.0
+    return len(y) / sum(len(other) for _, other in batches)
+
+
+@dataclass(frozen=True)
+class _Damped:
+    operator: GGNLinearOperator | HessianLinearOperator
+    damping: float
+
+    def __matmul__(self, X: Tensor) -> Tensor:
+        return self.operator @ X + self.damping * X
+
+
+def _compare(
+    contributions: Tensor, batch_size: int, num_batches: int, generator: torch.Generator
+) -> Comparison:
+    """Compare means over the first mini-batch, the following ones, and all points."""
+    own, *others = (
+        contributions[k * batch_size : (k + 1) * batch_size].mean(0)
+        for k in range(1 + num_batches)
+    )
+    counts = torch.poisson(
+        torch.ones(_NUM_RESAMPLES, len(contributions)), generator=generator
+    ).to(contributions)
+    resampled = counts @ contributions / counts.sum(1, keepdim=True)
+    quantiles = torch.tensor([0.025, 0.975]).to(contributions)
+    return Comparison(
+        own,
+        torch.stack(others),
+        contributions.mean(0),
+        (own / resampled).quantile(quantiles, dim=0),
+    )
+
+
+def kfac_bias(
+    curvature: KFACCurvature, num_points: int, num_directions: int
+) -> BiasReport:
+    """Compare folds of points along the eigenvectors of each other's K-FAC.
+
+    The directions that some folds give are judged by those folds themselves, and by
+    the held-out one; it takes no further pass over any data.
+
+    Args:
+        curvature: K-FAC's factors of each fold.
+        num_points: Number of points in all folds together.
+        num_directions: Number of directions with the largest curvature, of all layers.
+
+    Returns:
+        The report. Ranks are those on the points that gave the directions.
+    """
+    folds, shares = curvature.folds, curvature.shares
+    held_out = range(len(folds)) if curvature.cross_fit else [1]
+    own, other = [], []
+    for k in held_out:
+        rest = average(without(folds, k), without(shares, k))
+        directions = held_out_directions(folds, shares, k)
+        mine, theirs = (
+            torch.cat([spectrum(values).flatten() for values in project(f, directions)])
+            for f in (rest, folds[k])
+        )
+        order = mine.argsort(descending=True)[:num_directions]
+        own.append(mine[order])
+        other.append(theirs[order])
+    others = torch.stack(other)
+    share = 1 - sum(shares[k] for k in held_out) / len(held_out) / sum(shares)
+    return BiasReport(
+        "K-FAC eigenvectors",
+        round(share * num_points),
+        Comparison(torch.stack(own).mean(0), others, others.mean(0)),
+    )
