@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tueplots import axes, figsizes, fontsizes
 
 _PACKAGES = ("torch", "laplace-torch", "curvlinops-for-pytorch")
 
@@ -33,6 +34,19 @@ def conv_net() -> nn.Module:
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
+
+
+def figure_style(ncols: int, height_to_width_ratio: float = 0.9) -> dict[str, Any]:
+    """Return matplotlib's settings for a row of panels."""
+    return {
+        **figsizes.neurips2023(
+            ncols=ncols, rel_width=1.4, height_to_width_ratio=height_to_width_ratio
+        ),
+        **fontsizes.neurips2023(),
+        **axes.lines(),
+        **axes.grid(),
+        "axes.grid": True,
+    }
 
 
 def environment() -> dict[str, Any]:

@@ -17,14 +17,13 @@ from math import exp
 from pathlib import Path
 
 import torch
-from common import write_report
+from common import figure_style, write_report
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from networks import PAIRS, accuracy, problem_data, trained
 from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from tueplots import axes, figsizes, fontsizes
 
 from laplace_debiased import KronDebiasedLaplace
 from laplace_debiased.curvature import average
@@ -112,14 +111,7 @@ def table(rows: list[dict], exact_seconds: float) -> str:
 
 def write_figure(path: Path, rows: list[dict]) -> None:
     """Draw the error of the gradient covariances against the backward passes."""
-    style = {
-        **figsizes.neurips2023(ncols=2, height_to_width_ratio=0.8),
-        **fontsizes.neurips2023(),
-        **axes.lines(),
-        **axes.grid(),
-        "axes.grid": True,
-    }
-    with rc_context(style):
+    with rc_context(figure_style(ncols=2, height_to_width_ratio=0.8)):
         figure = Figure()
         axis = figure.subplots()
         for method in dict.fromkeys(row["method"] for row in rows):

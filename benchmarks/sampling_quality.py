@@ -27,7 +27,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from common import Progress, write_report
+from common import Progress, figure_style, write_report
 from laplace import KronLaplace
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -37,7 +37,6 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from tueplots import axes, figsizes, fontsizes
 
 from laplace_debiased import (
     DebiasedKFACLinearOperator,
@@ -429,14 +428,7 @@ def write_figure(path: Path, networks: dict, draw_panel: Callable) -> None:
         networks: Results of each network.
         draw_panel: Draws a network's results into axes.
     """
-    style = {
-        **figsizes.neurips2023(ncols=3, rel_width=1.4, height_to_width_ratio=0.9),
-        **fontsizes.neurips2023(),
-        **axes.lines(),
-        **axes.grid(),
-        "axes.grid": True,
-    }
-    with rc_context(style):
+    with rc_context(figure_style(ncols=3)):
         figure = Figure()
         panels = figure.subplots(1, len(networks), squeeze=False)[0]
         for axis, (name, result) in zip(panels, networks.items(), strict=True):

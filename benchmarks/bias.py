@@ -1,0 +1,354 @@
+"""How biased the quadratics of mini-batches are, and what that depends on.
+
+The paper's Figure 2 (``directions``), and its first open question (``dependence``): on
+batch size, training progress, width and depth.
+
+    python benchmarks/bias.py directions --data-root DATA
+    python benchmarks/bias.py dependence --data-root DATA
+
+An interrupted study resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import Progress, figure_style, write_report
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from networks import (
+    CHECKPOINTS,
+    Recipe,
+    all_convolutional,
+    problem_data,
+    train,
+    trained,
+)
+from scipy.stats import linregress
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from laplace_debiased import bias_report
+from laplace_debiased.bias import BiasReport, Comparison
+
+DATASET = "fashion-mnist"
+BATCH_SIZE = 512
+KINDS = ("eigenvectors", "cg")
+TOP = 10
+
+
+def measure(
+    model: nn.Module, points: TensorDataset, settings: argparse.Namespace, **options
+) -> dict[str, Any]:
+    """Compute a bias report, as plain values."""
+    report = bias_report(
+        model,
+        nn.CrossEntropyLoss(),
+        list(model.parameters()),
+        DataLoader(points, batch_size=256),
+        num_points=settings.points,
+        **options,
+    )
+
+    def plain(values: Comparison) -> dict[str, Any]:
+        return {
+            name: getattr(values, name).tolist()
+            for name in ("own", "others", "overall", "interval")
+        }
+
+    return {"curvature": plain(report.curvature), "slope": plain(report.slope)}
+
+
+def restored(values: dict[str, Any], directions: str, num_points: int) -> BiasReport:
+    """Build a report from plain values."""
+
+    def comparison(parts: dict[str, Any]) -> Comparison:
+        return Comparison(**{name: torch.tensor(part) for name, part in parts.items()})
+
+    return BiasReport(
+        directions,
+        num_points,
+        comparison(values["curvature"]),
+        comparison(values["slope"]),
+    )
+
+
+def mean_over_seeds(runs: list[dict[str, Any]], quantity: str, part: str) -> np.ndarray:
+    """Average a part of the reports: ``[K]``."""
+    values = np.array([run[quantity][part] for run in runs])
+    return values.reshape(-1, values.shape[-1]).mean(0)
+
+
+def run_directions(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Measure slopes and curvatures along both kinds of directions."""
+    data = problem_data(DATASET, settings.data_root)
+    model = trained("all-convolutional", DATASET, settings.data_root)
+    results = {}
+    for kind in KINDS:
+        count = settings.directions if kind == "eigenvectors" else 30
+        results[kind] = [
+            progress.run(
+                f"{kind} {seed}",
+                partial(
+                    measure,
+                    model,
+                    data.train,
+                    settings,
+                    directions=kind,
+                    num_directions=count,
+                    batch_size=BATCH_SIZE,
+                    damping=1e-2 if kind == "cg" else 0.0,
+                    seed=seed,
+                ),
+            )
+            for seed in range(settings.seeds)
+        ]
+        print(restored(results[kind][0], kind, BATCH_SIZE).table(), flush=True)
+    return results
+
+
+def directions_table(results: dict[str, Any]) -> str:
+    """Format means over the seeds as a Markdown table."""
+    lines = [
+        "| directions | quantity | ranks | own batch | other batches | all data "
+        "| own / all | other / all |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for kind, runs in results.items():
+        for quantity in ("slope", "curvature"):
+            own, others, overall = (
+                mean_over_seeds(runs, quantity, part)
+                for part in ("own", "others", "overall")
+            )
+            edges = [e for e in (1, 5, 10, 20, 50) if e < len(own)] + [len(own)]
+            for first, last in zip([0, *edges[:-1]], edges, strict=True):
+                ranks = slice(first, last)
+                means = [part[ranks].mean() for part in (own, others, overall)]
+                per_seed = [
+                    np.sum(run[quantity]["own"][ranks])
+                    / np.sum(run[quantity]["overall"][ranks])
+                    for run in runs
+                ]
+                lines.append(
+                    f"| {kind} | {quantity} | {first + 1} to {last} | "
+                    + " | ".join(f"{mean:.3g}" for mean in means)
+                    + f" | {np.mean(per_seed):.2f} ± {np.std(per_seed, ddof=1):.2f} "
+                    f"| {means[1] / means[2]:.2f} |"
+                )
+    return "\n".join(lines)
+
+
+def directions_figure(path: Path, results: dict[str, Any]) -> None:
+    """Draw slopes and curvatures against the rank, the paper's Figure 2."""
+    with rc_context(figure_style(ncols=4)):
+        figure = Figure()
+        panels = figure.subplots(1, 4)
+        cases = [(kind, q) for kind in KINDS for q in ("slope", "curvature")]
+        for axis, (kind, quantity) in zip(panels, cases, strict=True):
+            _draw_quantity(axis, results[kind], quantity)
+            axis.set(title=f"{quantity}, {kind}", xlabel="rank of the direction")
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3
+        )
+        figure.savefig(path, dpi=200)
+
+
+def _draw_quantity(axis: Axes, runs: list[dict[str, Any]], quantity: str) -> None:
+    labels = {
+        "own": "batch that gave the directions",
+        "others": "other batches",
+        "overall": "all data",
+    }
+    for part, label in labels.items():
+        values = np.array([run[quantity][part] for run in runs])
+        values = values.reshape(-1, values.shape[-1])
+        ranks = np.arange(1, values.shape[1] + 1)
+        style = {"ls": "--", "color": "black"} if part == "overall" else {}
+        (line,) = axis.plot(ranks, values.mean(0), label=label, **style)
+        if part != "overall":
+            axis.fill_between(
+                ranks,
+                np.quantile(values, 0.1, 0),
+                np.quantile(values, 0.9, 0),
+                color=line.get_color(),
+                alpha=0.2,
+                lw=0,
+            )
+    if quantity == "curvature":
+        axis.set_yscale("log")
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One property of the mini-batch or the network that is varied.
+
+    Args:
+        label: Its name.
+        values: Its values.
+        network: From a value to the network.
+        batch_size: From a value to the size of the mini-batch.
+    """
+
+    label: str
+    values: tuple[int, ...]
+    network: Callable[[int], nn.Module]
+    batch_size: Callable[[int], int] = lambda value: BATCH_SIZE
+
+
+def variations(settings: argparse.Namespace, points: TensorDataset) -> list[Variation]:
+    """List what is varied."""
+    base = trained("all-convolutional", DATASET, settings.data_root)
+
+    def trained_for(epochs: int, width: int = 16, depth: int = 1) -> nn.Module:
+        path = CHECKPOINTS / "cache" / f"{width}-{depth}-{epochs}.pt"
+        recipe = Recipe(partial(all_convolutional, width, depth), epochs, 4e-3)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            model, _ = train(recipe, *points.tensors, 0, mirror=True)
+            torch.save(model.state_dict(), path)
+        model = recipe.build().eval()
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model
+
+    return [
+        Variation("batch size", (64, 128, 256, 512, 1024), lambda _: base, int),
+        Variation("epochs of training", (0, 1, 2, 5, 10, 20), trained_for),
+        Variation("width", (4, 8, 16, 32), lambda w: trained_for(5, width=w)),
+        Variation("depth", (1, 2, 3, 4), lambda d: trained_for(5, depth=d)),
+    ]
+
+
+def run_dependence(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Measure the bias of the top directions under all variations."""
+    points = problem_data(DATASET, settings.data_root).train
+    results: dict[str, Any] = {}
+    for variation in variations(settings, points):
+        for value in variation.values:
+
+            def run(value: int = value, variation: Variation = variation) -> list[dict]:
+                model = variation.network(value)
+                return [
+                    measure(
+                        model,
+                        points,
+                        settings,
+                        num_directions=TOP,
+                        batch_size=variation.batch_size(value),
+                        seed=seed,
+                    )
+                    for seed in range(settings.seeds)
+                ]
+
+            key = f"{variation.label} {value}"
+            runs = progress.run(key, run)
+            results.setdefault(variation.label, {})[str(value)] = runs
+            print(key, top_ratios(runs), flush=True)
+    return results
+
+
+def top_ratios(runs: list[dict[str, Any]]) -> list[float]:
+    """Return the ratio of the top curvatures, own to all, for each seed."""
+    return [
+        float(np.sum(run["curvature"]["own"]) / np.sum(run["curvature"]["overall"]))
+        for run in runs
+    ]
+
+
+def trend(values: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
+    """Fit the exponent of the ratio's excess over one, with its standard error."""
+    points = [
+        (float(value), ratio - 1)
+        for value, runs in values.items()
+        for ratio in top_ratios(runs)
+        if float(value) > 0 and ratio > 1
+    ]
+    fit = linregress(*np.log(np.array(points)).T)
+    return fit.slope, fit.stderr
+
+
+def dependence_table(results: dict[str, Any]) -> str:
+    """Format the ratios as a Markdown table."""
+    lines = [
+        "| varied | value | curvature, own / all, top 10 | exponent of the excess |",
+        "|---|---|---|---|",
+    ]
+    for label, values in results.items():
+        slope, error = trend(values)
+        for value, runs in values.items():
+            ratios = top_ratios(runs)
+            lines.append(
+                f"| {label} | {value} | {np.mean(ratios):.2f} ± "
+                f"{np.std(ratios, ddof=1):.2f} | {slope:.2f} ± {error:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def dependence_figure(path: Path, results: dict[str, Any]) -> None:
+    """Draw the excess of the ratio over one, with the fitted trend."""
+    with rc_context(figure_style(ncols=4)):
+        figure = Figure()
+        panels = figure.subplots(1, len(results), sharey=True)
+        for axis, (label, values) in zip(panels, results.items(), strict=True):
+            numbers = [float(value) for value in values]
+            shift = 0.5 if min(numbers) == 0 else 0.0
+            excess = np.array([top_ratios(runs) for runs in values.values()]) - 1
+            axis.errorbar(
+                np.array(numbers) + shift,
+                excess.mean(1),
+                excess.std(1, ddof=1),
+                fmt="o",
+            )
+            slope, _ = trend(values)
+            known = np.array([number for number in numbers if number > 0])
+            means = excess.mean(1)[[number > 0 for number in numbers]]
+            level = np.exp(np.mean(np.log(means) - slope * np.log(known)))
+            axis.plot(known, level * known**slope, "--", label=f"exponent {slope:.2f}")
+            axis.set(xscale="log", yscale="log", xlabel=label)
+            axis.legend()
+        panels[0].set_ylabel("curvature, own / all $-$ 1")
+        figure.savefig(path, dpi=200)
+
+
+STUDIES = {
+    "directions": (run_directions, directions_table, directions_figure),
+    "dependence": (run_dependence, dependence_table, dependence_figure),
+}
+
+
+def main() -> None:
+    """Run a study, and write table, numbers and figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--directions", type=int, default=100)
+    parser.add_argument("--points", type=int, default=10_000)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    settings = parser.parse_args()
+    warnings.simplefilter("ignore")
+    run, table, figure = STUDIES[settings.study]
+    name = f"bias_{settings.study}"
+    progress = Progress(settings.out / f"{name}.partial.json")
+    results = run(settings, progress)
+    recorded = {
+        "dataset": DATASET,
+        "batch_size": BATCH_SIZE,
+        "seeds": settings.seeds,
+        "points": settings.points,
+    }
+    write_report(settings.out, name, recorded, results, table(results))
+    figure(settings.out / f"{name}.png", results)
+    progress.clear()
+
+
+if __name__ == "__main__":
+    main()

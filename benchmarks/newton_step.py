@@ -1,0 +1,236 @@
+"""One Newton step by conjugate gradients, single batch against debiased.
+
+The paper's Figure 5: loss and accuracy along the iterates, at equal data: a single
+batch of m points, or two of m / 2 points.
+
+    python benchmarks/newton_step.py --data-root DATA
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import Progress, figure_style, write_report
+from curvlinops import GGNLinearOperator
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from networks import CHECKPOINTS, Recipe, all_convolutional, problem_data, train
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from laplace_debiased import cg, debiased_cg
+from laplace_debiased.cg import CGResult
+
+DATASET = "fashion-mnist"
+NUM_ITERATIONS = 30
+BATCH_SIZES = (128, 512, 2048)
+METHODS = ("single batch", "debiased", "debiased, subspace")
+NUM_EVALUATED = 5000
+
+
+def half_trained(data_root: Path) -> nn.Module:
+    """Train a network for one epoch, and keep it."""
+    recipe = Recipe(all_convolutional, 1, 4e-3)
+    path = CHECKPOINTS / "cache" / "one-epoch.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        points = problem_data(DATASET, data_root).train
+        model, _ = train(recipe, *points.tensors, 0, mirror=True)
+        torch.save(model.state_dict(), path)
+    model = recipe.build().eval()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
+class Damped:
+    """Curvature of a mini-batch with damping, and its negative gradient.
+
+    Args:
+        model: The network.
+        X: Images.
+        y: Their classes.
+        damping: The damping.
+    """
+
+    def __init__(self, model: nn.Module, X: Tensor, y: Tensor, damping: float):
+        params, loss = list(model.parameters()), nn.CrossEntropyLoss()
+        self.operator = GGNLinearOperator(
+            model, loss, params, [(X, y)], check_deterministic=False
+        )
+        gradients = torch.autograd.grad(loss(model(X), y), params)
+        self.descent = -parameters_to_vector(gradients)
+        self.damping = damping
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        """Multiply vectors ``[D]`` or ``[D, K]``."""
+        return self.operator @ vectors + self.damping * vectors
+
+
+def step(
+    model: nn.Module, X: Tensor, y: Tensor, method: str, damping: float
+) -> CGResult:
+    """Compute the iterates of one step from m points."""
+    options = {"rtol": 0.0, "max_iterations": NUM_ITERATIONS}
+    if method == "single batch":
+        quadratic = Damped(model, X, y, damping)
+        return cg(quadratic, quadratic.descent, **options)
+    half = len(X) // 2
+    first = Damped(model, X[:half], y[:half], damping)
+    other = Damped(model, X[half:], y[half:], damping)
+    return debiased_cg(
+        first,
+        first.descent,
+        other,
+        other.descent,
+        subspace=method == "debiased, subspace",
+        **options,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, iterates: Tensor, X: Tensor, y: Tensor
+) -> tuple[list[float], list[float]]:
+    """Compute loss and accuracy at each iterate, and leave the network as it was."""
+    params = list(model.parameters())
+    start = parameters_to_vector(params).clone()
+    losses, accuracies = [], []
+    for change in iterates.T:
+        vector_to_parameters(start + change, params)
+        output = torch.cat([model(images) for images in X.split(500)])
+        losses.append(cross_entropy(output, y).item())
+        accuracies.append((output.argmax(1) == y).float().mean().item())
+    vector_to_parameters(start, params)
+    return losses, accuracies
+
+
+def run(settings: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
+    """Run all methods on all batch sizes, dampings and seeds."""
+    data = problem_data(DATASET, settings.data_root)
+    model = half_trained(settings.data_root)
+    X, y = data.train.tensors
+
+    def measure(method: str, size: int, damping: float, seed: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(X), generator=generator)
+        drawn, judged = order[:size], order[-NUM_EVALUATED:]
+        result = step(model, X[drawn], y[drawn], method, damping)
+        losses, _ = evaluate(model, result.iterates, X[judged], y[judged])
+        _, accuracies = evaluate(
+            model, result.iterates, data.test_inputs, data.test_labels
+        )
+        return {"loss": losses, "accuracy": accuracies}
+
+    rows = []
+    for damping in settings.dampings:
+        for size in BATCH_SIZES:
+            for method in METHODS:
+                runs = [
+                    progress.run(
+                        f"{damping} {size} {method} {seed}",
+                        partial(measure, method, size, damping, seed),
+                    )
+                    for seed in range(settings.seeds)
+                ]
+                rows.append(
+                    {"damping": damping, "size": size, "method": method, "runs": runs}
+                )
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+    return rows
+
+
+def curves(row: dict[str, Any], quantity: str) -> np.ndarray:
+    """Return a quantity along the iterates of each seed ``[seeds, iterates]``."""
+    values = [run[quantity] for run in row["runs"]]
+    longest = max(len(value) for value in values)
+    # after convergence the last iterate stays
+    return np.array([v + [v[-1]] * (longest - len(v)) for v in values])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Format the rows as a Markdown table."""
+    lines = [
+        "| damping | points | method | loss at the start | lowest | at the end "
+        "| accuracy % at the start | highest | at the end |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        loss, accuracy = (
+            curves(row, "loss"),
+            100 * curves(row, "accuracy"),
+        )
+        columns = [
+            loss[:, 0],
+            loss.min(1),
+            loss[:, -1],
+            accuracy[:, 0],
+            accuracy.max(1),
+            accuracy[:, -1],
+        ]
+        digits = [3, 3, 3, 1, 1, 1]
+        cells = [
+            f"{column.mean():.{d}f} ± {column.std(ddof=1):.{d}f}"
+            for column, d in zip(columns, digits, strict=True)
+        ]
+        lines.append(
+            f"| {row['damping']:g} | {row['size']} | {row['method']} | "
+            + " | ".join(cells)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def write_figure(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Draw loss and accuracy along the iterates, a column for each batch size."""
+    dampings = sorted({row["damping"] for row in rows})
+    with rc_context(figure_style(ncols=3, height_to_width_ratio=0.6 * len(dampings))):
+        figure = Figure()
+        panels = figure.subplots(len(dampings), len(BATCH_SIZES), squeeze=False)
+        for row in rows:
+            position = dampings.index(row["damping"]), BATCH_SIZES.index(row["size"])
+            axis, loss = panels[position], curves(row, "loss")
+            mean, std = loss.mean(0), loss.std(0, ddof=1)
+            iterations = np.arange(len(mean))
+            axis.plot(iterations, mean, label=row["method"])
+            axis.fill_between(iterations, mean - std, mean + std, alpha=0.2, lw=0)
+            start = mean[0]
+            axis.set(ylim=(0.8 * start, 1.6 * start))
+            axis.set_title(f"{row['size']} points, damping {row['damping']:g}")
+        for axis in panels[-1]:
+            axis.set_xlabel("iteration")
+        for axis in panels[:, 0]:
+            axis.set_ylabel("loss of all data")
+        figure.legend(
+            *panels[0, 0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=3,
+        )
+        figure.savefig(path, dpi=200)
+
+
+def main() -> None:
+    """Run all steps, and write table, numbers and figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--dampings", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    settings = parser.parse_args()
+    warnings.simplefilter("ignore")
+    progress = Progress(settings.out / "newton_step.partial.json")
+    rows = run(settings, progress)
+    recorded = {"dataset": DATASET, "seeds": settings.seeds, "points": NUM_EVALUATED}
+    write_report(settings.out, "newton_step", recorded, rows, table(rows))
+    write_figure(settings.out / "newton_step.png", rows)
+    progress.clear()
+
+
+if __name__ == "__main__":
+    main()
