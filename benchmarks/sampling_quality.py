@@ -24,6 +24,7 @@ from functools import partial
 from itertools import combinations
 from math import exp
 from pathlib import Path
+from statistics import median
 from unittest import mock
 
 import torch
@@ -32,7 +33,7 @@ from laplace import KronLaplace
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from networks import RECIPES, accuracy, problem_data, trained
+from networks import CHECKPOINTS, RECIPES, accuracy, problem_data, trained
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -45,7 +46,6 @@ from laplace_debiased import (
     Laplace,
 )
 from laplace_debiased.capture import capture_rows
-from laplace_debiased.comparison.estimators import single_batch
 from laplace_debiased.curvature import average
 from laplace_debiased.eigenbasis import decompose, project
 from laplace_debiased.layers import Layer, curvature_blocks
@@ -232,23 +232,9 @@ def ours(problem: Problem, seed: int, factors: list, **options) -> Result:
     return fitted(problem, seed, **options)[0]
 
 
-def uniform_single(problem: Problem, seed: int, factors: list) -> Result:
-    """Fit ``KronLaplace`` to a uniform mini-batch."""
-    start = time.perf_counter()
-    la, _ = single_batch(problem.model, problem.train, problem.budget, seed)
-    seconds = time.perf_counter() - start
-    prior = chosen_prior(la)
-    return Result(nlls(problem, as_matrix(la.H)), prior, seconds)
-
-
-def as_matrix(H) -> EigenbasisMatrix:
-    """Convert laplace-torch's eigendecomposition."""
-    return EigenbasisMatrix(H.eigenvectors, H.eigenvalues)
-
-
-def drawn_single(problem: Problem, seed: int, factors: list) -> Result:
-    """Use a draw's points for both roles, which does not debias."""
-    _, la = fitted(problem, seed, **BEST)
+def single_batch(problem: Problem, seed: int, factors: list, **sampling) -> Result:
+    """Use the same points for both roles, which does not debias."""
+    _, la = fitted(problem, seed, **CROSS_FIT, **sampling)
     kfacs = average(la.H_facs.folds, la.H_facs.shares)
     vectors = decompose(kfacs)
     la.H = EigenbasisMatrix(vectors, project(kfacs, vectors))
@@ -297,7 +283,7 @@ FRACTIONS = [k / 10 for k in range(1, 10)]
 Row = Callable[[Problem, int, list], Result]
 STUDIES: dict[str, dict[str, Row]] = {
     "estimators": {
-        "kfac: single batch, uniform": uniform_single,
+        "kfac: single batch, uniform": partial(single_batch, **UNIFORM),
         "kfac: two batches, uniform": partial(ours, **TWO_BATCH, **UNIFORM),
         "kfac: cross-fit, uniform": partial(ours, **CROSS_FIT, **UNIFORM),
         "kfac: two batches, uniform, inputs of pool": partial(
@@ -306,7 +292,7 @@ STUDIES: dict[str, dict[str, Row]] = {
         "kfac: cross-fit, uniform, inputs of pool": partial(
             other_floor, floor=1.0, **BEST
         ),
-        "kfac: single batch, curvature": drawn_single,
+        "kfac: single batch, curvature": partial(single_batch, **CURVATURE),
         "kfac: two batches, curvature": partial(ours, **TWO_BATCH, **CURVATURE),
         "kfac: cross-fit, curvature": partial(ours, **BEST),
         "kfac: oracle": oracle,
@@ -344,6 +330,24 @@ STUDIES: dict[str, dict[str, Row]] = {
 }
 
 
+def full_data(
+    name: str, problem: Problem, study: str
+) -> tuple[dict[str, Result], list]:
+    """Return the full-data references, and K-FAC's factors.
+
+    The study ``estimators`` measures them side by side with its other rows, and keeps
+    them for the other studies.
+    """
+    path = CHECKPOINTS / "cache" / f"references-{name}.pt"
+    if study == "estimators" or not path.exists():
+        kfac, factors = full_kfac(problem)
+        references = {"kfac": asdict(kfac), "ggn": asdict(full_ekfac(problem))}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((references, factors), path)
+    references, factors = torch.load(path, weights_only=True)
+    return {key: Result(**value) for key, value in references.items()}, factors
+
+
 def run_network(
     name: str, rows: dict[str, Row], settings: argparse.Namespace, progress: Progress
 ) -> dict:
@@ -358,8 +362,7 @@ def run_network(
     )
     with torch.no_grad():
         output = problem.model(problem.inputs)
-    kfac, factors = full_kfac(problem)
-    references = {"kfac": kfac, "ggn": full_ekfac(problem)}
+    references, factors = full_data(name, problem, settings.study)
     print(f"{name}: {references}", flush=True)
 
     def measure(row: Row) -> list[dict]:
@@ -413,11 +416,37 @@ def table(networks: dict) -> str:
             seconds = [r.fit_seconds for r in results if r.fit_seconds is not None]
             timing = " | "
             if seconds:
-                median = sorted(seconds)[len(seconds) // 2]
-                timing = f"{median:.2f} | {full.fit_seconds / median:.0f} ×"
+                typical = median(seconds)
+                timing = f"{typical:.2f} | {full.fit_seconds / typical:.0f} ×"
             parts.append(f"| {label} | {' | '.join(cells)} | {timing} |")
         parts.append("")
     return "\n".join(parts).rstrip()
+
+
+SUMMARIZED = {
+    "single batch, uniform": "single batch",
+    "two batches, uniform": "two batches (the paper's)",
+    "cross-fit, curvature": "**default**",
+    "oracle": "oracle",
+}
+
+
+def short_table(networks: dict) -> str:
+    """Format the most important ``kfac`` rows of all networks as one table."""
+    priors = " | ".join(f"{prior:g}" for prior in PRIORS)
+    lines = [
+        f"| network | estimator | {priors} | chosen prior | times faster |",
+        "|---" * (len(PRIORS) + 4) + "|",
+    ]
+    for name, result in networks.items():
+        full = Result(**result["references"]["kfac"])
+        for label, shown in SUMMARIZED.items():
+            runs = [Result(**run) for run in result["rows"][f"kfac: {label}"]]
+            seconds = sorted(r.fit_seconds for r in runs if r.fit_seconds is not None)
+            ratio = f"{full.fit_seconds / median(seconds):.0f}" if seconds else ""
+            cells = " | ".join(summary(full, runs))
+            lines.append(f"| {name} | {shown} | {cells} | {ratio} |")
+    return "\n".join(lines)
 
 
 def write_figure(path: Path, networks: dict, draw_panel: Callable) -> None:
@@ -500,6 +529,8 @@ def main() -> None:
         "dataset": DATASET,
     }
     write_report(settings.out, name, recorded, networks, table(networks))
+    if settings.study == "estimators":
+        (settings.out / f"{name}_short.md").write_text(short_table(networks) + "\n")
     if settings.study in PANELS:
         figure = settings.out / f"{name}.png"
         write_figure(figure, networks, PANELS[settings.study])
