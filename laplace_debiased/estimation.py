@@ -86,7 +86,8 @@ class Estimator:
         """Draw points from the folds with probabilities that grow with their curvature.
 
         The score of a point is the trace of its output curvature, which takes a forward
-        pass. All points of the folds give input covariances and the loss.
+        pass. Classes are strata. All points of the folds give input covariances and the
+        loss.
 
         Args:
             num_points: Number of points to draw from all folds together.
@@ -97,7 +98,9 @@ class Estimator:
         for k, (pool, size) in enumerate(zip(self._folds, sizes, strict=True)):
             factors, summary = self._source.survey(pool.loader)
             scale = self._num_data / pool.num_points
-            positions, weights = draw(summary.traces, size, seed=seed + k)
+            positions, weights = draw(
+                summary.traces, size, seed=seed + k, strata=summary.classes
+            )
             loader = subset_of(pool.loader, positions)
             drawn.append(Fold(loader, size, scale * weights))
             surveyed.append(factors)

@@ -149,21 +149,27 @@ def fold_sizes(num_points: int, shares: Sequence[float]) -> list[int]:
 
 
 def draw(
-    scores: Tensor, num_points: int, floor: float = 0.1, seed: int = 0
+    scores: Tensor,
+    num_points: int,
+    floor: float = 0.1,
+    seed: int = 0,
+    strata: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Draw points with probabilities that grow with their scores.
 
     Inclusion probabilities are :math:`\pi_n \propto (1 - f) s_n / \sum s + f / M`,
     capped at one, and the draw is systematic: exactly ``num_points`` distinct points,
-    spread evenly over the scores. With the weights :math:`1 / \pi_n`, weighted sums
-    over the points are unbiased estimates of sums over the pool (Horvitz and Thompson,
-    1952).
+    spread evenly over strata and scores. With the weights :math:`1 / \pi_n`, weighted
+    sums over the points are unbiased estimates of sums over the pool (Horvitz and
+    Thompson, 1952).
 
     Args:
         scores: Non-negative scores ``[M]``.
         num_points: Number of points to draw, at most M.
         floor: Share f of the uniform distribution, which bounds the weights.
         seed: Seed of the draw.
+        strata: Number of each point's stratum ``[M]``, such as its class: each stratum
+            gets points in proportion to its scores. None for one stratum.
 
     Returns:
         Sorted positions in the pool, and their weights, both ``[num_points]``.
@@ -176,6 +182,11 @@ def draw(
         raise ValueError(f"`floor` must lie in (0, 1], got {floor}.")
     if not (scores.isfinite() & (scores >= 0)).all():
         raise ValueError("`scores` must be finite and at least zero.")
+    if strata is not None and strata.shape != scores.shape:
+        raise ValueError(
+            f"`strata` must have the shape of `scores`, {tuple(scores.shape)}, got "
+            f"{tuple(strata.shape)}."
+        )
     if not 0 < num_points <= len(scores):
         raise ValueError(
             f"`num_points` must lie in 1..{len(scores)}, the number of scores, got "
@@ -183,6 +194,8 @@ def draw(
         )
     probabilities = inclusion_probabilities(scores.double().cpu(), num_points, floor)
     order = probabilities.argsort(stable=True)
+    if strata is not None:
+        order = order[strata.cpu()[order].argsort(stable=True)]
     generator = torch.Generator().manual_seed(int(seed))
     ticks = torch.arange(num_points, dtype=torch.float64)
     ticks += torch.rand(1, generator=generator, dtype=torch.float64)

@@ -44,6 +44,7 @@ class SweepSummary:
         losses: Each example's loss ``[num_data]``, unweighted; None, as all that
             follows, if a backend does not tell.
         traces: Trace of each example's output curvature ``[num_data]``, unweighted.
+        classes: Each example's class ``[num_data]``; None if targets are no classes.
         contributions: Each example's weighted contribution to the traces of the layers'
             curvature, ``[num_data, layers]``.
     """
@@ -54,6 +55,7 @@ class SweepSummary:
     num_outputs: int
     losses: Tensor | None = None
     traces: Tensor | None = None
+    classes: Tensor | None = None
     contributions: Tensor | None = None
 
 
@@ -103,7 +105,7 @@ def sweep(
     if not backward:
         layers = [layer for layer in layers if layer.has_inputs]
 
-    num_data, num_outputs, all_losses, traces = 0, 0, [], []
+    num_data, num_outputs, all_losses, traces, targets = 0, 0, [], [], []
     loss = torch.zeros((), dtype=dtype, device=device)
     total_weight = 0.0
     bar = tqdm(data, desc=f"[{description}]", disable=not progress_bar)
@@ -123,6 +125,7 @@ def sweep(
         y = check_targets(output, y, output_curvature.loss_func)
         losses = example_losses(output_curvature.loss_func, output.detach(), y)
         all_losses.append(losses)
+        targets.append(y)
         traces.append(output_curvature.traces(output.detach(), y))
         columns = []
         if layers and backward:
@@ -154,6 +157,7 @@ def sweep(
         num_outputs,
         torch.cat(all_losses),
         torch.cat(traces),
+        None if y.is_floating_point() else torch.cat(targets),
     )
 
 

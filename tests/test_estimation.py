@@ -120,7 +120,7 @@ def test_drawn_points_are_weighted_and_the_pool_gives_inputs(name):
     for k, pool in enumerate(pools):
         X, y = points(pool.loader)
         traces = 1 - model(X).softmax(1).square().sum(1)
-        drawn, weights = draw(traces.detach(), budget // 2, seed=k)
+        drawn, weights = draw(traces.detach(), budget // 2, seed=k, strata=y)
         weights = weights * SIZE / len(X)
         own = dense.kronecker_factors(model, X[drawn], y[drawn], LOSS, weights=weights)
         inputs = dense.kronecker_factors(model, X, y, LOSS)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_debiased.output_curvature import OutputCurvature
+from laplace_debiased.output_curvature import OutputCurvature, example_losses
 from tests.cases import LOSSES, NUM_OUTPUTS
 
 SIZE = 6
@@ -56,11 +56,11 @@ def test_mc_columns_are_unbiased(loss_name, reduction):
 
 
 @pytest.mark.parametrize("loss_name", LOSSES)
-def test_total_loss_is_each_examples_loss(loss_name):
+def test_losses_are_each_examples_loss(loss_name):
     f, y = outputs_and_targets(loss_name)
     loss = LOSSES[loss_name](reduction="sum")
     expected = [loss(f[n : n + 1], y[n : n + 1]) for n in range(SIZE)]
-    actual = OutputCurvature(loss).total_loss(f, y)
+    actual = example_losses(loss, f, y)
     assert torch.allclose(actual, torch.stack(expected))
 
 
@@ -68,7 +68,7 @@ def test_label_smoothing_enters_loss_and_gradient():
     f, y = outputs_and_targets("cross-entropy")
     loss = nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.2)
     curvature = OutputCurvature(loss, "empirical")
-    assert torch.allclose(curvature.total_loss(f, y).sum(), loss(f, y))
+    assert torch.allclose(example_losses(loss, f, y).sum(), loss(f, y))
     expected = torch.func.grad(loss)(f, y)
     assert torch.allclose(curvature.columns(f, y, torch.Generator())[0], expected)
 

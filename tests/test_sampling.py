@@ -246,3 +246,24 @@ def test_fold_sizes_add_up_and_are_positive(num_points, shares):
 def test_folds_are_of_equal_size(num_folds):
     sizes = fold_sizes(17, [1 / num_folds] * num_folds)
     assert sum(sizes) == 17 and max(sizes) - min(sizes) <= 1
+
+
+def test_each_stratum_gets_its_share():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(300, generator=generator).double() ** 3
+    strata = torch.randint(4, (300,), generator=generator)
+    expected = inclusion_probabilities(scores, 40, 0.1)
+    counts = torch.zeros(300)
+    for seed in range(400):
+        positions, weights = draw(scores, 40, seed=seed, strata=strata)
+        counts[positions] += 1
+        assert torch.allclose(weights, 1 / expected[positions])
+        for stratum in range(4):
+            number = (strata[positions] == stratum).sum()
+            assert abs(number - expected[strata == stratum].sum()) < 2
+    assert ((counts / 400 - expected).abs() < 0.13).all()
+
+
+def test_strata_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="`strata` must have the shape of `scores`"):
+        draw(torch.ones(5), 2, strata=torch.zeros(4))
