@@ -1,20 +1,16 @@
-"""What the benchmarks share: a network, the environment, and their reports."""
+"""What the benchmarks share: a network, figure style, reports and progress."""
 
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from tueplots import axes, figsizes, fontsizes
 
-_PACKAGES = ("torch", "laplace-torch", "curvlinops-for-pytorch")
+from laplace_debiased.comparison.environment import environment
 
 
 def conv_net() -> nn.Module:
@@ -46,22 +42,6 @@ def figure_style(ncols: int, height_to_width_ratio: float = 0.9) -> dict[str, An
         **axes.lines(),
         **axes.grid(),
         "axes.grid": True,
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Describe where a benchmark runs, with the commit of the code."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    return {
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip() or None,
-        **{package: version(package) for package in _PACKAGES},
     }
 
 

@@ -6,6 +6,7 @@ for ``budget`` points only, and is drawn again for each seed. The studies are:
 
 - ``estimators``: each ingredient alone, and together;
 - ``settings``: pools, floors and folds of the best estimator;
+- ``directions``: what exact magnitudes on many points could add;
 - ``fractions``: the share of the points that give directions, with two batches.
 
 An interrupted study resumes where it stopped.
@@ -37,7 +38,7 @@ from networks import CHECKPOINTS, RECIPES, accuracy, problem_data, trained
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from laplace_debiased import (
     DebiasedKFACLinearOperator,
@@ -45,16 +46,18 @@ from laplace_debiased import (
     KronDebiasedLaplace,
     Laplace,
 )
+from laplace_debiased.backends import CurvatureSource
 from laplace_debiased.capture import capture_rows
-from laplace_debiased.curvature import average
+from laplace_debiased.curvature import average, scale_gradients
 from laplace_debiased.eigenbasis import decompose, project
 from laplace_debiased.layers import Layer, curvature_blocks
 from laplace_debiased.predictive import _rotated_jacobians
-from laplace_debiased.sampling import draw
+from laplace_debiased.sampling import Fold, draw
 from laplace_debiased.selection import find_layers
 
 PRIORS = (1.0, 10.0, 31.6, 100.0, 1000.0)
 DATASET = "fashion-mnist"
+NUM_JUDGES = 10_000
 
 
 @dataclass
@@ -273,6 +276,28 @@ def repeated_splits(problem: Problem, seed: int, factors: list) -> Result:
     return Result(nlls(problem, la.H), chosen_prior(la))
 
 
+def exact_magnitudes(
+    problem: Problem, seed: int, factors: list, own_directions: bool
+) -> Result:
+    """Measure exact curvatures on many points, along a draw's directions or their own.
+
+    Both bound what ``ggn`` magnitudes can reach: with the draw's directions, and with
+    those of as many points.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    judges = torch.randperm(len(problem.train), generator=generator)[:NUM_JUDGES]
+    fold = Fold(DataLoader(Subset(problem.train, judges.tolist()), 256), NUM_JUDGES)
+    _, la = fitted(problem, seed, **BEST)
+    source = CurvatureSource(la.backend, la.params, {}, seed)
+    vectors = la.H.eigenvectors
+    if own_directions:
+        vectors = decompose(source.kfacs(fold)[0])
+    values, _ = source.directional_curvatures(fold, vectors)
+    values = scale_gradients(values, len(problem.train) / NUM_JUDGES)
+    la.H = EigenbasisMatrix(vectors, values)
+    return Result(nlls(problem, la.H), chosen_prior(la))
+
+
 UNIFORM = {"sampling": "uniform"}
 CURVATURE = {"sampling": "curvature"}
 TWO_BATCH = {"estimator": "two_batch"}
@@ -316,6 +341,15 @@ STUDIES: dict[str, dict[str, Row]] = {
         },
         "kfac: 8 folds, repeated splits": repeated_splits,
     },
+    "directions": {
+        "ggn: cross-fit, curvature": partial(ours, **BEST, **GGN),
+        "ggn: its directions, magnitudes of 10,000 points": partial(
+            exact_magnitudes, own_directions=False
+        ),
+        "ggn: directions and magnitudes of 10,000 points": partial(
+            exact_magnitudes, own_directions=True
+        ),
+    },
     "fractions": {
         f"{magnitudes}: {fraction:g}": partial(
             ours,
@@ -326,6 +360,16 @@ STUDIES: dict[str, dict[str, Row]] = {
         )
         for magnitudes in ("kfac", "ggn")
         for fraction in FRACTIONS
+    }
+    | {
+        f"{magnitudes}: auto": partial(
+            ours,
+            **TWO_BATCH,
+            **CURVATURE,
+            magnitudes=magnitudes,
+            direction_fraction="auto",
+        )
+        for magnitudes in ("kfac", "ggn")
     },
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from laplace_debiased.comparison.data import Data
+from laplace_debiased.comparison.environment import environment
 from laplace_debiased.comparison.experiment import Run
 from laplace_debiased.comparison.figure import write_figure
 from laplace_debiased.comparison.report import table, write_numbers
@@ -27,6 +28,7 @@ def write_results(
     """
     num_seeds = len({run.seed for run in runs})
     settings = {
+        "environment": environment(),
         "dataset": dataset,
         "budget": budget,
         "seeds": num_seeds,
