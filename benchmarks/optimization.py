@@ -76,11 +76,8 @@ class Method:
 
 
 _CG_SETTINGS = [
-    {"damping": damping, **step}
-    for damping, step in product(
-        (0.03, 0.3),
-        ({"lr": 1.0}, {"lr": 0.3}, {"lr": 1.0, "adapt_damping": True}),
-    )
+    {"damping": damping, "adapt_damping": adapt}
+    for damping, adapt in product((0.1, 0.3, 1.0), (False, True))
 ]
 _cg = partial(DebiasedCG, max_iterations=CG_ITERATIONS, rtol=0.0)
 METHODS = {

@@ -374,16 +374,13 @@ STUDIES: dict[str, dict[str, Row]] = {
 }
 
 
-def full_data(
-    name: str, problem: Problem, study: str
-) -> tuple[dict[str, Result], list]:
+def full_data(name: str, problem: Problem) -> tuple[dict[str, Result], list]:
     """Return the full-data references, and K-FAC's factors.
 
-    The study ``estimators`` measures them side by side with its other rows, and keeps
-    them for the other studies.
+    They are measured once, and kept for all studies.
     """
     path = CHECKPOINTS / "cache" / f"references-{name}.pt"
-    if study == "estimators" or not path.exists():
+    if not path.exists():
         kfac, factors = full_kfac(problem)
         references = {"kfac": asdict(kfac), "ggn": asdict(full_ekfac(problem))}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -406,7 +403,7 @@ def run_network(
     )
     with torch.no_grad():
         output = problem.model(problem.inputs)
-    references, factors = full_data(name, problem, settings.study)
+    references, factors = full_data(name, problem)
     print(f"{name}: {references}", flush=True)
 
     def measure(row: Row) -> list[dict]:

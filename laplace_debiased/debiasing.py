@@ -11,7 +11,7 @@ from laplace_debiased.holdout import best_share
 from laplace_debiased.operator import check_magnitudes
 
 MIN_BUDGET = 8
-POOL_FACTOR = 16
+POOL_FACTOR = 32
 SAMPLINGS = ("curvature", "uniform")
 ESTIMATORS = ("two_batch", "cross_fit")
 

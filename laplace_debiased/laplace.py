@@ -80,7 +80,7 @@ class KronDebiasedLaplace(KronLaplace):
             and the loss) or ``"uniform"``. None for ``"curvature"`` with the curvlinops
             backends, the only ones that support it. In regression all points of the
             pool are equally probable.
-        pool_size: Number of points in the pool; None for 16 times the budget.
+        pool_size: Number of points in the pool; None for 32 times the budget.
         fisher_rank: Number of columns of the output curvature's square root that are
             kept for each point, the largest ones; one more column stands for the
             others, without bias. A point then takes ``fisher_rank + 1`` backward passes

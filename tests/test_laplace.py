@@ -48,7 +48,7 @@ def test_defaults_are_cross_fit_and_a_draw_by_curvature_from_a_pool():
     la = debiased(model, budget=8)
     la.fit(train)
     expected = debiased(
-        model, budget=8, estimator="cross_fit", sampling="curvature", pool_size=128
+        model, budget=8, estimator="cross_fit", sampling="curvature", pool_size=256
     )
     expected.fit(train)
     assert torch.equal(posterior(la), posterior(expected))

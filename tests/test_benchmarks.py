@@ -1,0 +1,92 @@
+"""The benchmarks' own parts; what they measure is in their results."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+
+
+def test_all_benchmarks_can_be_imported():
+    program = f"import {', '.join(MODULES)}"
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=FOLDER,
+        env={"PYTHONPATH": str(FOLDER.parent)},
+        check=True,
+    )
+
+
+def test_an_interrupted_study_resumes_where_it_stopped(benchmarks, tmp_path):
+    from common import Progress
+
+    path = tmp_path / "new" / "study.json"
+    calls = []
+
+    def measure():
+        calls.append(1)
+        return {"value": len(calls)}
+
+    for _ in range(2):
+        assert Progress(path).run("first", measure) == {"value": 1}
+    assert Progress(path).run("second", measure) == {"value": 2}
+    Progress(path).clear()
+    assert not path.exists()
+
+
+def test_tables_are_put_between_their_marks(benchmarks, tmp_path, monkeypatch):
+    import readme
+
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "cost.md").write_text("| a |\n")
+    monkeypatch.setattr(readme, "BENCHMARKS", tmp_path)
+    text = "before\n<!-- table: cost -->\nold\n<!-- end -->\nafter\n"
+    expected = "before\n<!-- table: cost -->\n| a |\n<!-- end -->\nafter\n"
+    assert readme.filled(text) == readme.filled(expected) == expected
+
+
+def test_results_say_which_commit_gave_them():
+    for path in (FOLDER / "results").glob("*.json"):
+        assert json.loads(path.read_text())["environment"]["commit"], path.name
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("checkpoints/*/*.json")), ids=str)
+def test_checkpoints_are_those_of_the_recipes(benchmarks, path):
+    from networks import PAIR_RECIPES, RECIPES, trained
+    from safetensors.torch import load_file
+
+    name, seed = path.stem.rsplit("-", 1)
+    recipe = (RECIPES | PAIR_RECIPES)[name]
+    record = json.loads(path.read_text())
+    assert record["epochs"] == recipe.epochs == len(record["training_loss"])
+    assert record["test_accuracy"] > 0.85
+    model = trained(name, path.parent.name, Path("unused"), int(seed))
+    assert sum(p.numel() for p in model.parameters()) == record["parameters"]
+    assert not model.training
+    stored = load_file(path.with_suffix(".safetensors"))
+    assert stored.keys() == model.state_dict().keys()
+
+
+def test_data_of_many_classes(benchmarks, monkeypatch):
+    import networks
+    import torch
+    from torch.utils.data import TensorDataset
+
+    X, y = torch.rand(12, 1, 4, 4), torch.arange(12) % 10
+    fake = networks.Data(TensorDataset(X, y), X[:5], y[:5])
+    monkeypatch.setattr(networks, "load", lambda *_: fake)
+    data = networks.problem_data(networks.PAIRS, Path("unused"))
+    images, labels = data.train.tensors
+    assert images.shape == (networks.NUM_TRAIN, 1, 4, 8)
+    assert labels.max() < 100
+    left = (X == images[0, :, :, :4]).flatten(1).all(1).nonzero()[0]
+    assert labels[0] // 10 == y[left]
