@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Progress, figure_style, write_report
+from common import Progress, figure_style, parse, study_parser, write_report
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -44,6 +44,7 @@ DATASET = "fashion-mnist"
 BATCH_SIZE = 512
 KINDS = ("eigenvectors", "cg")
 TOP = 10
+MAX_ITERATIONS = 30
 
 
 def measure(
@@ -94,7 +95,8 @@ def run_directions(settings: argparse.Namespace, progress: Progress) -> dict[str
     model = trained("all-convolutional", DATASET, settings.data_root)
     results = {}
     for kind in KINDS:
-        count = settings.directions if kind == "eigenvectors" else 30
+        count = settings.directions
+        count = count if kind == "eigenvectors" else min(count, MAX_ITERATIONS)
         results[kind] = [
             progress.run(
                 f"{kind} {seed}",
@@ -326,14 +328,13 @@ STUDIES = {
 
 def main() -> None:
     """Run a study, and write table, numbers and figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = study_parser(__doc__)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--directions", type=int, default=100)
     parser.add_argument("--points", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    settings = parser.parse_args()
+    settings = parse(parser)
+    if settings.quick:
+        settings.directions, settings.points = 4, 3000
     warnings.simplefilter("ignore")
     run, table, figure = STUDIES[settings.study]
     name = f"bias_{settings.study}"

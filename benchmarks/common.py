@@ -1,7 +1,8 @@
-"""What the benchmarks share: a network, figure style, reports and progress."""
+"""What the benchmarks share: a network, options, figure style, reports and progress."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import Any
 from torch import nn
 from tueplots import axes, figsizes, fontsizes
 
-from laplace_debiased.comparison.environment import environment
+from laplace_debiased.comparison.environment import default_data_root, environment
+
+RESULTS = Path(__file__).parent / "results"
+# of the code that runs, even if there are further commits before a study ends
+ENVIRONMENT = environment()
 
 
 def conv_net() -> nn.Module:
@@ -32,6 +37,42 @@ def conv_net() -> nn.Module:
     )
 
 
+def study_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that all studies of trained networks have.
+
+    Args:
+        description: The study's docstring, whose first line is shown.
+
+    Returns:
+        The parser.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        default=default_data_root(),
+        help="folder of torchvision's datasets",
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a smoke test within a minute; its numbers mean nothing",
+    )
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line; a quick run has one seed and keeps its results apart."""
+    settings = parser.parse_args()
+    if settings.quick:
+        settings.seeds = 1
+        if settings.out == RESULTS:
+            settings.out = RESULTS / "quick"
+    return settings
+
+
 def figure_style(ncols: int, height_to_width_ratio: float = 0.9) -> dict[str, Any]:
     """Return matplotlib's settings for a row of panels."""
     return {
@@ -50,7 +91,7 @@ def write_report(
 ) -> None:
     """Write the numbers as JSON and the table as Markdown, and print the table."""
     out.mkdir(parents=True, exist_ok=True)
-    report = {"environment": environment(), "settings": settings, "results": results}
+    report = {"environment": ENVIRONMENT, "settings": settings, "results": results}
     (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / f"{name}.md").write_text(table + "\n")
     print(table)

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from common import conv_net, write_report
+from common import RESULTS, conv_net, write_report
 from curvlinops import GGNLinearOperator
 from torch import nn
 
@@ -73,7 +73,7 @@ def main() -> None:
     """Measure, and write table and numbers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--products", type=int, default=NUM_DIRECTIONS)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = measure(arguments.products)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import conv_net, write_report
+from common import RESULTS, conv_net, write_report
 from laplace.curvature import AsdlGGN
 from laplace.curvature.curvlinops import CurvlinopsGGN
 from torch.utils.data import DataLoader, TensorDataset
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=512)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
 

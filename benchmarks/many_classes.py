@@ -9,7 +9,6 @@ alternative that laplace-torch and curvlinops offer.
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
 from functools import partial
@@ -17,7 +16,7 @@ from math import exp
 from pathlib import Path
 
 import torch
-from common import figure_style, write_report
+from common import figure_style, parse, study_parser, write_report
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from networks import PAIRS, accuracy, problem_data, trained
@@ -28,9 +27,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from laplace_debiased import KronDebiasedLaplace
 from laplace_debiased.curvature import average
 from laplace_debiased.eigenbasis import Factors
-
-PASSES = (2, 3, 5, 10, 20, 50)
-NUM_POINTS = 256
 
 
 def fit(
@@ -136,22 +132,23 @@ def write_figure(path: Path, rows: list[dict]) -> None:
 
 def main() -> None:
     """Run all methods on all seeds, and write table, numbers and figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
+    parser = study_parser(__doc__)
+    parser.add_argument("--passes", type=int, nargs="+", default=[2, 3, 5, 10, 20, 50])
+    parser.add_argument("--points", type=int, default=256)
+    arguments = parse(parser)
+    if arguments.quick:
+        arguments.passes, arguments.points = [2], 16
     warnings.simplefilter("ignore")
     data = problem_data(PAIRS, arguments.data_root)
     model = trained("pair-classifier", PAIRS, arguments.data_root)
-    points = Subset(data.train, range(NUM_POINTS))
+    points = Subset(data.train, range(arguments.points))
     measure = partial(fit, model, points)
     seeds = range(arguments.seeds)
     exact, exact_seconds = zip(*(measure(seed=seed) for seed in seeds), strict=True)
     exact_seconds = sorted(exact_seconds)[len(exact_seconds) // 2]
     rows = []
     for method in ("fisher_rank", "sampled labels (MC)"):
-        for passes in PASSES:
+        for passes in arguments.passes:
             runs = []
             for seed in seeds:
                 la, seconds = measure(**options_of(method, passes), seed=seed)
@@ -159,7 +156,7 @@ def main() -> None:
             rows.append({"method": method, "passes": passes, "runs": runs})
             print(table(rows[-1:], exact_seconds).splitlines()[-1], flush=True)
     settings = {
-        "points": NUM_POINTS,
+        "points": arguments.points,
         "seeds": arguments.seeds,
         "accuracy": accuracy(model, data.test_inputs, data.test_labels),
         "exact_seconds": exact_seconds,

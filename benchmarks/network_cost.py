@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from common import write_report
+from common import RESULTS, write_report
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18, resnet50, vit_b_16
@@ -153,7 +153,7 @@ def main() -> None:
     """Run all cases, each in its own process, and write their results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", type=int, help="run one case in this process")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.case is not None:
         print(json.dumps(run_case(CASES[arguments.case])))

@@ -24,6 +24,7 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from laplace_debiased.comparison.data import Data, load
+from laplace_debiased.comparison.environment import default_data_root
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 NUM_TRAIN = 50_000
@@ -261,7 +262,7 @@ def trained(name: str, dataset: str, data_root: Path, seed: int = 0) -> nn.Modul
 def main() -> None:
     """Train what has no checkpoint yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--data-root", type=Path, default=default_data_root())
     parser.add_argument("--dataset", default="fashion-mnist")
     parser.add_argument("--networks", nargs="*", default=list(RECIPES))
     parser.add_argument("--seeds", type=int, default=1)

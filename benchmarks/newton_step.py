@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Progress, figure_style, write_report
+from common import Progress, figure_style, parse, study_parser, write_report
 from curvlinops import GGNLinearOperator
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -30,7 +30,6 @@ from laplace_debiased.cg import CGResult
 
 DATASET = "fashion-mnist"
 NUM_ITERATIONS = 30
-BATCH_SIZES = (128, 512, 2048)
 METHODS = ("single batch", "debiased", "debiased, subspace")
 NUM_EVALUATED = 5000
 
@@ -130,7 +129,7 @@ def run(settings: argparse.Namespace, progress: Progress) -> list[dict[str, Any]
 
     rows = []
     for damping in settings.dampings:
-        for size in BATCH_SIZES:
+        for size in settings.sizes:
             for method in METHODS:
                 runs = [
                     progress.run(
@@ -190,11 +189,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 def write_figure(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draw loss and accuracy along the iterates, a column for each batch size."""
     dampings = sorted({row["damping"] for row in rows})
+    sizes = sorted({row["size"] for row in rows})
     with rc_context(figure_style(ncols=3, height_to_width_ratio=0.6 * len(dampings))):
         figure = Figure()
-        panels = figure.subplots(len(dampings), len(BATCH_SIZES), squeeze=False)
+        panels = figure.subplots(len(dampings), len(sizes), squeeze=False)
         for row in rows:
-            position = dampings.index(row["damping"]), BATCH_SIZES.index(row["size"])
+            position = dampings.index(row["damping"]), sizes.index(row["size"])
             axis, loss = panels[position], curves(row, "loss")
             mean, std = loss.mean(0), loss.std(0, ddof=1)
             iterations = np.arange(len(mean))
@@ -217,12 +217,12 @@ def write_figure(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Run all steps, and write table, numbers and figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser = study_parser(__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--dampings", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    settings = parser.parse_args()
+    settings = parse(parser)
+    if settings.quick:
+        settings.dampings, settings.sizes = [1e-2], [128]
     warnings.simplefilter("ignore")
     progress = Progress(settings.out / "newton_step.partial.json")
     rows = run(settings, progress)

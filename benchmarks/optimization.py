@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Progress, figure_style, write_report
+from common import Progress, figure_style, parse, study_parser, write_report
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from networks import mlp, problem_data
@@ -270,12 +270,11 @@ def write_figure(path: Path, results: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run all methods, and write table, numbers and figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser = study_parser(__doc__)
     parser.add_argument("--epochs", type=float, default=10.0)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    settings = parser.parse_args()
+    settings = parse(parser)
+    if settings.quick:
+        settings.epochs = 0.1
     warnings.simplefilter("ignore")
     progress = Progress(settings.out / "optimization.partial.json")
     results = run(settings, progress)

@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from common import conv_net, write_report
+from common import RESULTS, conv_net, write_report
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--case", type=int, help="run one case in this process")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.case is not None:
         print(json.dumps(run_case(*CASES[arguments.case], arguments.repeats)))

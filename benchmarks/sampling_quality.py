@@ -17,251 +17,75 @@ An interrupted study resumes where it stopped.
 from __future__ import annotations
 
 import argparse
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import combinations
-from math import exp
 from pathlib import Path
 from statistics import median
 from unittest import mock
 
 import torch
-from common import Progress, figure_style, write_report
-from laplace import KronLaplace
+from common import Progress, figure_style, parse, study_parser, write_report
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from networks import CHECKPOINTS, RECIPES, accuracy, problem_data, trained
-from scipy.optimize import minimize_scalar
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Subset, TensorDataset
-
-from laplace_debiased import (
-    DebiasedKFACLinearOperator,
-    EigenbasisMatrix,
-    KronDebiasedLaplace,
-    Laplace,
+from networks import accuracy
+from posteriors import (
+    FIT_BATCH_SIZE,
+    PRIORS,
+    Problem,
+    Result,
+    fit,
+    references,
+    undo_debiasing,
 )
-from laplace_debiased.backends import CurvatureSource
-from laplace_debiased.capture import capture_rows
-from laplace_debiased.curvature import average, scale_gradients
-from laplace_debiased.eigenbasis import decompose, project
-from laplace_debiased.layers import Layer, curvature_blocks
-from laplace_debiased.predictive import _rotated_jacobians
-from laplace_debiased.sampling import Fold, draw
-from laplace_debiased.selection import find_layers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Subset
 
-PRIORS = (1.0, 10.0, 31.6, 100.0, 1000.0)
+from laplace_debiased import EigenbasisMatrix
+from laplace_debiased.backends import CurvatureSource
+from laplace_debiased.curvature import average, scale_gradients
+from laplace_debiased.eigenbasis import Factors, decompose, project
+from laplace_debiased.sampling import Fold, draw
+
 DATASET = "fashion-mnist"
+NETWORKS = ("MLP", "all-convolutional", "ResNet")
 NUM_JUDGES = 10_000
 
 
-@dataclass
-class Problem:
-    """A trained network with its data.
-
-    Args:
-        model: The network.
-        train: The training points.
-        inputs: Test images.
-        labels: Their classes.
-        budget: Number of points with backward passes.
-    """
-
-    model: nn.Module
-    train: TensorDataset
-    inputs: Tensor
-    labels: Tensor
-    budget: int
-
-    def loader(self) -> DataLoader:
-        """Return a loader over the training points."""
-        return DataLoader(self.train, batch_size=256)
-
-    def params(self) -> list[Tensor]:
-        """Return the network's parameters."""
-        return list(self.model.parameters())
-
-
-@torch.no_grad()
-def nlls(problem: Problem, curvature: EigenbasisMatrix) -> list[float]:
-    """Compute the test NLL at each of ``PRIORS``, by the GLM predictive with probit.
-
-    The posteriors share an eigenbasis, and so the rotated Jacobians of each layer.
-
-    Args:
-        problem: Network and test points.
-        curvature: The curvature without prior.
-
-    Returns:
-        The NLLs.
-    """
-    losses = [
-        _losses(problem, curvature, X, y)
-        for X, y in zip(problem.inputs.split(50), problem.labels.split(50), strict=True)
-    ]
-    return torch.cat(losses, 1).mean(1).tolist()
-
-
-def _losses(
-    problem: Problem, curvature: EigenbasisMatrix, X: Tensor, y: Tensor
-) -> Tensor:
-    """Compute the losses ``[priors, batch]`` of a batch."""
-    layers = find_layers(problem.model, problem.params())
-    inputs: dict[str, Tensor] = {}
-
-    def keep(layer: Layer, rows: Tensor) -> None:
-        inputs[layer.name] = rows
-
-    with torch.enable_grad(), capture_rows(layers, len(X), keep) as tape:
-        output = problem.model(X)
-    gradients: dict[str, list[Tensor]] = {}
-    for column in torch.eye(output.shape[1]):
-        for layer, g in tape.gradient_rows(output, column.expand_as(output), True):
-            gradients.setdefault(layer.name, []).append(g)
-
-    variances = torch.zeros(len(PRIORS), *output.shape)
-    for block, vectors, values in zip(
-        curvature_blocks(layers, separate_weight_and_bias=True),
-        curvature.eigenvectors,
-        curvature.spectra(),
-        strict=True,
-    ):
-        g = torch.stack(gradients[block.layer.name], 1)
-        if block.has_inputs:
-            x = inputs[block.layer.name] @ vectors[1]
-            squares = _rotated_jacobians(g, x, vectors[0]).flatten(2) ** 2
-        else:
-            squares = (g.flatten(3).sum(2) @ vectors[0]) ** 2
-        inverses = torch.stack([1 / (values.flatten() + prior) for prior in PRIORS])
-        variances += (squares @ inverses.T).movedim(2, 0)
-    logits = output / (1 + torch.pi / 8 * variances).sqrt()
-    return torch.stack([cross_entropy(f, y, reduction="none") for f in logits])
-
-
-@dataclass
-class Result:
-    """One posterior.
-
-    Args:
-        nll: Test NLL at each of ``PRIORS``.
-        prior_precision: What the marginal likelihood chose; None if it was not asked.
-        fit_seconds: Time to fit; None if that is not its own.
-    """
-
-    nll: list[float]
-    prior_precision: float | None = None
-    fit_seconds: float | None = None
-
-
-def chosen_prior(la: KronLaplace) -> float:
-    """Choose the prior precision by the marginal likelihood, to full precision."""
-
-    @torch.no_grad()
-    def objective(log_prior: float) -> float:
-        prior = torch.tensor([log_prior]).exp()
-        return -la.log_marginal_likelihood(prior_precision=prior).item()
-
-    return exp(minimize_scalar(objective, bounds=(-5, 10), method="bounded").x)
-
-
-def full_kfac(problem: Problem) -> tuple[Result, list]:
-    """Fit K-FAC to all data; also return its factors.
-
-    By laplace-torch's ``KronLaplace``, or by ours where it refuses a layer.
-    """
-    la = KronLaplace(problem.model, "classification")
-    start = time.perf_counter()
-    try:
-        la.fit(problem.loader())
-        kfacs = la.H_facs.kfacs
-    except NotImplementedError:
-        la = KronDebiasedLaplace(problem.model, "classification", **TWO_BATCH)
-        start = time.perf_counter()
-        la.fit(problem.loader())
-        kfacs = average(la.H_facs.folds, la.H_facs.shares)
-    seconds = time.perf_counter() - start
-    # laplace-torch decomposes in single precision
-    vectors = decompose(kfacs)
-    la.H = EigenbasisMatrix(vectors, project(kfacs, vectors))
-    return Result(nlls(problem, la.H), chosen_prior(la), seconds), kfacs
-
-
-def full_ekfac(problem: Problem) -> Result:
-    """Compute EKFAC of all data."""
-    data = list(problem.loader())
-    operator = DebiasedKFACLinearOperator(
-        problem.model,
-        nn.CrossEntropyLoss(reduction="sum"),
-        problem.params(),
-        data,
-        data,
-        magnitudes="ggn",
-    )
-    start = time.perf_counter()
-    operator.compute()
-    seconds = time.perf_counter() - start
-    matrix = EigenbasisMatrix(operator.eigenvectors, [[s] for s in operator.spectra])
-    la = Laplace(problem.model, "classification", "all", "kron_debiased", budget=64)
-    la.fit(problem.loader())
-    la.H = matrix
-    return Result(nlls(problem, matrix), chosen_prior(la), seconds)
-
-
-def fitted(problem: Problem, seed: int, **options) -> tuple[Result, object]:
-    """Fit our posterior, with the prior precision of the marginal likelihood."""
-    la = Laplace(
-        problem.model,
-        "classification",
-        "all",
-        "kron_debiased",
-        budget=problem.budget,
-        seed=seed,
-        **options,
-    )
-    start = time.perf_counter()
-    la.fit(problem.loader())
-    seconds = time.perf_counter() - start
-    prior = chosen_prior(la)
-    return Result(nlls(problem, la.H), prior, seconds), la
-
-
-def ours(problem: Problem, seed: int, factors: list, **options) -> Result:
+def ours(problem: Problem, factors: list[Factors], **options) -> Result:
     """Fit our posterior."""
-    return fitted(problem, seed, **options)[0]
+    return Result.of(problem, *fit(problem, **options))
 
 
-def single_batch(problem: Problem, seed: int, factors: list, **sampling) -> Result:
+def single_batch(problem: Problem, factors: list[Factors], **options) -> Result:
     """Use the same points for both roles, which does not debias."""
-    _, la = fitted(problem, seed, **CROSS_FIT, **sampling)
-    kfacs = average(la.H_facs.folds, la.H_facs.shares)
-    vectors = decompose(kfacs)
-    la.H = EigenbasisMatrix(vectors, project(kfacs, vectors))
-    return Result(nlls(problem, la.H), chosen_prior(la))
+    la, _ = fit(problem, **CROSS_FIT, **options)
+    undo_debiasing(la)
+    return Result.of(problem, la)
 
 
-def oracle(problem: Problem, seed: int, factors: list) -> Result:
+def oracle(problem: Problem, factors: list[Factors], **options) -> Result:
     """Take directions from a draw, and magnitudes from all data."""
-    _, la = fitted(problem, seed, **BEST)
+    la, _ = fit(problem, **BEST, **options)
     la.H = EigenbasisMatrix(la.H.eigenvectors, project(factors, la.H.eigenvectors))
-    return Result(nlls(problem, la.H), chosen_prior(la))
+    return Result.of(problem, la)
 
 
 def other_floor(
-    problem: Problem, seed: int, factors: list, floor: float, **options
+    problem: Problem, factors: list[Factors], floor: float, **options
 ) -> Result:
     """Change the share of the uniform distribution in a draw's probabilities."""
     with mock.patch("laplace_debiased.estimation.draw", partial(draw, floor=floor)):
-        return ours(problem, seed, factors, **options)
+        return ours(problem, factors, **options)
 
 
-def repeated_splits(problem: Problem, seed: int, factors: list) -> Result:
+def repeated_splits(problem: Problem, factors: list[Factors], **options) -> Result:
     """Average magnitudes over all splits of eight folds in two halves (NERCOME)."""
-    _, la = fitted(problem, seed, **BEST, num_folds=8)
+    la, _ = fit(problem, **BEST, num_folds=8, **options)
     folds, shares = la.H_facs.folds, la.H_facs.shares
     magnitudes = []
     for half in combinations(range(len(folds)), len(folds) // 2):
@@ -273,11 +97,15 @@ def repeated_splits(problem: Problem, seed: int, factors: list) -> Result:
         magnitudes.append(project(judges, decompose(directions)))
     values = average(magnitudes, [1.0] * len(magnitudes))
     la.H = EigenbasisMatrix(la.H.eigenvectors, values)
-    return Result(nlls(problem, la.H), chosen_prior(la))
+    return Result.of(problem, la)
 
 
 def exact_magnitudes(
-    problem: Problem, seed: int, factors: list, own_directions: bool
+    problem: Problem,
+    factors: list[Factors],
+    own_directions: bool,
+    seed: int,
+    **options,
 ) -> Result:
     """Measure exact curvatures on many points, along a draw's directions or their own.
 
@@ -286,8 +114,9 @@ def exact_magnitudes(
     """
     generator = torch.Generator().manual_seed(seed)
     judges = torch.randperm(len(problem.train), generator=generator)[:NUM_JUDGES]
-    fold = Fold(DataLoader(Subset(problem.train, judges.tolist()), 256), NUM_JUDGES)
-    _, la = fitted(problem, seed, **BEST)
+    loader = DataLoader(Subset(problem.train, judges.tolist()), FIT_BATCH_SIZE)
+    fold = Fold(loader, NUM_JUDGES)
+    la, _ = fit(problem, **BEST, seed=seed, **options)
     source = CurvatureSource(la.backend, la.params, {}, seed)
     vectors = la.H.eigenvectors
     if own_directions:
@@ -295,7 +124,7 @@ def exact_magnitudes(
     values, _ = source.directional_curvatures(fold, vectors)
     values = scale_gradients(values, len(problem.train) / NUM_JUDGES)
     la.H = EigenbasisMatrix(vectors, values)
-    return Result(nlls(problem, la.H), chosen_prior(la))
+    return Result.of(problem, la)
 
 
 UNIFORM = {"sampling": "uniform"}
@@ -305,7 +134,7 @@ CROSS_FIT = {"estimator": "cross_fit"}
 GGN = {"magnitudes": "ggn"}
 BEST = CROSS_FIT | CURVATURE
 FRACTIONS = [k / 10 for k in range(1, 10)]
-Row = Callable[[Problem, int, list], Result]
+Row = Callable[..., Result]
 STUDIES: dict[str, dict[str, Row]] = {
     "estimators": {
         "kfac: single batch, uniform": partial(single_batch, **UNIFORM),
@@ -374,53 +203,33 @@ STUDIES: dict[str, dict[str, Row]] = {
 }
 
 
-def full_data(name: str, problem: Problem) -> tuple[dict[str, Result], list]:
-    """Return the full-data references, and K-FAC's factors.
-
-    They are measured once, and kept for all studies.
-    """
-    path = CHECKPOINTS / "cache" / f"references-{name}.pt"
-    if not path.exists():
-        kfac, factors = full_kfac(problem)
-        references = {"kfac": asdict(kfac), "ggn": asdict(full_ekfac(problem))}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((references, factors), path)
-    references, factors = torch.load(path, weights_only=True)
-    return {key: Result(**value) for key, value in references.items()}, factors
-
-
 def run_network(
     name: str, rows: dict[str, Row], settings: argparse.Namespace, progress: Progress
 ) -> dict:
     """Measure all rows on all seeds."""
-    data = problem_data(DATASET, settings.data_root)
-    problem = Problem(
-        trained(name, DATASET, settings.data_root),
-        data.train,
-        data.test_inputs,
-        data.test_labels,
-        settings.budget,
-    )
+    problem = Problem.load(name, DATASET, settings.data_root)
     with torch.no_grad():
         output = problem.model(problem.inputs)
-    references, factors = full_data(name, problem)
-    print(f"{name}: {references}", flush=True)
+    full, factors = references(name, problem)
+    print(f"{name}: {full}", flush=True)
 
     def measure(row: Row) -> list[dict]:
-        seeds = range(settings.seeds)
-        return [asdict(row(problem, seed, factors)) for seed in seeds]
+        return [
+            asdict(row(problem, factors, budget=settings.budget, seed=seed))
+            for seed in range(settings.seeds)
+        ]
 
     results = {}
     for label, row in rows.items():
         results[label] = progress.run(f"{name}: {label}", partial(measure, row))
         runs = [Result(**result) for result in results[label]]
-        line = summary(references[label.split(":")[0]], runs)
+        line = summary(full[label.split(":")[0]], runs)
         print(f"{name}, {label} {line}", flush=True)
     return {
         "accuracy": accuracy(problem.model, problem.inputs, problem.labels),
         "num_params": sum(p.numel() for p in problem.params()),
         "map_nll": cross_entropy(output, problem.labels).item(),
-        "references": {key: asdict(value) for key, value in references.items()},
+        "references": {key: asdict(value) for key, value in full.items()},
         "rows": results,
     }
 
@@ -548,14 +357,13 @@ PANELS = {"estimators": panel_of_priors, "fractions": panel_of_fractions}
 
 def main() -> None:
     """Run a study on all networks, and write table, numbers and figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = study_parser(__doc__)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--budget", type=int, default=128)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--networks", nargs="*", default=list(RECIPES))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    settings = parser.parse_args()
+    parser.add_argument("--networks", nargs="*", default=NETWORKS)
+    settings = parse(parser)
+    if settings.quick:
+        settings.networks = ["MLP"]
     warnings.simplefilter("ignore")
     name = f"sampling_{settings.study}"
     progress = Progress(settings.out / f"{name}.partial.json")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from laplace_debiased.comparison.environment import default_data_root
 from laplace_debiased.comparison.networks import RECIPES
 from laplace_debiased.debiasing import MIN_BUDGET
 
@@ -51,9 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    default_root = os.environ.get(
-        "LAPLACE_DEBIASED_DATA", Path.home() / ".cache" / "laplace-debiased"
-    )
     parser = argparse.ArgumentParser(
         "python -m laplace_debiased",
         description="Compare Laplace approximations at an equal budget of training "
@@ -67,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data-root",
         type=Path,
-        default=default_root,
+        default=default_data_root(),
         help="folder of torchvision's datasets, which are downloaded if missing; "
         "LAPLACE_DEBIASED_DATA sets the default",
     )

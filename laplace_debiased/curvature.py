@@ -7,7 +7,7 @@ factors of each fold, ``ggn`` the eigenbasis and the curvatures measured in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -53,18 +53,22 @@ class KFACCurvature:
 
     Two batches: the first fold gives directions, the second magnitudes. Cross-fit: all
     folds give directions; each fold's magnitudes are measured along the directions of
-    the others, and are averaged by rank (Bartz, 2016).
+    the others, and are averaged by rank (Bartz, 2016). Input covariances that a pool of
+    many points gave are not scarce: two batches are enough for them, which spares two
+    of three decompositions of what often are the largest factors.
 
     Args:
         folds: Factors ``[G, A]`` or ``[G]`` of each block, for each fold. G is scaled
             to all data, A is a mean.
         shares: Each fold's share of the points.
         cross_fit: Whether each fold plays both roles.
+        surveyed: Whether the input covariances are those of a pool.
     """
 
     folds: list[list[Factors]]
     shares: Sequence[float] = (0.5, 0.5)
     cross_fit: bool = False
+    surveyed: bool = False
 
     def merge(self, other: KFACCurvature, share: float) -> KFACCurvature:
         """Add further data: gradient covariances add up, input covariances average.
@@ -91,12 +95,13 @@ class KFACCurvature:
             return [[G, *As] for G, (_, *As) in zip(sums, means, strict=True)]
 
         folds = [merged(*pair) for pair in zip(self.folds, other.folds, strict=True)]
-        return KFACCurvature(folds, self.shares, self.cross_fit)
+        surveyed = self.surveyed and other.surveyed
+        return replace(self, folds=folds, surveyed=surveyed)
 
     def scaled(self, factor: float) -> KFACCurvature:
         """Scale the curvature."""
         folds = [scale_gradients(fold, factor) for fold in self.folds]
-        return KFACCurvature(folds, self.shares, self.cross_fit)
+        return replace(self, folds=folds)
 
     def decompose(self, damping: bool = False) -> EigenbasisMatrix:
         """Measure the magnitudes along the directions.
@@ -107,18 +112,23 @@ class KFACCurvature:
         Returns:
             The curvature in its eigenbasis.
         """
+        return EigenbasisMatrix(*self._eigendecomposition(), damping=damping)
+
+    def _eigendecomposition(self) -> tuple[list[Factors], list[Factors]]:
+        """Compute eigenvectors and eigenvalues of each block."""
         if not self.cross_fit:
-            directions, magnitudes = self.folds
-            eigenvectors = decompose(directions)
-            eigenvalues = project(magnitudes, eigenvectors)
-            return EigenbasisMatrix(eigenvectors, eigenvalues, damping=damping)
-        held_out = [
-            project(fold, held_out_directions(self.folds, self.shares, k))
-            for k, fold in enumerate(self.folds)
-        ]
-        eigenvectors = decompose(average(self.folds, self.shares))
-        eigenvalues = average(held_out, self.shares)
-        return EigenbasisMatrix(eigenvectors, eigenvalues, damping=damping)
+            return _two_batches(*self.folds)
+        if not self.surveyed:
+            return _cross_fitted(self.folds, self.shares)
+        gradients = [[[G] for G, *_ in fold] for fold in self.folds]
+        inputs = [[As for _, *As in fold] for fold in self.folds]
+        directions = average(inputs[:-1], self.shares[:-1])
+        parts = zip(
+            _cross_fitted(gradients, self.shares),
+            _two_batches(directions, inputs[-1], fast=True),
+            strict=True,
+        )
+        return tuple(_joined(*part) for part in parts)
 
     def to_matrix(self) -> Tensor:
         """Compute the curvature densely, ``[params, params]``."""
@@ -129,8 +139,56 @@ class KFACCurvature:
         return dict(vars(self))
 
 
+def _two_batches(
+    directions: list[Factors], magnitudes: list[Factors], fast: bool = False
+) -> tuple[list[Factors], list[Factors]]:
+    """Measure factors along the eigenvectors of others."""
+    eigenvectors = decompose(directions, fast)
+    return eigenvectors, project(magnitudes, eigenvectors)
+
+
+def _cross_fitted(
+    folds: list[list[Factors]], shares: Sequence[float]
+) -> tuple[list[Factors], list[Factors]]:
+    """Measure each fold along the eigenvectors of the others; average by rank."""
+    held_out = [
+        project(fold, held_out_directions(folds, shares, k))
+        for k, fold in enumerate(folds)
+    ]
+    return directions_of(folds, shares), average(held_out, shares)
+
+
+def _joined(first: list[Factors], second: list[Factors]) -> list[Factors]:
+    """Join the factors of each block."""
+    return [[*a, *b] for a, b in zip(first, second, strict=True)]
+
+
+def directions_of(
+    folds: list[list[Factors]],
+    shares: Sequence[float],
+    inputs: list[Factors] | None = None,
+) -> list[Factors]:
+    """Compute the eigenvectors of several folds together.
+
+    Args:
+        folds: Factors of each block, for each fold.
+        shares: Each fold's share of the points.
+        inputs: Eigenvectors ``[U_A]`` or ``[]`` of each block, if they are known.
+
+    Returns:
+        Eigenvectors of each block.
+    """
+    mean = average(folds, shares)
+    if inputs is None:
+        return decompose(mean, fast=True)
+    return _joined(decompose([[G] for G, *_ in mean], fast=True), inputs)
+
+
 def held_out_directions(
-    folds: list[list[Factors]], shares: list[float], index: int
+    folds: list[list[Factors]],
+    shares: Sequence[float],
+    index: int,
+    inputs: list[Factors] | None = None,
 ) -> list[Factors]:
     """Compute the eigenvectors of all folds but one.
 
@@ -138,12 +196,12 @@ def held_out_directions(
         folds: Factors of each block, for each fold.
         shares: Each fold's share of the points.
         index: The fold to leave out.
+        inputs: As in :func:`directions_of`.
 
     Returns:
         Eigenvectors of each block.
     """
-    rest = average(without(folds, index), without(shares, index))
-    return decompose(rest, fast=True)
+    return directions_of(without(folds, index), without(shares, index), inputs)
 
 
 def scale_gradients(kfacs: list[Factors], factor: float) -> list[Factors]:

@@ -12,6 +12,7 @@ from laplace_debiased.curvature import (
     GGNCurvature,
     KFACCurvature,
     average,
+    directions_of,
     held_out_directions,
     scale_gradients,
 )
@@ -110,7 +111,10 @@ class Estimator:
     def kfac(self) -> Estimate:
         """Measure curvature with ``kfac`` magnitudes."""
         folds = [self._kfacs(k) for k in range(len(self._folds))]
-        return self._estimate(KFACCurvature(folds, self._shares, self._cross_fit))
+        surveyed = self._surveyed is not None
+        return self._estimate(
+            KFACCurvature(folds, self._shares, self._cross_fit, surveyed)
+        )
 
     def ggn(self, eigenvectors: list[Factors] | None = None) -> Estimate:
         """Measure curvature with ``ggn`` magnitudes.
@@ -139,11 +143,15 @@ class Estimator:
             return GGNCurvature(eigenvectors, average(measured, self._shares))
         kfacs = [self._kfacs(k) for k in indices]
         self._summaries.clear()  # the same points again
+        inputs = None
+        if self._surveyed is not None:
+            pools = [[As for _, *As in factors] for factors in self._surveyed]
+            inputs = directions_of(pools, self._shares)
         measured = [
-            self._curvatures(k, held_out_directions(kfacs, self._shares, k))
+            self._curvatures(k, held_out_directions(kfacs, self._shares, k, inputs))
             for k in indices
         ]
-        eigenvectors = decompose(average(kfacs, self._shares))
+        eigenvectors = directions_of(kfacs, self._shares, inputs)
         return GGNCurvature(eigenvectors, average(measured, self._shares))
 
     def _kfacs(self, index: int) -> list[Factors]:

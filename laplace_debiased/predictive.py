@@ -76,7 +76,7 @@ class BlockPosterior:
             if kind == "diagonal":
                 return (variances @ transposed**2).squeeze(1)
             return (rotated * variances) @ transposed
-        jacobians = _rotated_jacobians(gradients, inputs, basis)
+        jacobians = rotated_jacobians(gradients, inputs, basis)
         if kind == "diagonal":
             return (jacobians**2).flatten(2) @ precisions.reciprocal().flatten()
         jacobians = jacobians * precisions.rsqrt()
@@ -87,8 +87,17 @@ class BlockPosterior:
         return flat @ flat.mT
 
 
-def _rotated_jacobians(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tensor:
-    """Contract positions: ``[batch, C, d_out, d_in]``."""
+def rotated_jacobians(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tensor:
+    """Rotate the Jacobian in a layer's weight into its eigenbasis.
+
+    Args:
+        gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]``.
+        inputs: Rotated input rows ``[batch, S, groups, d_in]``.
+        basis: Eigenvectors for the gradients ``[d_out, d_out]``.
+
+    Returns:
+        The Jacobian ``[batch, C, d_out, d_in]``.
+    """
     if gradients.shape[3] == 1:
         return contract_positions(gradients @ basis, inputs)
     return basis.T @ contract_positions(gradients, inputs)

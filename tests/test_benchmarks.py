@@ -1,6 +1,7 @@
 """The benchmarks' own parts; what they measure is in their results."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,8 @@ def test_tables_are_put_between_their_marks(benchmarks, tmp_path, monkeypatch):
 
 def test_results_say_which_commit_gave_them():
     for path in (FOLDER / "results").glob("*.json"):
-        assert json.loads(path.read_text())["environment"]["commit"], path.name
+        commit = json.loads(path.read_text())["environment"]["commit"]
+        assert re.fullmatch("[0-9a-f]{7,}", commit), path.name  # and not dirty
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("checkpoints/*/*.json")), ids=str)

@@ -105,6 +105,16 @@ def _sized(fold):
     return X, y, len(X)
 
 
+def drawn_folds(model, train, pool_size, budget):
+    """Each fold's pool, the positions of its drawn points, and their weights."""
+    pools = draw_uniformly(train, pool_size, 0).split([0.5, 0.5]).folds
+    for k, pool in enumerate(pools):
+        X, y = points(pool.loader)
+        traces = 1 - model(X).softmax(1).square().sum(1)
+        drawn, weights = draw(traces.detach(), budget // 2, seed=k, strata=y)
+        yield X, y, drawn, weights * SIZE / len(X)
+
+
 @pytest.mark.parametrize("name", ["mlp", "resnet"])
 def test_drawn_points_are_weighted_and_the_pool_gives_inputs(name):
     model, train, budget, pool_size = network(name), loader(name), 16, 40
@@ -115,13 +125,8 @@ def test_drawn_points_are_weighted_and_the_pool_gives_inputs(name):
         **TWO_BATCH | {"sampling": "curvature"},
     )
     la.fit(train)
-    pools = draw_uniformly(train, pool_size, 0).split([0.5, 0.5]).folds
     factors, loss = [], 0.0
-    for k, pool in enumerate(pools):
-        X, y = points(pool.loader)
-        traces = 1 - model(X).softmax(1).square().sum(1)
-        drawn, weights = draw(traces.detach(), budget // 2, seed=k, strata=y)
-        weights = weights * SIZE / len(X)
+    for X, y, drawn, weights in drawn_folds(model, train, pool_size, budget):
         own = dense.kronecker_factors(model, X[drawn], y[drawn], LOSS, weights=weights)
         inputs = dense.kronecker_factors(model, X, y, LOSS)
         factors.append({o: [f[0], *inputs[o][1:]] for o, f in own.items()})
@@ -133,6 +138,64 @@ def test_drawn_points_are_weighted_and_the_pool_gives_inputs(name):
     expected += torch.eye(len(expected))
     assert dense.relative_error(posterior(la), expected) < 1e-8
     assert torch.allclose(la.loss, loss)
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("name", ["mlp", "cnn-stride-padding", "resnet"])
+def test_cross_fit_to_drawn_points_equals_dense_reference(name, magnitudes):
+    model, train, budget, pool_size = network(name), loader(name), 16, 40
+    la = debiased(
+        model,
+        budget=budget,
+        pool_size=pool_size,
+        magnitudes=magnitudes,
+        estimator="cross_fit",
+        sampling="curvature",
+    )
+    la.fit(train)
+    factors, pool_factors, blocks = [], [], []
+    for X, y, drawn, weights in drawn_folds(model, train, pool_size, budget):
+        X_drawn, y_drawn = X[drawn], y[drawn]
+        own = dense.kronecker_factors(model, X_drawn, y_drawn, LOSS, weights=weights)
+        inputs = dense.kronecker_factors(model, X, y, LOSS)
+        pool_factors.append(inputs)
+        factors.append({o: [f[0], *inputs[o][1:]] for o, f in own.items()})
+        blocks.append(dense.ggn_blocks(model, X_drawn, y_drawn, LOSS, weights=weights))
+
+    def directions(folds, pools):
+        """Gradient directions of folds, input directions of pools."""
+        pairs = zip(
+            eigenvectors(mean_factors(folds)),
+            eigenvectors(mean_factors(pools)),
+            strict=True,
+        )
+        return [[g[0], *a[1:]] for g, a in pairs]
+
+    first, second = factors
+    # with `kfac`, the other pool judges the input directions
+    pools = pool_factors if magnitudes == "ggn" else pool_factors[:1]
+    own = directions(factors, pools)
+    of_first, of_second = (directions([fold], pools) for fold in factors)
+    if magnitudes == "kfac":
+        a = kfac_magnitudes(first, of_second)
+        b = kfac_magnitudes(second, of_first)
+        values = [
+            torch.outer((G + H) / 2, B[0]) if B else (G + H) / 2
+            for (G, *_), (H, *B) in zip(a, b, strict=True)
+        ]
+    else:
+        values = [
+            ((kron(v).T @ H @ kron(v)) + (kron(u).T @ J @ kron(u))).diagonal() / 2
+            for u, v, H, J in zip(of_first, of_second, *blocks, strict=True)
+        ]
+    expected = torch.block_diag(
+        *(
+            kron(u) @ torch.diag(value.flatten()) @ kron(u).T
+            for u, value in zip(own, values, strict=True)
+        )
+    )
+    expected += torch.eye(len(expected))
+    assert dense.relative_error(posterior(la), expected) < 1e-8
 
 
 def test_gradient_covariances_are_unbiased():

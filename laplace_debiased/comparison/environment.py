@@ -1,7 +1,8 @@
-"""Where numbers come from."""
+"""Where data are, and where numbers come from."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -14,12 +15,22 @@ _PACKAGES = ("torch", "laplace-torch", "curvlinops-for-pytorch")
 _FOLDER = Path(__file__).parent
 
 
+def default_data_root() -> Path:
+    """Return the folder of torchvision's datasets.
+
+    Returns:
+        What the variable ``LAPLACE_DEBIASED_DATA`` says, or a cache folder.
+    """
+    cache = Path.home() / ".cache" / "laplace-debiased"
+    return Path(os.environ.get("LAPLACE_DEBIASED_DATA", cache))
+
+
 def environment() -> dict[str, Any]:
     """Describe the environment.
 
     Returns:
-        Versions, number of threads, and the commit of the code; None if it does not run
-        from a clone.
+        Versions, number of threads, and the commit of the code, marked as dirty
+        if files differ from it; None if it does not run from a clone.
     """
     return {
         "python": platform.python_version(),
@@ -33,7 +44,7 @@ def _commit() -> str | None:
     """Ask git, unless this file is not one of its: an installed package has none."""
     try:
         _git("ls-files", "--error-unmatch", Path(__file__).name)
-        return _git("rev-parse", "--short", "HEAD").strip()
+        return _git("describe", "--always", "--dirty", "--exclude=*").strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

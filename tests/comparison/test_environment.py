@@ -7,7 +7,7 @@ from laplace_debiased.comparison.environment import environment
 
 def test_versions_and_commit_are_recorded():
     found = environment()
-    assert re.fullmatch(r"[0-9a-f]{7,}", found["commit"] or "0000000")
+    assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", found["commit"] or "0000000")
     assert found["torch"].startswith("2.") and found["threads"] >= 1
 
 

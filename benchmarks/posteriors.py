@@ -1,0 +1,278 @@
+"""Posteriors of a trained network, and how well they predict.
+
+Predictions are those of the linearized network with the probit approximation, at many
+prior precisions at once: the posteriors share an eigenbasis, and so a network's rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import exp, pi
+from pathlib import Path
+
+import torch
+from laplace import KronLaplace
+from networks import CHECKPOINTS, problem_data, trained
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+from torch.nn.functional import nll_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+from laplace_debiased import (
+    DebiasedKFACLinearOperator,
+    EigenbasisMatrix,
+    KronDebiasedLaplace,
+)
+from laplace_debiased.curvature import average
+from laplace_debiased.eigenbasis import Factors, decompose, project
+from laplace_debiased.layers import curvature_blocks
+from laplace_debiased.linearization import linearize
+from laplace_debiased.predictive import rotated_jacobians
+from laplace_debiased.selection import find_layers
+
+PRIORS = (1.0, 10.0, 31.6, 100.0, 1000.0)
+FIT_BATCH_SIZE = 256
+# small enough for the memory allocator to use the same pages again
+_TEST_BATCH_SIZE = 20
+
+
+@dataclass
+class Problem:
+    """A trained network with its data.
+
+    Args:
+        model: The network.
+        train: The training points.
+        inputs: Test images.
+        labels: Their classes.
+    """
+
+    model: nn.Module
+    train: TensorDataset
+    inputs: Tensor
+    labels: Tensor
+
+    @classmethod
+    def load(cls, name: str, dataset: str, data_root: Path, seed: int = 0) -> Problem:
+        """Load a network's checkpoint, and its data."""
+        model = trained(name, dataset, data_root, seed)
+        return cls(model, *problem_data(dataset, data_root))
+
+    def loader(self) -> DataLoader:
+        """Return a loader over the training points."""
+        return DataLoader(self.train, batch_size=FIT_BATCH_SIZE)
+
+    def params(self) -> list[Tensor]:
+        """Return the network's parameters."""
+        return list(self.model.parameters())
+
+
+@torch.no_grad()
+def glm_probabilities(
+    model: nn.Module,
+    curvature: EigenbasisMatrix,
+    inputs: Tensor,
+    priors: Sequence[float],
+) -> Tensor:
+    """Predict at each prior precision.
+
+    Args:
+        model: The network, all parameters of which are in the posterior.
+        curvature: The curvature without prior.
+        inputs: Test images.
+        priors: Prior precisions.
+
+    Returns:
+        Probabilities ``[priors, points, classes]``.
+    """
+    params = list(model.parameters())
+    layers = find_layers(model, params)
+    blocks = curvature_blocks(layers, separate_weight_and_bias=True)
+    chunks = []
+    for X in inputs.split(_TEST_BATCH_SIZE):
+        linear = linearize(model, layers, X, len(X))
+        variances = 0
+        for block, vectors, values in zip(
+            blocks, curvature.eigenvectors, curvature.spectra(), strict=True
+        ):
+            inverses = torch.stack([1 / (values + prior) for prior in priors])
+            gradients, rows = linear.gradients[block.layer.name], None
+            if block.has_inputs:
+                rows = linear.inputs[block.layer.name] @ vectors[1]
+            variances += _variances(gradients, rows, vectors[0], inverses)
+        logits = linear.output.detach() / (1 + pi / 8 * variances).sqrt()
+        chunks.append(logits.softmax(-1))
+    return torch.cat(chunks, 1)
+
+
+def _variances(
+    gradients: Tensor, inputs: Tensor | None, basis: Tensor, inverses: Tensor
+) -> Tensor:
+    """Compute a block's share of the output variances.
+
+    Args:
+        gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]``.
+        inputs: Rotated input rows ``[batch, S, groups, d_in]``; None for a vector.
+        basis: Eigenvectors for the gradients.
+        inverses: Variances of the coordinates ``[priors, d_out, d_in]`` or ``[priors,
+            d_out]``.
+
+    Returns:
+        Variances ``[priors, batch, C]``.
+    """
+    if inputs is None:
+        squares = (gradients.flatten(3).sum(2) @ basis) ** 2
+        return torch.einsum("nco,po->pnc", squares, inverses)
+    if gradients.shape[2:4] == (1, 1):  # of rank one
+        squares = (gradients.flatten(2) @ basis) ** 2
+        weights = inputs.flatten(1) ** 2 @ inverses.mT
+        return torch.einsum("nco,pno->pnc", squares, weights)
+    squares = rotated_jacobians(gradients, inputs, basis).flatten(2) ** 2
+    return (squares @ inverses.flatten(1).T).movedim(2, 0)
+
+
+def nlls(problem: Problem, curvature: EigenbasisMatrix) -> list[float]:
+    """Compute the test NLL at each of ``PRIORS``.
+
+    Args:
+        problem: Network and test points.
+        curvature: The curvature without prior.
+
+    Returns:
+        The NLLs.
+    """
+    predictions = glm_probabilities(problem.model, curvature, problem.inputs, PRIORS)
+    return [nll_loss(p.log(), problem.labels).item() for p in predictions]
+
+
+def chosen_prior(la: KronLaplace) -> float:
+    """Choose the prior precision by the marginal likelihood, to full precision."""
+
+    @torch.no_grad()
+    def objective(log_prior: float) -> float:
+        prior = torch.tensor([log_prior]).exp()
+        return -la.log_marginal_likelihood(prior_precision=prior).item()
+
+    return exp(minimize_scalar(objective, bounds=(-5, 10), method="bounded").x)
+
+
+@dataclass
+class Result:
+    """One posterior.
+
+    Args:
+        nll: Test NLL at each of ``PRIORS``.
+        prior_precision: What the marginal likelihood chose; None if it was not asked.
+        fit_seconds: Time to fit; None if that is not its own.
+    """
+
+    nll: list[float]
+    prior_precision: float | None = None
+    fit_seconds: float | None = None
+
+    @classmethod
+    def of(
+        cls, problem: Problem, la: KronLaplace, fit_seconds: float | None = None
+    ) -> Result:
+        """Test a fitted posterior."""
+        return cls(nlls(problem, la.H), chosen_prior(la), fit_seconds)
+
+
+def fit(problem: Problem, **options) -> tuple[KronDebiasedLaplace, float]:
+    """Fit our posterior; also return the time it takes."""
+    la = KronDebiasedLaplace(problem.model, "classification", **options)
+    start = time.perf_counter()
+    la.fit(problem.loader())
+    return la, time.perf_counter() - start
+
+
+def undo_debiasing(la: KronDebiasedLaplace) -> list[Factors]:
+    """Let all points of a fit with ``kfac`` magnitudes judge their own directions.
+
+    Args:
+        la: The fit, whose curvature becomes K-FAC's.
+
+    Returns:
+        K-FAC's factors.
+    """
+    kfacs = average(la.H_facs.folds, la.H_facs.shares)
+    vectors = decompose(kfacs)
+    la.H = EigenbasisMatrix(vectors, project(kfacs, vectors))
+    return kfacs
+
+
+def full_kfac(problem: Problem) -> tuple[KronLaplace, list[Factors], float]:
+    """Fit K-FAC to all data.
+
+    By laplace-torch's ``KronLaplace``, or by ours where it refuses a layer.
+
+    Args:
+        problem: Network and data.
+
+    Returns:
+        The fit, K-FAC's factors, and the seconds it took.
+    """
+    la = KronLaplace(problem.model, "classification")
+    start = time.perf_counter()
+    try:
+        la.fit(problem.loader())
+    except NotImplementedError:
+        la, seconds = fit(problem, estimator="two_batch")
+        return la, undo_debiasing(la), seconds
+    seconds = time.perf_counter() - start
+    kfacs = la.H_facs.kfacs
+    # laplace-torch decomposes in single precision
+    vectors = decompose(kfacs)
+    la.H = EigenbasisMatrix(vectors, project(kfacs, vectors))
+    return la, kfacs, seconds
+
+
+def full_ekfac(problem: Problem, like: KronLaplace) -> tuple[KronLaplace, float]:
+    """Compute EKFAC of all data.
+
+    Args:
+        problem: Network and data.
+        like: A fit to all data, which gets the curvature.
+
+    Returns:
+        The fit, and the seconds it took.
+    """
+    data = list(problem.loader())
+    operator = DebiasedKFACLinearOperator(
+        problem.model,
+        nn.CrossEntropyLoss(reduction="sum"),
+        problem.params(),
+        data,
+        data,
+        magnitudes="ggn",
+    )
+    start = time.perf_counter()
+    operator.compute()
+    seconds = time.perf_counter() - start
+    like.H = EigenbasisMatrix(operator.eigenvectors, [[s] for s in operator.spectra])
+    return like, seconds
+
+
+def references(name: str, problem: Problem) -> tuple[dict[str, Result], list[Factors]]:
+    """Return the full-data references, and K-FAC's factors.
+
+    They are measured once, and kept for all studies.
+
+    Args:
+        name: What to keep them under.
+        problem: Network and data.
+
+    Returns:
+        Results of ``"kfac"`` and ``"ggn"`` magnitudes, and the factors.
+    """
+    path = CHECKPOINTS / "cache" / f"references-{name}.pt"
+    if not path.exists():
+        la, factors, seconds = full_kfac(problem)
+        kfac = Result.of(problem, la, seconds)
+        ggn = Result.of(problem, *full_ekfac(problem, la))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(({"kfac": asdict(kfac), "ggn": asdict(ggn)}, factors), path)
+    results, factors = torch.load(path, weights_only=True)
+    return {key: Result(**value) for key, value in results.items()}, factors
