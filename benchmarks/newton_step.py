@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from laplace_debiased import cg, debiased_cg
 from laplace_debiased.cg import CGResult
 
 DATASET = "fashion-mnist"
-NUM_ITERATIONS = 30
+NUM_ITERATIONS = 20
 METHODS = ("single batch", "debiased", "debiased, subspace")
-NUM_EVALUATED = 5000
+NUM_EVALUATED = 2000
 
 
 def half_trained(data_root: Path) -> nn.Module:
@@ -72,25 +73,24 @@ class Damped:
         return self.operator @ vectors + self.damping * vectors
 
 
-def step(
-    model: nn.Module, X: Tensor, y: Tensor, method: str, damping: float
-) -> CGResult:
-    """Compute the iterates of one step from m points."""
+def steps(
+    model: nn.Module, X: Tensor, y: Tensor, damping: float
+) -> dict[str, CGResult]:
+    """Compute the iterates of one step from m points, by each of ``METHODS``."""
     options = {"rtol": 0.0, "max_iterations": NUM_ITERATIONS}
-    if method == "single batch":
-        quadratic = Damped(model, X, y, damping)
-        return cg(quadratic, quadratic.descent, **options)
     half = len(X) // 2
-    first = Damped(model, X[:half], y[:half], damping)
-    other = Damped(model, X[half:], y[half:], damping)
-    return debiased_cg(
-        first,
-        first.descent,
-        other,
-        other.descent,
-        subspace=method == "debiased, subspace",
-        **options,
+    all_points, first, other = (
+        Damped(model, X[part], y[part], damping)
+        for part in (slice(None), slice(half), slice(half, None))
     )
+    single = cg(all_points, all_points.descent, **options)
+    pair = first, first.descent, other, other.descent
+    results = (
+        single,
+        debiased_cg(*pair, **options),
+        debiased_cg(*pair, subspace=True, **options),
+    )
+    return dict(zip(METHODS, results, strict=True))
 
 
 @torch.no_grad()
@@ -116,32 +116,30 @@ def run(settings: argparse.Namespace, progress: Progress) -> list[dict[str, Any]
     model = half_trained(settings.data_root)
     X, y = data.train.tensors
 
-    def measure(method: str, size: int, damping: float, seed: int) -> dict[str, Any]:
+    def measure(size: int, damping: float, seed: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(X), generator=generator)
         drawn, judged = order[:size], order[-NUM_EVALUATED:]
-        result = step(model, X[drawn], y[drawn], method, damping)
-        losses, _ = evaluate(model, result.iterates, X[judged], y[judged])
-        _, accuracies = evaluate(
-            model, result.iterates, data.test_inputs, data.test_labels
-        )
-        return {"loss": losses, "accuracy": accuracies}
+        curves = {}
+        for method, result in steps(model, X[drawn], y[drawn], damping).items():
+            losses, _ = evaluate(model, result.iterates, X[judged], y[judged])
+            _, accuracies = evaluate(
+                model, result.iterates, data.test_inputs, data.test_labels
+            )
+            curves[method] = {"loss": losses, "accuracy": accuracies}
+        return curves
 
     rows = []
-    for damping in settings.dampings:
-        for size in settings.sizes:
-            for method in METHODS:
-                runs = [
-                    progress.run(
-                        f"{damping} {size} {method} {seed}",
-                        partial(measure, method, size, damping, seed),
-                    )
-                    for seed in range(settings.seeds)
-                ]
-                rows.append(
-                    {"damping": damping, "size": size, "method": method, "runs": runs}
-                )
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
+    for damping, size in product(settings.dampings, settings.sizes):
+        runs = [
+            progress.run(
+                f"{damping} {size} {seed}", partial(measure, size, damping, seed)
+            )
+            for seed in range(settings.seeds)
+        ]
+        case = {"damping": damping, "size": size}
+        rows += [case | {"method": m, "runs": [r[m] for r in runs]} for m in METHODS]
+        print("\n".join(table(rows[-len(METHODS) :]).splitlines()[2:]), flush=True)
     return rows
 
 
@@ -161,10 +159,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        loss, accuracy = (
-            curves(row, "loss"),
-            100 * curves(row, "accuracy"),
-        )
+        loss, accuracy = curves(row, "loss"), 100 * curves(row, "accuracy")
         columns = [
             loss[:, 0],
             loss.min(1),

@@ -34,6 +34,7 @@ from laplace_debiased.selection import find_layers
 
 PRIORS = (1.0, 10.0, 31.6, 100.0, 1000.0)
 FIT_BATCH_SIZE = 256
+QUICK_POINTS = 500
 # small enough for the memory allocator to use the same pages again
 _TEST_BATCH_SIZE = 20
 
@@ -55,10 +56,16 @@ class Problem:
     labels: Tensor
 
     @classmethod
-    def load(cls, name: str, dataset: str, data_root: Path, seed: int = 0) -> Problem:
-        """Load a network's checkpoint, and its data."""
-        model = trained(name, dataset, data_root, seed)
-        return cls(model, *problem_data(dataset, data_root))
+    def load(
+        cls, name: str, dataset: str, data_root: Path, quick: bool = False
+    ) -> Problem:
+        """Load a network's checkpoint, and its data; few of them for a quick run."""
+        model = trained(name, dataset, data_root)
+        train, inputs, labels = problem_data(dataset, data_root)
+        if quick:
+            train = TensorDataset(*train[:QUICK_POINTS])
+            inputs, labels = inputs[:QUICK_POINTS], labels[:QUICK_POINTS]
+        return cls(model, train, inputs, labels)
 
     def loader(self) -> DataLoader:
         """Return a loader over the training points."""
@@ -255,24 +262,28 @@ def full_ekfac(problem: Problem, like: KronLaplace) -> tuple[KronLaplace, float]
     return like, seconds
 
 
-def references(name: str, problem: Problem) -> tuple[dict[str, Result], list[Factors]]:
+def references(
+    name: str, problem: Problem, keep: bool = True
+) -> tuple[dict[str, Result], list[Factors]]:
     """Return the full-data references, and K-FAC's factors.
-
-    They are measured once, and kept for all studies.
 
     Args:
         name: What to keep them under.
         problem: Network and data.
+        keep: Whether to measure them only once, and keep them for all studies.
 
     Returns:
         Results of ``"kfac"`` and ``"ggn"`` magnitudes, and the factors.
     """
     path = CHECKPOINTS / "cache" / f"references-{name}.pt"
-    if not path.exists():
-        la, factors, seconds = full_kfac(problem)
-        kfac = Result.of(problem, la, seconds)
-        ggn = Result.of(problem, *full_ekfac(problem, la))
+    if keep and path.exists():
+        results, factors = torch.load(path, weights_only=True)
+        return {key: Result(**value) for key, value in results.items()}, factors
+    la, factors, seconds = full_kfac(problem)
+    results = {"kfac": Result.of(problem, la, seconds)}
+    results["ggn"] = Result.of(problem, *full_ekfac(problem, la))
+    if keep:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(({"kfac": asdict(kfac), "ggn": asdict(ggn)}, factors), path)
-    results, factors = torch.load(path, weights_only=True)
-    return {key: Result(**value) for key, value in results.items()}, factors
+        plain = {key: asdict(value) for key, value in results.items()}
+        torch.save((plain, factors), path)
+    return results, factors

@@ -207,10 +207,10 @@ def run_network(
     name: str, rows: dict[str, Row], settings: argparse.Namespace, progress: Progress
 ) -> dict:
     """Measure all rows on all seeds."""
-    problem = Problem.load(name, DATASET, settings.data_root)
+    problem = Problem.load(name, DATASET, settings.data_root, settings.quick)
     with torch.no_grad():
         output = problem.model(problem.inputs)
-    full, factors = references(name, problem)
+    full, factors = references(name, problem, keep=not settings.quick)
     print(f"{name}: {full}", flush=True)
 
     def measure(row: Row) -> list[dict]:

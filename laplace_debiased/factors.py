@@ -21,10 +21,10 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _zeros(block: Block, *shape: int) -> Tensor:
+def _zeros(block: Block, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Return zeros to accumulate in, where the block's parameters live."""
     parameter = next(block.layer.module.parameters())
-    dtype = _accumulation_dtype(parameter.dtype)
+    dtype = dtype or _accumulation_dtype(parameter.dtype)
     return torch.zeros(*shape, dtype=dtype, device=parameter.device)
 
 
@@ -75,6 +75,10 @@ class KroneckerFactors:
     Source: Eschenhagen et al., 2023 (arXiv 2311.00636), Sections 3.2 and 3.3. Groups of
     a convolution are averaged in A, as curvlinops does.
 
+    Batches are summed in double precision. The output curvature of cross-entropy has a
+    null vector; in single precision, the sum over many batches turns it so far towards
+    others that exact curvature along it is no longer small.
+
     Args:
         blocks: The curvature blocks.
         kfac_approx: ``"expand"`` or ``"reduce"``.
@@ -96,10 +100,14 @@ class KroneckerFactors:
         for block in blocks:
             d_out, *d_in = block.shape
             name = block.layer.name
-            self._gradient_covariances[name] = _zeros(block, d_out, d_out)
+            self._gradient_covariances[name] = _zeros(
+                block, d_out, d_out, dtype=torch.float64
+            )
             if block.has_inputs:
                 self._joint[name] = block.is_joint
-                self._input_covariances[name] = _zeros(block, *d_in, *d_in)
+                self._input_covariances[name] = _zeros(
+                    block, *d_in, *d_in, dtype=torch.float64
+                )
         self.contributions = Contributions(_layer_names(blocks))
         self._row_weights = dict.fromkeys(self._joint, 0.0)
         self._calls: dict[str, list[Tensor]] = {}
@@ -133,9 +141,7 @@ class KroneckerFactors:
             rows = _with_bias_column(rows)
         weights = self._weights[:, None].expand(rows.shape[:2]).to(rows.dtype)
         weighted = rows * weights.unsqueeze(2)
-        self._input_covariances[name].addmm_(
-            weighted.flatten(0, 1).T, rows.flatten(0, 1)
-        )
+        self._input_covariances[name] += weighted.flatten(0, 1).T @ rows.flatten(0, 1)
         self._row_weights[name] = self._row_weights[name] + weights.sum()
 
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
@@ -143,7 +149,7 @@ class KroneckerFactors:
         rows = rows.to(_accumulation_dtype(rows.dtype)).flatten(2)
         self.contributions.add(layer.name, rows.square().sum((1, 2)))
         rows = rows.flatten(0, 1) if self._expand else rows.sum(1)
-        self._gradient_covariances[layer.name].addmm_(rows.T, rows)
+        self._gradient_covariances[layer.name] += rows.T @ rows
 
     def kfacs(self, dtype: torch.dtype) -> list[Factors]:
         """Return the factors of each block.

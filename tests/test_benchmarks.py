@@ -4,9 +4,12 @@ import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from laplace_debiased.comparison.environment import default_data_root
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -42,6 +45,36 @@ def test_an_interrupted_study_resumes_where_it_stopped(benchmarks, tmp_path):
     assert Progress(path).run("second", measure) == {"value": 2}
     Progress(path).clear()
     assert not path.exists()
+
+
+QUICK = [
+    ("sampling_quality", "estimators"),
+    ("sampling_quality", "settings"),
+    ("sampling_quality", "fractions"),
+    ("bias", "directions"),
+    ("bias", "dependence"),
+    ("newton_step",),
+    ("optimization",),
+    ("many_classes",),
+    ("calibration",),
+]
+
+
+@pytest.mark.skipif(
+    not (default_data_root() / "FashionMNIST").is_dir(),
+    reason="FashionMNIST is not in the folder that LAPLACE_DEBIASED_DATA names",
+)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("command", QUICK, ids=" ".join)
+def test_studies_run_in_a_quick_mode(benchmarks, monkeypatch, tmp_path, command):
+    study, *arguments = command
+    monkeypatch.setattr(
+        sys, "argv", [study, *arguments, "--quick", "--out", str(tmp_path)]
+    )
+    import_module(study).main()
+    written = {path.suffix for path in tmp_path.iterdir()}
+    assert {".json", ".md"} <= written <= {".json", ".md", ".png"}
+    assert not list(tmp_path.glob("*.partial.json"))
 
 
 def test_tables_are_put_between_their_marks(benchmarks, tmp_path, monkeypatch):

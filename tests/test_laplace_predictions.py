@@ -1,6 +1,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, jacrev
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests import dense
 from tests.cases import NUM_OUTPUTS, network
@@ -19,9 +21,7 @@ def test_predictives_equal_dense_algebra(subset, magnitudes):
         for name, p in model.named_parameters()
         if subset == "all" or name.startswith("2.")
     }
-    jacobians = torch.func.jacrev(
-        lambda params: torch.func.functional_call(model, params, (X,))
-    )(fitted)
+    jacobians = jacrev(lambda params: functional_call(model, params, (X,)))(fitted)
     J = torch.cat([j.flatten(2) for j in jacobians.values()], dim=2)
     covariance = posterior(la).inverse()
 
@@ -46,6 +46,56 @@ def test_predictives_equal_dense_algebra(subset, magnitudes):
     samples = la.sample(20_000, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(samples.mean(0), la.mean, atol=0.05)
     assert dense.relative_error(samples.T.cov(), covariance) < 0.1
+
+
+REDUCTIONS = {
+    "pick_first": lambda outputs: outputs[:, 0],
+    "pick_last": lambda outputs: outputs[:, -1],
+    "average": lambda outputs: outputs.mean(1),
+}
+
+
+class OutputOfTokens(nn.Module):
+    """A last layer that runs on each token; some of its outputs are the network's."""
+
+    def __init__(self, reduce):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, NUM_OUTPUTS)
+        self.reduce = reduce
+
+    def forward(self, x):
+        return self.reduce(self.head(self.body(x).tanh()))
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_last_layer_on_tokens_with_and_without_reduced_features(
+    reduction, given, magnitudes
+):
+    torch.manual_seed(0)
+    model = OutputOfTokens(REDUCTIONS[reduction]).double()
+    X = torch.randn(SIZE, 5, 3, dtype=torch.float64)
+    train = DataLoader(TensorDataset(X, torch.randint(NUM_OUTPUTS, (SIZE,))), 7)
+    options = {"feature_reduction": reduction} if given else {}
+    la = debiased(
+        model, "classification", "last_layer", magnitudes=magnitudes, **options
+    )
+    la.fit(train)
+
+    X = X[:4]
+    last = {name: p.detach() for name, p in model.head.named_parameters("head")}
+    jacobians = jacrev(lambda params: functional_call(model, params, (X,)))(last)
+    J = torch.cat([j.flatten(2) for j in jacobians.values()], dim=2)
+    covariance = posterior(la).inverse()
+    _, f_var = la._glm_predictive_distribution(X)
+    expected = J @ covariance @ J.mT
+    assert dense.relative_error(f_var, expected) < 1e-10
+    _, diagonal = la._glm_predictive_distribution(X, diagonal_output=True)
+    assert torch.allclose(diagonal, expected.diagonal(dim1=1, dim2=2))
+    _, joint = la._glm_predictive_distribution(X, joint=True)
+    flat = J.flatten(0, 1)
+    assert torch.allclose(joint, flat @ covariance @ flat.T)
 
 
 @pytest.mark.parametrize("subset", SUBSETS)

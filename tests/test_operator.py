@@ -387,3 +387,24 @@ def test_singular_operator_needs_damping():
     linear_operator = operator(network("mlp"), *sources("mlp"))
     with pytest.raises(ValueError, match="`damping` must make"):
         linear_operator.inverse(damping=-1.0)
+
+
+def test_null_vector_of_the_output_curvature_survives_many_batches_in_float32():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 10)
+    nn.init.normal_(model.weight, std=4)
+    X, y = torch.randn(20_000, 4), torch.randint(10, (20_000,))
+    data = split(X, y, *[20] * 1000)
+    operator = DebiasedKFACLinearOperator(
+        model,
+        nn.CrossEntropyLoss(reduction="sum"),
+        list(model.parameters()),
+        data,
+        data,
+        magnitudes="ggn",
+    )
+    # equal changes of all logits change no probability
+    null = torch.ones(10) / 10**0.5
+    vectors, spectrum = operator.eigenvectors[0][0], operator.spectra[0]
+    index = (vectors.T @ null).abs().argmax()
+    assert spectrum[index].max() < 1e-12 * spectrum.max()
