@@ -338,7 +338,12 @@ def main() -> None:
     parser = study_parser(__doc__)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--directions", type=int, default=100)
-    parser.add_argument("--points", type=int, default=6000)
+    parser.add_argument(
+        "--points",
+        type=int,
+        default=4000,
+        help="how many stand for all data, the mini-batches among them",
+    )
     settings = parse(parser)
     if settings.quick:
         settings.directions, settings.points = 4, 3000

@@ -216,6 +216,20 @@ def problem_data(dataset: str, data_root: Path) -> Data:
     return data._replace(train=TensorDataset(X[:NUM_TRAIN], y[:NUM_TRAIN]))
 
 
+def validation_data(dataset: str, data_root: Path) -> tuple[Tensor, Tensor]:
+    """Load images that networks are not trained on, to tune by.
+
+    Args:
+        dataset: ``"fashion-mnist"`` or ``"mnist"``.
+        data_root: Folder of torchvision's datasets.
+
+    Returns:
+        Images and classes of all training points after the first ``NUM_TRAIN``.
+    """
+    X, y = load(dataset, data_root).train.tensors
+    return X[NUM_TRAIN:], y[NUM_TRAIN:]
+
+
 def _pairs(X: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randint(len(X), (2, count), generator=generator)

@@ -30,15 +30,16 @@ from laplace_debiased import cg, debiased_cg
 from laplace_debiased.cg import CGResult
 
 DATASET = "fashion-mnist"
+WIDTH = 8
 NUM_ITERATIONS = 20
 METHODS = ("single batch", "debiased", "debiased, subspace")
-NUM_EVALUATED = 2000
+NUM_EVALUATED = 1000
 
 
 def half_trained(data_root: Path) -> nn.Module:
     """Train a network for one epoch, and keep it."""
-    recipe = Recipe(all_convolutional, 1, 4e-3)
-    path = CHECKPOINTS / "cache" / "one-epoch.pt"
+    recipe = Recipe(partial(all_convolutional, WIDTH), 1, 4e-3)
+    path = CHECKPOINTS / "cache" / f"{WIDTH}-one-epoch.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         points = problem_data(DATASET, data_root).train
@@ -122,11 +123,9 @@ def run(settings: argparse.Namespace, progress: Progress) -> list[dict[str, Any]
         drawn, judged = order[:size], order[-NUM_EVALUATED:]
         curves = {}
         for method, result in steps(model, X[drawn], y[drawn], damping).items():
-            losses, _ = evaluate(model, result.iterates, X[judged], y[judged])
-            _, accuracies = evaluate(
-                model, result.iterates, data.test_inputs, data.test_labels
-            )
-            curves[method] = {"loss": losses, "accuracy": accuracies}
+            train = evaluate(model, result.iterates, X[judged], y[judged])
+            test = evaluate(model, result.iterates, data.test_inputs, data.test_labels)
+            curves[method] = {"loss": train[0], "accuracy": test[1]}
         return curves
 
     rows = []

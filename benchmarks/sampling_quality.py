@@ -23,7 +23,6 @@ from dataclasses import asdict
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from statistics import median
 from unittest import mock
 
 import torch
@@ -251,51 +250,44 @@ def table(networks: dict) -> str:
     parts = []
     for name, result in networks.items():
         references = {k: Result(**r) for k, r in result["references"].items()}
-        full = references["kfac"]
         parts.append(
             f"**{name}**: {result['num_params']:,} parameters, accuracy "
-            f"{100 * result['accuracy']:.1f} %, full-data K-FAC in "
-            f"{full.fit_seconds:.0f} s\n"
+            f"{100 * result['accuracy']:.1f} %\n"
         )
         priors = " | ".join(f"{prior:g}" for prior in PRIORS)
-        parts.append(f"| estimator | {priors} | chosen prior | fit s | speed-up |")
-        parts.append("|---" * (len(PRIORS) + 4) + "|")
+        parts.append(f"| estimator | {priors} | chosen prior |")
+        parts.append("|---" * (len(PRIORS) + 2) + "|")
         for label, runs in result["rows"].items():
             results = [Result(**run) for run in runs]
             cells = summary(references[label.split(":")[0]], results)
-            seconds = [r.fit_seconds for r in results if r.fit_seconds is not None]
-            timing = " | "
-            if seconds:
-                typical = median(seconds)
-                timing = f"{typical:.2f} | {full.fit_seconds / typical:.0f} ×"
-            parts.append(f"| {label} | {' | '.join(cells)} | {timing} |")
+            parts.append(f"| {label} | {' | '.join(cells)} |")
         parts.append("")
     return "\n".join(parts).rstrip()
 
 
 SUMMARIZED = {
-    "single batch, uniform": "single batch",
-    "two batches, uniform": "two batches (the paper's)",
-    "cross-fit, curvature": "**default**",
-    "oracle": "oracle",
+    "kfac: single batch, uniform": "single batch",
+    "kfac: two batches, uniform": "two batches (the paper's)",
+    "kfac: cross-fit, curvature": "**default**",
+    "kfac: oracle": "oracle",
+    "ggn: two batches, uniform": "two batches, `ggn`",
+    "ggn: cross-fit, curvature": "**default, `ggn`**",
 }
 
 
 def short_table(networks: dict) -> str:
-    """Format the most important ``kfac`` rows of all networks as one table."""
+    """Format the most important rows of all networks as one table."""
     priors = " | ".join(f"{prior:g}" for prior in PRIORS)
     lines = [
-        f"| network | estimator | {priors} | chosen prior | times faster |",
-        "|---" * (len(PRIORS) + 4) + "|",
+        f"| network | estimator | {priors} | chosen prior |",
+        "|---" * (len(PRIORS) + 3) + "|",
     ]
     for name, result in networks.items():
-        full = Result(**result["references"]["kfac"])
         for label, shown in SUMMARIZED.items():
-            runs = [Result(**run) for run in result["rows"][f"kfac: {label}"]]
-            seconds = sorted(r.fit_seconds for r in runs if r.fit_seconds is not None)
-            ratio = f"{full.fit_seconds / median(seconds):.0f}" if seconds else ""
+            full = Result(**result["references"][label.split(":")[0]])
+            runs = [Result(**run) for run in result["rows"][label]]
             cells = " | ".join(summary(full, runs))
-            lines.append(f"| {name} | {shown} | {cells} | {ratio} |")
+            lines.append(f"| {name} | {shown} | {cells} |")
     return "\n".join(lines)
 
 

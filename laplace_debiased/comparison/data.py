@@ -48,8 +48,8 @@ def load(dataset: str, root: Path) -> Data:
     """
     if dataset == "digits":
         return _digits()
-    X, y = _images(dataset, root, train=True)
-    X_test, y_test = _images(dataset, root, train=False)
+    X, y = raw_images(dataset, root, train=True)
+    X_test, y_test = raw_images(dataset, root, train=False)
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(y_test), generator=generator)[:NUM_TEST_IMAGES]
     return _standardized(X, y, X_test[chosen], y_test[chosen])
@@ -72,8 +72,17 @@ def _standardized(X: Tensor, y: Tensor, X_test: Tensor, y_test: Tensor) -> Data:
     return Data(TensorDataset((X - mean) / std, y), (X_test - mean) / std, y_test)
 
 
-def _images(dataset: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Return images ``[points, channels, height, width]`` and class indices."""
+def raw_images(dataset: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Return all images of a torchvision dataset.
+
+    Args:
+        dataset: As in :func:`load`.
+        root: Folder of torchvision's datasets.
+        train: Whether to return training points.
+
+    Returns:
+        Images ``[points, channels, height, width]`` from 0 to 1, and class indices.
+    """
     stored = _open(dataset, root, train)
     images = torch.as_tensor(stored.data)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)

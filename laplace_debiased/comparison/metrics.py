@@ -1,14 +1,17 @@
-"""Quality of predicted class probabilities, by scikit-learn and netcal."""
+"""Quality of predicted probabilities, by scikit-learn, netcal and torchmetrics."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from netcal.metrics import ECE
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 from torch import Tensor
+from torch.distributions import Categorical
+from torchmetrics.functional.classification import binary_auroc
 
 _ECE_BINS = 15
 _RELIABILITY_BINS = 10
@@ -49,6 +52,37 @@ def score(probabilities: Tensor, labels: Tensor) -> Scores:
         brier=float(brier_score_loss(y, p, labels=classes)),
         ece=float(ECE(_ECE_BINS).measure(p, y)),
     )
+
+
+def misclassification_auroc(probabilities: Tensor, labels: Tensor) -> float:
+    """Measure how well confidence tells correct predictions from others.
+
+    Args:
+        probabilities: Class probabilities ``[points, classes]``.
+        labels: Class indices ``[points]``.
+
+    Returns:
+        The area under the ROC curve.
+    """
+    confidence, predicted = probabilities.max(1)
+    return binary_auroc(confidence, (predicted == labels).long()).item()
+
+
+def ood_auroc(inside: Tensor, outside: Tensor) -> float:
+    """Measure how well entropy tells points of another distribution.
+
+    Args:
+        inside: Class probabilities ``[points, classes]`` of points like those trained
+            on.
+        outside: Class probabilities of points of another distribution.
+
+    Returns:
+        The area under the ROC curve.
+    """
+    entropy = Categorical(torch.cat([inside, outside])).entropy()
+    is_outside = torch.arange(len(entropy)) >= len(inside)
+    # the area needs ranks alone, but entropies beyond one would be taken for logits
+    return binary_auroc(entropy / entropy.max(), is_outside.long()).item()
 
 
 def reliability(

@@ -3,8 +3,17 @@ import warnings
 
 import pytest
 import torch
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+)
 
-from laplace_debiased.comparison.metrics import reliability, score
+from laplace_debiased.comparison.metrics import (
+    misclassification_auroc,
+    ood_auroc,
+    reliability,
+    score,
+)
 
 PROBABILITIES = torch.tensor(
     [[0.7, 0.2, 0.1], [0.7, 0.2, 0.1], [0.1, 0.5, 0.4], [0.25, 0.25, 0.5]]
@@ -21,6 +30,29 @@ def test_scores_equal_hand_computed_ones():
     assert scores.brier == pytest.approx(sum(squares) / 4, abs=1e-6)
     # confidence 0.7 is right in half of the cases, confidence 0.5 always
     assert scores.ece == pytest.approx((2 * 0.2 + 2 * 0.5) / 4, abs=1e-6)
+
+
+def test_scores_equal_those_of_torchmetrics():
+    generator = torch.Generator().manual_seed(0)
+    p = (3 * torch.randn(5000, 10, generator=generator)).softmax(-1)
+    y = p.multinomial(1, generator=generator).squeeze(1)
+    scores = score(p, y)
+    expected = multiclass_calibration_error(p, y, 10, n_bins=15, norm="l1")
+    assert scores.ece == pytest.approx(expected.item(), abs=1e-5)
+    expected = multiclass_accuracy(p, y, 10, average="micro")
+    assert scores.accuracy == pytest.approx(expected.item())
+
+
+def test_confidence_tells_correct_predictions():
+    # correct with confidence 0.7, 0.5, 0.5, wrong with 0.7: half a point of three
+    assert misclassification_auroc(PROBABILITIES, LABELS) == pytest.approx(1 / 6)
+
+
+def test_entropy_tells_points_of_another_distribution():
+    sure, unsure = torch.eye(3), torch.full((4, 3), 1 / 3)
+    assert ood_auroc(sure, unsure) == 1
+    assert ood_auroc(unsure, sure) == 0
+    assert ood_auroc(unsure, unsure) == 0.5
 
 
 def test_perfect_predictions_have_perfect_scores():

@@ -1,0 +1,77 @@
+"""Time of a fit by a budget, against a fit to all data, side by side.
+
+The networks are those of ``sampling_quality.py``, with 50,000 training points.
+
+    python benchmarks/full_data_cost.py --data-root DATA
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from statistics import median
+
+from common import parse, study_parser, write_report
+from posteriors import Problem, fit, full_kfac
+from sampling_quality import DATASET, NETWORKS
+
+MAGNITUDES = ("kfac", "ggn")
+
+
+def measure(name: str, settings: argparse.Namespace) -> dict:
+    """Time both fits.
+
+    Args:
+        name: The network.
+        settings: The command line.
+
+    Returns:
+        Seconds of each fit.
+    """
+    problem = Problem.load(name, DATASET, settings.data_root, settings.quick)
+    la, _, seconds = full_kfac(problem)
+    rows = {
+        magnitudes: [
+            fit(problem, budget=settings.budget, seed=seed, magnitudes=magnitudes)[1]
+            for seed in range(settings.seeds)
+        ]
+        for magnitudes in MAGNITUDES
+    }
+    return {"full_by": type(la).__name__, "full_seconds": seconds, **rows}
+
+
+def table(results: dict) -> str:
+    """Format the times as a Markdown table."""
+    lines = [
+        "| network | full-data K-FAC by | seconds | default, `kfac`, seconds "
+        "| times faster | `ggn`, seconds | times faster |",
+        "|---" * 7 + "|",
+    ]
+    for name, result in results.items():
+        full = result["full_seconds"]
+        cells = [
+            f"{median(result[m]):.2f} | {full / median(result[m]):.0f}"
+            for m in MAGNITUDES
+        ]
+        lines.append(
+            f"| {name} | {result['full_by']} | {full:.1f} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure all networks, and write table and numbers."""
+    parser = study_parser(__doc__)
+    parser.add_argument("--budget", type=int, default=128)
+    parser.add_argument("--networks", nargs="*", default=NETWORKS)
+    settings = parse(parser)
+    if settings.quick:
+        settings.networks = ["MLP"]
+    warnings.simplefilter("ignore")
+    results = {name: measure(name, settings) for name in settings.networks}
+    recorded = {"dataset": DATASET, "budget": settings.budget, "seeds": settings.seeds}
+    write_report(settings.out, "full_data_cost", recorded, results, table(results))
+
+
+if __name__ == "__main__":
+    main()
