@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument(
         "--points",
         type=int,
-        default=4000,
+        default=6000,
         help="how many stand for all data, the mini-batches among them",
     )
     settings = parse(parser)

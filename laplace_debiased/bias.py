@@ -224,8 +224,8 @@ def bias_report(
         num_directions: Number of directions, K.
         batch_size: Number of points in a mini-batch.
         num_batches: Number of other, disjoint mini-batches.
-        num_points: Number of points that stand for all data; None for all that the
-            loader yields.
+        num_points: Number of points that are measured; None for all that the loader
+            yields. If they are fewer than the data, they stand for all.
         curvature: ``"ggn"`` or ``"hessian"``.
         damping: Damping of the quadratics.
         seed: Seed of the draw of mini-batches.
@@ -279,8 +279,8 @@ def bias_report(
     return BiasReport(
         {"eigenvectors": "eigenvectors", "cg": "conjugate directions"}[directions],
         batch_size,
-        _compare(damped, batch_size, num_batches, generator),
-        _compare(slopes, batch_size, num_batches, generator),
+        _compare(damped, batch_size, num_batches, points.num_data, generator),
+        _compare(slopes, batch_size, num_batches, points.num_data, generator),
     )
 
 
@@ -344,22 +344,33 @@ class _Damped:
 
 
 def _compare(
-    contributions: Tensor, batch_size: int, num_batches: int, generator: torch.Generator
+    contributions: Tensor,
+    batch_size: int,
+    num_batches: int,
+    num_data: int,
+    generator: torch.Generator,
 ) -> Comparison:
-    """Compare means over the first mini-batch, the following ones, and all points."""
+    """Compare means over the first mini-batch, the following ones, and all data.
+
+    If not all data are measured, the points outside the first mini-batch stand for all
+    of the others, so that it has the share in the data's mean that is its own.
+    """
     own, *others = (
         contributions[k * batch_size : (k + 1) * batch_size].mean(0)
         for k in range(1 + num_batches)
     )
+    weights = contributions.new_ones(len(contributions))
+    weights[batch_size:] = (num_data - batch_size) / (len(contributions) - batch_size)
     counts = torch.poisson(
         torch.ones(_NUM_RESAMPLES, len(contributions)), generator=generator
     ).to(contributions)
+    counts *= weights
     resampled = counts @ contributions / counts.sum(1, keepdim=True)
     quantiles = torch.tensor([0.025, 0.975]).to(contributions)
     return Comparison(
         own,
         torch.stack(others),
-        contributions.mean(0),
+        weights @ contributions / num_data,
         (own / resampled).quantile(quantiles, dim=0),
     )
 

@@ -65,6 +65,20 @@ def test_report_equals_dense_quadratics(problem, kind):
     assert own.num_points == BATCH
 
 
+def test_a_part_of_the_data_stands_for_all_with_the_batch_at_its_own_share(problem):
+    _, _, X, y = problem
+    own = report(problem, num_points=80)
+    order = draw_uniformly(DataLoader(TensorDataset(X, y)), 80, 0).indices
+    H, _ = quadratic(problem, order[:BATCH], "ggn")
+    rest, _ = quadratic(problem, order[BATCH:], "ggn")
+    U = torch.linalg.eigh(H).eigenvectors.flip(1)[:, :5]
+    overall = (BATCH * H + (SIZE - BATCH) * rest) / SIZE
+    expected = (U * (overall @ U)).sum(0)
+    assert torch.allclose(own.curvature.overall, expected, rtol=1e-3, atol=1e-6)
+    low, high = own.curvature.interval
+    assert ((low < own.curvature.ratio) & (own.curvature.ratio < high)).all()
+
+
 def test_conjugate_directions(problem):
     _, _, X, y = problem
     own = report(problem, directions="cg", damping=0.1)
