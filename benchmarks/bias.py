@@ -41,7 +41,6 @@ from laplace_debiased import bias_report
 from laplace_debiased.bias import BiasReport, Comparison
 
 DATASET = "fashion-mnist"
-BATCH_SIZE = 512
 # of the study of dependence, whose base is a network of width 8 after five epochs
 SMALL_BATCH_SIZE, BASE_WIDTH, BASE_EPOCHS = 256, 8, 5
 KINDS = ("eigenvectors", "cg")
@@ -109,14 +108,14 @@ def run_directions(settings: argparse.Namespace, progress: Progress) -> dict[str
                     settings,
                     directions=kind,
                     num_directions=count,
-                    batch_size=BATCH_SIZE,
+                    batch_size=settings.batch_size,
                     damping=1e-2 if kind == "cg" else 0.0,
                     seed=seed,
                 ),
             )
             for seed in range(settings.seeds)
         ]
-        print(restored(results[kind][0], kind, BATCH_SIZE).table(), flush=True)
+        print(restored(results[kind][0], kind, settings.batch_size).table(), flush=True)
     return results
 
 
@@ -273,13 +272,18 @@ def top_ratios(runs: list[dict[str, Any]]) -> list[float]:
 
 
 def trend(values: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
-    """Fit the exponent of the ratio's excess over one, with its standard error."""
+    """Fit the exponent of the ratio's excess over one, with its standard error.
+
+    NaN if there are not two values with an excess.
+    """
     points = [
         (float(value), ratio - 1)
         for value, runs in values.items()
         for ratio in top_ratios(runs)
         if float(value) > 0 and ratio > 1
     ]
+    if len({value for value, _ in points}) < 2:
+        return float("nan"), float("nan")
     fit = linregress(*np.log(np.array(points)).T)
     return fit.slope, fit.stderr
 
@@ -339,6 +343,9 @@ def main() -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--directions", type=int, default=100)
     parser.add_argument(
+        "--batch-size", type=int, default=512, help="of the study of directions"
+    )
+    parser.add_argument(
         "--points",
         type=int,
         default=6000,
@@ -346,7 +353,7 @@ def main() -> None:
     )
     settings = parse(parser)
     if settings.quick:
-        settings.directions, settings.points = 4, 3000
+        settings.directions, settings.points, settings.batch_size = 4, 700, 32
     warnings.simplefilter("ignore")
     run, table, figure = STUDIES[settings.study]
     name = f"bias_{settings.study}"
@@ -354,7 +361,10 @@ def main() -> None:
     results = run(settings, progress)
     recorded = {
         "dataset": DATASET,
-        "batch_size": {"directions": BATCH_SIZE, "dependence": SMALL_BATCH_SIZE},
+        "batch_size": {
+            "directions": settings.batch_size,
+            "dependence": SMALL_BATCH_SIZE,
+        },
         "seeds": settings.seeds,
         "points": settings.points,
     }

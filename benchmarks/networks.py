@@ -165,7 +165,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=1e-3)
     num_batches = -(-len(X) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=recipe.epochs * num_batches
+        optimizer, rate, total_steps=max(1, recipe.epochs * num_batches)
     )
     curve = []
     for epoch in range(recipe.epochs):

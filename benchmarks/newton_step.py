@@ -31,15 +31,14 @@ from laplace_debiased.cg import CGResult
 
 DATASET = "fashion-mnist"
 WIDTH = 8
-NUM_ITERATIONS = 20
 METHODS = ("single batch", "debiased", "debiased, subspace")
 NUM_EVALUATED = 1000
 
 
-def half_trained(data_root: Path) -> nn.Module:
-    """Train a network for one epoch, and keep it."""
-    recipe = Recipe(partial(all_convolutional, WIDTH), 1, 4e-3)
-    path = CHECKPOINTS / "cache" / f"{WIDTH}-one-epoch.pt"
+def half_trained(data_root: Path, epochs: int) -> nn.Module:
+    """Train a network for few epochs, and keep it."""
+    recipe = Recipe(partial(all_convolutional, WIDTH), epochs, 4e-3)
+    path = CHECKPOINTS / "cache" / f"{WIDTH}-1-{epochs}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         points = problem_data(DATASET, data_root).train
@@ -75,10 +74,10 @@ class Damped:
 
 
 def steps(
-    model: nn.Module, X: Tensor, y: Tensor, damping: float
+    model: nn.Module, X: Tensor, y: Tensor, damping: float, iterations: int
 ) -> dict[str, CGResult]:
     """Compute the iterates of one step from m points, by each of ``METHODS``."""
-    options = {"rtol": 0.0, "max_iterations": NUM_ITERATIONS}
+    options = {"rtol": 0.0, "max_iterations": iterations}
     half = len(X) // 2
     all_points, first, other = (
         Damped(model, X[part], y[part], damping)
@@ -114,7 +113,7 @@ def evaluate(
 def run(settings: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
     """Run all methods on all batch sizes, dampings and seeds."""
     data = problem_data(DATASET, settings.data_root)
-    model = half_trained(settings.data_root)
+    model = half_trained(settings.data_root, 0 if settings.quick else 1)
     X, y = data.train.tensors
 
     def measure(size: int, damping: float, seed: int) -> dict[str, Any]:
@@ -122,7 +121,8 @@ def run(settings: argparse.Namespace, progress: Progress) -> list[dict[str, Any]
         order = torch.randperm(len(X), generator=generator)
         drawn, judged = order[:size], order[-NUM_EVALUATED:]
         curves = {}
-        for method, result in steps(model, X[drawn], y[drawn], damping).items():
+        results = steps(model, X[drawn], y[drawn], damping, settings.iterations)
+        for method, result in results.items():
             train = evaluate(model, result.iterates, X[judged], y[judged])
             test = evaluate(model, result.iterates, data.test_inputs, data.test_labels)
             curves[method] = {"loss": train[0], "accuracy": test[1]}
@@ -212,15 +212,21 @@ def write_figure(path: Path, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run all steps, and write table, numbers and figure."""
     parser = study_parser(__doc__)
+    parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--dampings", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1])
     settings = parse(parser)
     if settings.quick:
-        settings.dampings, settings.sizes = [1e-2], [128]
+        settings.dampings, settings.sizes, settings.iterations = [1e-2], [128], 3
     warnings.simplefilter("ignore")
     progress = Progress(settings.out / "newton_step.partial.json")
     rows = run(settings, progress)
-    recorded = {"dataset": DATASET, "seeds": settings.seeds, "points": NUM_EVALUATED}
+    recorded = {
+        "dataset": DATASET,
+        "seeds": settings.seeds,
+        "points": NUM_EVALUATED,
+        "width": WIDTH,
+    }
     write_report(settings.out, "newton_step", recorded, rows, table(rows))
     write_figure(settings.out / "newton_step.png", rows)
     progress.clear()

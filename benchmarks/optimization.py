@@ -192,7 +192,7 @@ def run(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     results = {}
     for name, method in METHODS.items():
         tuned = []
-        for number, options in enumerate(method.settings):
+        for number, options in enumerate(method.settings[: settings.candidates]):
             result = progress.run(
                 f"{name}, setting {number}",
                 partial(train, method, options, data, settings.epochs, TUNING_SEED),
@@ -272,9 +272,12 @@ def main() -> None:
     """Run all methods, and write table, numbers and figure."""
     parser = study_parser(__doc__)
     parser.add_argument("--epochs", type=float, default=10.0)
+    parser.add_argument(
+        "--candidates", type=int, help="how many settings of each method to try"
+    )
     settings = parse(parser)
     if settings.quick:
-        settings.epochs = 0.1
+        settings.epochs, settings.candidates = 0.02, 1
     warnings.simplefilter("ignore")
     progress = Progress(settings.out / "optimization.partial.json")
     results = run(settings, progress)

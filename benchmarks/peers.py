@@ -284,7 +284,7 @@ def main() -> None:
         print(json.dumps(run_case(settings, settings.case)))
         return
     if settings.quick:
-        settings.networks, settings.methods = ["MLP"], ["MAP", "debiased, kfac"]
+        settings.networks, settings.methods = ["MLP"], ["debiased, kfac"]
     progress = Progress(settings.out / "peers.partial.json")
     results = run(settings, progress)
     recorded = {

@@ -57,6 +57,8 @@ QUICK = [
     ("optimization",),
     ("many_classes",),
     ("calibration",),
+    ("peers",),
+    ("full_data_cost",),
 ]
 
 
