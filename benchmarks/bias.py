@@ -309,7 +309,7 @@ def dependence_figure(path: Path, results: dict[str, Any]) -> None:
     """Draw the excess of the ratio over one, with the fitted trend."""
     with rc_context(figure_style(ncols=4)):
         figure = Figure()
-        panels = figure.subplots(1, len(results), sharey=True)
+        panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
         for axis, (label, values) in zip(panels, results.items(), strict=True):
             numbers = [float(value) for value in values]
             shift = 0.5 if min(numbers) == 0 else 0.0
