@@ -22,7 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Progress, figure_style, parse, study_parser, write_report
+from common import (
+    Progress,
+    figure_style,
+    mean_and_std,
+    parse,
+    study_parser,
+    write_report,
+)
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -172,15 +179,10 @@ def table(networks: dict[str, Any], priors: Sequence[float]) -> str:
                 nll = values(runs, "nll")
                 parts = [nll[:, k] for k in columns]
                 parts += [values(runs, "ece")[:, at_ten], nll.min(1)]
-                cells = " | ".join(_mean_and_std(part) for part in parts)
+                cells = " | ".join(mean_and_std(part, 3) for part in parts)
                 points = f"{budget} | {label}" if label else f"all | {key}"
                 lines.append(f"| {name} | {predictive} | {points} | {cells} |")
     return "\n".join(lines)
-
-
-def _mean_and_std(column: np.ndarray) -> str:
-    mean = f"{column.mean():.3f}"
-    return mean if len(column) == 1 else f"{mean} ± {column.std(ddof=1):.3f}"
 
 
 def write_figure(

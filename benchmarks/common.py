@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from tueplots import axes, figsizes, fontsizes
 
@@ -84,6 +85,14 @@ def figure_style(ncols: int, height_to_width_ratio: float = 0.9) -> dict[str, An
         **axes.grid(),
         "axes.grid": True,
     }
+
+
+def mean_and_std(values: np.ndarray, digits: int) -> str:
+    """Format a mean, with the standard deviation if there are several values."""
+    mean = f"{values.mean():.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {values.std(ddof=1):.{digits}f}"
 
 
 def write_report(

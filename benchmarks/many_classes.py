@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 import warnings
 from functools import partial
-from math import exp
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from common import figure_style, parse, study_parser, write_report
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from networks import PAIRS, accuracy, problem_data, trained
-from scipy.optimize import minimize_scalar
+from posteriors import chosen_prior
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -43,17 +42,6 @@ def gradient_covariances(la: KronDebiasedLaplace) -> list[Factors]:
     """Return G of each layer, of all points."""
     factors = average(la.H_facs.folds, la.H_facs.shares)
     return [G for G, *inputs in factors if inputs]
-
-
-def chosen_prior(la: KronDebiasedLaplace) -> float:
-    """Choose the prior precision by the marginal likelihood, to full precision."""
-
-    @torch.no_grad()
-    def objective(log_prior: float) -> float:
-        prior = torch.tensor([log_prior]).exp()
-        return -la.log_marginal_likelihood(prior_precision=prior).item()
-
-    return exp(minimize_scalar(objective, bounds=(-5, 10), method="bounded").x)
 
 
 def compare(la: KronDebiasedLaplace, exact: KronDebiasedLaplace) -> dict[str, float]:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Progress, parse, study_parser, write_report
+from common import Progress, mean_and_std, parse, study_parser, write_report
 from laplace import Laplace
 from laplace.curvature import AsdlGGN
 from netcal.scaling import TemperatureScaling
@@ -252,7 +252,7 @@ def table(results: dict[str, Any]) -> str:
                 cells = [str(runs[0]["points"])]
                 for key, (_, factor, digits) in COLUMNS.items():
                     column = factor * np.array([run[key] for run in runs])
-                    cells.append(_mean_and_std(column, digits))
+                    cells.append(mean_and_std(column, digits))
                 medians = [
                     np.median([run[key] for run in runs])
                     for key in ("fit_seconds", "predict_seconds", "peak_mb")
@@ -261,13 +261,6 @@ def table(results: dict[str, Any]) -> str:
                 cells.append(f"{medians[2] / 1024:.1f}")
             lines.append(f"| {network} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _mean_and_std(column: np.ndarray, digits: int) -> str:
-    mean = f"{column.mean():.{digits}f}"
-    if len(column) == 1:
-        return mean
-    return f"{mean} ± {column.std(ddof=1):.{digits}f}"
 
 
 def main() -> None:

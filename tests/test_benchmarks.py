@@ -58,6 +58,7 @@ QUICK = [
     ("many_classes",),
     ("calibration",),
     ("peers",),
+    ("pipeline",),
     ("full_data_cost",),
 ]
 

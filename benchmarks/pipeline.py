@@ -1,0 +1,258 @@
+"""The post-hoc pipeline as a user runs it: fit, choose the prior, predict.
+
+The prior precision is chosen by the marginal likelihood or by validation images; test
+images are the network's own, those of another dataset, and corrupted ones in five
+severities.
+
+    python benchmarks/pipeline.py --data-root DATA
+
+An interrupted study resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from calibration import ESTIMATORS, FULL, full_data
+from common import (
+    Progress,
+    figure_style,
+    mean_and_std,
+    parse,
+    study_parser,
+    write_report,
+)
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from networks import validation_data
+from posteriors import Problem, chosen_prior, glm_probabilities
+from torch import Tensor
+from torch.nn.functional import nll_loss
+from torchvision.transforms.v2 import functional as transforms
+
+from laplace_debiased import KronDebiasedLaplace
+from laplace_debiased.comparison.data import raw_images
+from laplace_debiased.comparison.metrics import (
+    misclassification_auroc,
+    ood_auroc,
+    score,
+)
+
+DATASET, OTHER = "fashion-mnist", "mnist"
+BUDGET = 128
+NUM_IMAGES = 1000
+SEVERITIES = (1, 2, 3, 4, 5)
+GRID = [10 ** (third / 3) for third in range(-6, 13)]
+MAP = "MAP"
+# of images from 0 to 1, in the five severities
+CORRUPTIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "noise": lambda X, k: transforms.gaussian_noise(X, sigma=0.04 * k),
+    "blur": lambda X, k: transforms.gaussian_blur(X, [7, 7], [0.3 * k]),
+    "contrast": lambda X, k: transforms.adjust_contrast(X, 1 - 0.15 * k),
+    "rotation": lambda X, k: transforms.rotate(X, 6.0 * k),
+}
+COLUMNS = {
+    "prior": ("prior precision", 1, 1),
+    "nll": ("NLL", 1, 3),
+    "ece": ("ECE", 1, 3),
+    "brier": ("Brier", 1, 3),
+    "accuracy": ("accuracy %", 100, 1),
+    "misclassification": ("AUROC of errors", 1, 3),
+    "ood": ("AUROC of MNIST", 1, 3),
+}
+
+
+@dataclass(frozen=True)
+class TestImages:
+    """What is predicted.
+
+    Args:
+        own: Test images.
+        labels: Their classes.
+        other: Images of another dataset.
+        corrupted: Corrupted test images, by corruption and severity.
+    """
+
+    own: Tensor
+    labels: Tensor
+    other: Tensor
+    corrupted: dict[tuple[str, int], Tensor]
+
+    @classmethod
+    def load(cls, data_root: Path, count: int) -> TestImages:
+        """Load and corrupt images, and scale them as the training images are."""
+        raw, _ = raw_images(DATASET, data_root, train=True)
+        mean, std = raw.mean(), raw.std()
+        X, y = (part[:count] for part in raw_images(DATASET, data_root, train=False))
+        other, _ = raw_images(OTHER, data_root, train=False)
+        torch.manual_seed(0)  # of the noise
+        corrupted = {
+            (name, severity): (corrupt(X, severity).clamp(0, 1) - mean) / std
+            for name, corrupt in CORRUPTIONS.items()
+            for severity in SEVERITIES
+        }
+        return cls((X - mean) / std, y, (other[:count] - mean) / std, corrupted)
+
+
+def by_validation(
+    la: KronDebiasedLaplace, problem: Problem, X: Tensor, y: Tensor
+) -> float:
+    """Choose the prior precision with the lowest NLL of validation images."""
+    predictions = glm_probabilities(problem.model, la.H, X, GRID)
+    losses = [nll_loss(p.log(), y).item() for p in predictions]
+    return GRID[int(np.argmin(losses))]
+
+
+def evaluate(
+    predict: Callable[[Tensor], list[Tensor]], images: TestImages
+) -> list[dict[str, Any]]:
+    """Score predictions; one result for each prior precision that is predicted with."""
+    results = []
+    pairs = zip(predict(images.own), predict(images.other), strict=True)
+    for own, other in pairs:
+        results.append(
+            asdict(score(own, images.labels))
+            | {
+                "misclassification": misclassification_auroc(own, images.labels),
+                "ood": ood_auroc(own, other),
+                "shift": {},
+            }
+        )
+    for (name, severity), X in images.corrupted.items():
+        for result, p in zip(results, predict(X), strict=True):
+            scores = asdict(score(p, images.labels))
+            result["shift"][f"{name} {severity}"] = scores
+    return results
+
+
+def run_network(
+    name: str, settings: argparse.Namespace, progress: Progress
+) -> dict[str, Any]:
+    """Run all estimators on all seeds."""
+    problem = Problem.load(name, DATASET, settings.data_root, settings.quick)
+    images = TestImages.load(settings.data_root, settings.images)
+    validation = [
+        part[: settings.images] for part in validation_data(DATASET, settings.data_root)
+    ]
+
+    @torch.no_grad()
+    def without_posterior() -> list[dict]:
+        return evaluate(lambda X: [problem.model(X).softmax(-1)], images)
+
+    def measure(build: Callable[[int], KronDebiasedLaplace], seed: int) -> list[dict]:
+        la = build(seed)
+        priors = [chosen_prior(la), by_validation(la, problem, *validation)]
+        results = evaluate(
+            lambda X: list(glm_probabilities(problem.model, la.H, X, priors)), images
+        )
+        return [r | {"prior": p} for r, p in zip(results, priors, strict=True)]
+
+    builders: dict[str, Callable[[int], KronDebiasedLaplace]] = {
+        FULL: lambda _: full_data(name, problem, keep=not settings.quick),
+        **{k: partial(build, problem, BUDGET) for k, build in ESTIMATORS.items()},
+    }
+    rows = {MAP: [progress.run(f"{name}, {MAP}", without_posterior)]}
+    for label, build in builders.items():
+        rows[label] = [
+            progress.run(f"{name}, {label}, {seed}", partial(measure, build, seed))
+            for seed in range(1 if label == FULL else settings.seeds)
+        ]
+        print(f"{name}, {label}", flush=True)
+    return rows
+
+
+def table(networks: dict[str, Any]) -> str:
+    """Format the scores as a Markdown table: means ± standard deviations."""
+    titles = [title for title, *_ in COLUMNS.values()]
+    severities = [f"NLL, severity {k}" for k in SEVERITIES]
+    lines = [
+        f"| network | estimator | prior by | {' | '.join(titles + severities)} |",
+        "|---" * (3 + len(titles) + len(severities)) + "|",
+    ]
+    for network, rows in networks.items():
+        for label, seeds in rows.items():
+            methods = ["-"] if label == MAP else ["marginal likelihood", "validation"]
+            for index, method in enumerate(methods):
+                runs = [run[index] for run in seeds]
+                cells = []
+                for key, (_, factor, digits) in COLUMNS.items():
+                    if key not in runs[0]:
+                        cells.append("-")
+                        continue
+                    column = factor * np.array([run[key] for run in runs])
+                    cells.append(mean_and_std(column, digits))
+                cells += [mean_and_std(shifted(runs, "nll", k), 3) for k in SEVERITIES]
+                lines.append(
+                    f"| {network} | {label} | {method} | {' | '.join(cells)} |"
+                )
+    return "\n".join(lines)
+
+
+def shifted(runs: list[dict[str, Any]], metric: str, severity: int) -> np.ndarray:
+    """Average a metric over the corruptions of a severity: ``[seeds]``."""
+    return np.array(
+        [
+            np.mean(
+                [run["shift"][f"{name} {severity}"][metric] for name in CORRUPTIONS]
+            )
+            for run in runs
+        ]
+    )
+
+
+def write_figure(path: Path, networks: dict[str, Any]) -> None:
+    """Draw NLL and ECE against the severity, with the marginal likelihood's prior."""
+    with rc_context(figure_style(ncols=2 * len(networks))):
+        figure = Figure()
+        panels = figure.subplots(1, 2 * len(networks), squeeze=False)[0]
+        cases = [(n, rows, m) for n, rows in networks.items() for m in ("nll", "ece")]
+        for axis, (network, rows, metric) in zip(panels, cases, strict=True):
+            for label, seeds in rows.items():
+                runs = [run[0] for run in seeds]
+                own = np.array([run[metric] for run in runs])
+                curve = [own, *(shifted(runs, metric, k) for k in SEVERITIES)]
+                mean, std = np.mean(curve, 1), np.std(curve, 1)
+                axis.plot([0, *SEVERITIES], mean, label=label)
+                axis.fill_between(
+                    [0, *SEVERITIES], mean - std, mean + std, alpha=0.2, lw=0
+                )
+            axis.set(title=f"{network}, {metric.upper()}", xlabel="severity")
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6
+        )
+        figure.savefig(path, dpi=200)
+
+
+def main() -> None:
+    """Run the study, and write table, numbers and figure."""
+    parser = study_parser(__doc__)
+    parser.add_argument("--networks", nargs="*", default=["MLP", "all-convolutional"])
+    parser.add_argument("--images", type=int, default=NUM_IMAGES)
+    settings = parse(parser)
+    if settings.quick:
+        settings.networks, settings.images = ["MLP"], 50
+    warnings.simplefilter("ignore")
+    progress = Progress(settings.out / "pipeline.partial.json")
+    networks = {n: run_network(n, settings, progress) for n in settings.networks}
+    recorded = {
+        "dataset": DATASET,
+        "other_dataset": OTHER,
+        "seeds": settings.seeds,
+        "budget": BUDGET,
+        "images": settings.images,
+    }
+    write_report(settings.out, "pipeline", recorded, networks, table(networks))
+    write_figure(settings.out / "pipeline.png", networks)
+    progress.clear()
+
+
+if __name__ == "__main__":
+    main()
