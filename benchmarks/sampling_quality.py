@@ -299,13 +299,13 @@ def write_figure(path: Path, networks: dict, draw_panel: Callable) -> None:
         networks: Results of each network.
         draw_panel: Draws a network's results into axes.
     """
-    with rc_context(figure_style(ncols=3)):
+    with rc_context(figure_style(ncols=3, height_to_width_ratio=1.3)):
         figure = Figure()
         panels = figure.subplots(1, len(networks), squeeze=False)[0]
         for axis, (name, result) in zip(panels, networks.items(), strict=True):
             draw_panel(axis, result)
             axis.set_title(name)
-        panels[0].set_ylabel("test NLL above full data (%)")
+        panels[0].set_ylabel("test NLL above\nfull data (%)")
         figure.legend(
             *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3
         )
@@ -327,7 +327,7 @@ def panel_of_priors(axis: Axes, result: dict) -> None:
         percent = percent_above(result, label)
         mean, std = percent.mean(0), percent.std(0)
         axis.plot(PRIORS, mean, label=label.removeprefix("kfac: "))
-        axis.fill_between(PRIORS, mean - std, mean + std, alpha=0.15)
+        axis.fill_between(PRIORS, mean - std, mean + std, alpha=0.15, lw=0)
     axis.set(xscale="log", xlabel="prior precision")
 
 
@@ -340,7 +340,7 @@ def panel_of_fractions(axis: Axes, result: dict) -> None:
             column = percent[..., PRIORS.index(prior)]
             mean, error = column.mean(1), column.std(1) / column.shape[1] ** 0.5
             axis.plot(FRACTIONS, mean, line, label=f"{magnitudes}, prior {prior:g}")
-            axis.fill_between(FRACTIONS, mean - error, mean + error, alpha=0.15)
+            axis.fill_between(FRACTIONS, mean - error, mean + error, alpha=0.15, lw=0)
     axis.set(xlabel="share of points for directions")
 
 

@@ -183,33 +183,75 @@ def _reverse_ggn(
     directions: Tensor,
     memory_limit: int,
 ) -> Measure:
-    """Multiply directions by the rows of the Jacobian."""
+    r"""Multiply directions by the rows of the Jacobian.
+
+    A layer's change of the output along a direction D is :math:`\sum_s g_s^\top D x_s`.
+    Either the Jacobian :math:`\sum_s g_s x_s^\top` is formed for each output, or the
+    product :math:`D x_s` for each position, whichever takes fewer multiplications.
+    """
     layers = find_layers(model_func, params)
     blocks = curvature_blocks(layers, separate_weight_and_bias=True)
     parts = directions.split([param.numel() for param in params])
     by_block = [parts[block.positions[0]] for block in blocks]
-    largest = max(param.numel() for param in params)
+    num_directions = directions.shape[1]
 
     def measure(X: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
         linear = linearize(model_func, layers, X, len(y), check=True)
         output = linear.output.detach()
-        entries = 3 * output.shape[1] * largest * output.element_size()
-        changes = output.new_zeros(*output.shape, directions.shape[1])
-        for examples in torch.arange(len(y)).split(max(1, memory_limit // entries)):
-            for block, part in zip(blocks, by_block, strict=True):
-                rows = linear.gradients.get(block.layer.name)
-                if rows is None:
-                    continue
-                rows = rows[examples]
-                if block.has_inputs:
-                    inputs = linear.inputs[block.layer.name][examples]
-                    jacobians = contract_positions(rows, inputs).flatten(2)
-                else:
-                    jacobians = rows.flatten(3).sum(2)
-                changes[examples] += jacobians @ part
+        changes = output.new_zeros(*output.shape, num_directions)
+        for block, part in zip(blocks, by_block, strict=True):
+            name = block.layer.name
+            if name not in linear.gradients:
+                continue
+            gradients = linear.gradients[name]
+            if not block.has_inputs:
+                changes += gradients.flatten(3).sum(2) @ part
+                continue
+            inputs = linear.inputs[name]
+            multiply, entries = _cheaper_product(gradients, inputs, num_directions)
+            size = max(1, memory_limit // (3 * entries * output.element_size()))
+            for examples in torch.arange(len(y)).split(size):
+                changes[examples] += multiply(
+                    gradients[examples], inputs[examples], part
+                )
         return _slopes_and_curvatures(loss_func, output, changes.movedim(2, 0), y)
 
     return measure
+
+
+def _cheaper_product(
+    gradients: Tensor, inputs: Tensor, num_directions: int
+) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]:
+    """Choose how a layer's changes of the output are computed.
+
+    Args:
+        gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]``.
+        inputs: Input rows ``[batch, S, groups, d_in]``.
+        num_directions: Number of directions, K.
+
+    Returns:
+        A function of gradients, inputs and directions ``[d_out * d_in, K]`` to changes
+        ``[batch, C, K]``, and how many entries it forms for an example.
+    """
+    _, num_outputs, positions, groups, d_out = gradients.shape
+    d_in = inputs.shape[-1]
+    by_jacobians = num_outputs * (positions + num_directions) * d_in
+    by_positions = positions * num_directions * (d_in + num_outputs)
+    if groups == 1 and by_positions < by_jacobians:
+        return _through_positions, positions * d_out * num_directions
+    return _through_jacobians, num_outputs * groups * d_out * d_in
+
+
+def _through_jacobians(gradients: Tensor, inputs: Tensor, directions: Tensor) -> Tensor:
+    return contract_positions(gradients, inputs).flatten(2) @ directions
+
+
+def _through_positions(gradients: Tensor, inputs: Tensor, directions: Tensor) -> Tensor:
+    d_in, num_directions = inputs.shape[-1], directions.shape[1]
+    # [d_in, d_out * K], so that products are those of one matrix
+    flat = directions.reshape(-1, d_in, num_directions).transpose(0, 1).flatten(1)
+    products = (inputs.squeeze(2) @ flat).view(len(inputs), -1, num_directions)
+    return gradients.flatten(2) @ products
 
 
 def _slopes_and_curvatures(
