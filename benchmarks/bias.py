@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from networks import (
     train,
     trained,
 )
-from scipy.stats import linregress
+from scipy.stats import gmean, linregress
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -41,10 +40,7 @@ from laplace_debiased import bias_report
 from laplace_debiased.bias import BiasReport, Comparison
 
 DATASET = "fashion-mnist"
-# of the study of dependence, whose base is a network of width 8 after five epochs
-SMALL_BATCH_SIZE, BASE_WIDTH, BASE_EPOCHS = 256, 8, 5
 KINDS = ("eigenvectors", "cg")
-TOP = 10
 MAX_ITERATIONS = 30
 
 
@@ -191,30 +187,27 @@ def _draw_quantity(axis: Axes, runs: list[dict[str, Any]], quantity: str) -> Non
 
 
 @dataclass(frozen=True)
-class Variation:
-    """One property of the mini-batch or the network that is varied.
+class Case:
+    """A network and the size of a mini-batch.
 
     Args:
-        label: Its name.
-        values: Its values.
-        network: From a value to the network.
-        batch_size: From a value to the size of the mini-batch.
+        batch_size: Size of the mini-batch.
+        epochs: Number of passes that the network is trained for.
+        width: Filters of its first layer.
+        depth: Convolutions without stride in each of its first stages.
     """
 
-    label: str
-    values: tuple[int, ...]
-    network: Callable[[int], nn.Module]
-    batch_size: Callable[[int], int] = lambda value: SMALL_BATCH_SIZE
+    batch_size: int = 256
+    epochs: int = 5
+    width: int = 8
+    depth: int = 1
 
-
-def variations(settings: argparse.Namespace, points: TensorDataset) -> list[Variation]:
-    """List what is varied."""
-
-    def trained_for(
-        epochs: int = BASE_EPOCHS, width: int = BASE_WIDTH, depth: int = 1
-    ) -> nn.Module:
-        path = CHECKPOINTS / "cache" / f"{width}-{depth}-{epochs}.pt"
-        recipe = Recipe(partial(all_convolutional, width, depth), epochs, 4e-3)
+    def network(self, points: TensorDataset) -> nn.Module:
+        """Train the network, and keep it."""
+        recipe = Recipe(
+            partial(all_convolutional, self.width, self.depth), self.epochs, 4e-3
+        )
+        path = CHECKPOINTS / "cache" / f"{self.width}-{self.depth}-{self.epochs}.pt"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             model, _ = train(recipe, *points.tensors, 0, mirror=True)
@@ -223,50 +216,51 @@ def variations(settings: argparse.Namespace, points: TensorDataset) -> list[Vari
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
 
-    if settings.quick:
-        return [Variation("batch size", (64, 128), lambda _: trained_for(0), int)]
-    return [
-        Variation(
-            "batch size", (64, 128, 256, 512, 1024), lambda _: trained_for(), int
-        ),
-        Variation("epochs of training", (0, 1, 2, 5, 10), trained_for),
-        Variation("width", (4, 8, 16, 32), lambda w: trained_for(width=w)),
-        Variation("depth", (1, 2, 3, 4), lambda d: trained_for(depth=d)),
-    ]
+
+VARIATIONS = {
+    "batch size": ("batch_size", (64, 128, 256, 512, 1024)),
+    "epochs of training": ("epochs", (0, 1, 2, 5, 10)),
+    "width": ("width", (4, 8, 16, 32)),
+    "depth": ("depth", (1, 2, 3, 4)),
+}
 
 
 def run_dependence(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Measure the bias of the top directions under all variations."""
     points = problem_data(DATASET, settings.data_root).train
+    base, variations = Case(), VARIATIONS
+    if settings.quick:
+        base, variations = Case(epochs=0), {"batch size": ("batch_size", (64, 128))}
+
+    def run(case: Case) -> list[dict]:
+        model = case.network(points)
+        return [
+            measure(
+                model,
+                points,
+                settings,
+                num_directions=settings.top,
+                batch_size=case.batch_size,
+                num_batches=1,
+                seed=seed,
+            )
+            for seed in range(settings.seeds)
+        ]
+
     results: dict[str, Any] = {}
-    for variation in variations(settings, points):
-        for value in variation.values:
-
-            def run(value: int = value, variation: Variation = variation) -> list[dict]:
-                model = variation.network(value)
-                return [
-                    measure(
-                        model,
-                        points,
-                        settings,
-                        num_directions=TOP,
-                        batch_size=variation.batch_size(value),
-                        seed=seed,
-                    )
-                    for seed in range(settings.seeds)
-                ]
-
-            key = f"{variation.label} {value}"
-            runs = progress.run(key, run)
-            results.setdefault(variation.label, {})[str(value)] = runs
-            print(key, top_ratios(runs), flush=True)
+    for label, (name, values) in variations.items():
+        for value in values:
+            case = replace(base, **{name: value})
+            runs = progress.run(str(case), partial(run, case))
+            results.setdefault(label, {})[str(value)] = runs
+            print(label, value, mean_ratios(runs), flush=True)
     return results
 
 
-def top_ratios(runs: list[dict[str, Any]]) -> list[float]:
-    """Return the ratio of the top curvatures, own to all, for each seed."""
+def mean_ratios(runs: list[dict[str, Any]]) -> list[float]:
+    """Return the ratios of curvatures, own to all: geometric mean for each seed."""
     return [
-        float(np.sum(run["curvature"]["own"]) / np.sum(run["curvature"]["overall"]))
+        float(gmean(np.divide(run["curvature"]["own"], run["curvature"]["overall"])))
         for run in runs
     ]
 
@@ -279,7 +273,7 @@ def trend(values: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
     points = [
         (float(value), ratio - 1)
         for value, runs in values.items()
-        for ratio in top_ratios(runs)
+        for ratio in mean_ratios(runs)
         if float(value) > 0 and ratio > 1
     ]
     if len({value for value, _ in points}) < 2:
@@ -291,13 +285,13 @@ def trend(values: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
 def dependence_table(results: dict[str, Any]) -> str:
     """Format the ratios as a Markdown table."""
     lines = [
-        "| varied | value | curvature, own / all, top 10 | exponent of the excess |",
+        "| varied | value | curvature, own / all | exponent of the excess |",
         "|---|---|---|---|",
     ]
     for label, values in results.items():
         slope, error = trend(values)
         for value, runs in values.items():
-            ratios = top_ratios(runs)
+            ratios = mean_ratios(runs)
             lines.append(
                 f"| {label} | {value} | {np.mean(ratios):.2f} ± "
                 f"{np.std(ratios, ddof=1):.2f} | {slope:.2f} ± {error:.2f} |"
@@ -313,7 +307,7 @@ def dependence_figure(path: Path, results: dict[str, Any]) -> None:
         for axis, (label, values) in zip(panels, results.items(), strict=True):
             numbers = [float(value) for value in values]
             shift = 0.5 if min(numbers) == 0 else 0.0
-            excess = np.array([top_ratios(runs) for runs in values.values()]) - 1
+            excess = np.array([mean_ratios(runs) for runs in values.values()]) - 1
             axis.errorbar(
                 np.array(numbers) + shift,
                 excess.mean(1),
@@ -343,6 +337,9 @@ def main() -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--directions", type=int, default=100)
     parser.add_argument(
+        "--top", type=int, default=50, help="directions of the study of dependence"
+    )
+    parser.add_argument(
         "--batch-size", type=int, default=512, help="of the study of directions"
     )
     parser.add_argument(
@@ -353,7 +350,8 @@ def main() -> None:
     )
     settings = parse(parser)
     if settings.quick:
-        settings.directions, settings.points, settings.batch_size = 4, 700, 32
+        settings.directions, settings.points = 4, 700
+        settings.batch_size, settings.top = 32, 4
     warnings.simplefilter("ignore")
     run, table, figure = STUDIES[settings.study]
     name = f"bias_{settings.study}"
@@ -361,10 +359,8 @@ def main() -> None:
     results = run(settings, progress)
     recorded = {
         "dataset": DATASET,
-        "batch_size": {
-            "directions": settings.batch_size,
-            "dependence": SMALL_BATCH_SIZE,
-        },
+        "batch_size": settings.batch_size,
+        "base": asdict(Case()),
         "seeds": settings.seeds,
         "points": settings.points,
     }

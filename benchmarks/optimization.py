@@ -20,7 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Progress, figure_style, parse, study_parser, write_report
+from common import (
+    Progress,
+    figure_style,
+    mean_and_std,
+    parse,
+    study_parser,
+    write_report,
+)
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from networks import mlp, problem_data
@@ -37,6 +44,8 @@ CG_POINTS, CG_ITERATIONS = 512, 5
 FIRST_ORDER_POINTS = 128
 NUM_CHECKS = 12
 TUNING_SEED = 100
+# part, score, factor and digits of the table's columns
+SHOWN = (("train", "nll", 1, 3), ("test", "nll", 1, 3), ("test", "accuracy", 100, 1))
 # costs of an example in units of a forward and a backward pass
 FORWARD, BACKWARD, PRODUCT, JACOBIAN_PRODUCT = 1 / 3, 2 / 3, 4 / 3, 2 / 3
 
@@ -77,7 +86,7 @@ class Method:
 
 _CG_SETTINGS = [
     {"damping": damping, "adapt_damping": adapt}
-    for damping, adapt in product((0.1, 0.3, 1.0), (False, True))
+    for damping, adapt in product((0.01, 0.1, 1.0), (False, True))
 ]
 _cg = partial(DebiasedCG, max_iterations=CG_ITERATIONS, rtol=0.0)
 METHODS = {
@@ -212,29 +221,32 @@ def run(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Format the scores at the end of training as a Markdown table."""
+    """Format the scores of runs that did not diverge as a Markdown table."""
     lines = [
-        "| method | tuned settings | training loss | test NLL | test accuracy % "
-        "| seconds |",
-        "|---|---|---|---|---|---|",
+        "| method | tuned settings | diverged | training loss | test NLL "
+        "| test accuracy % | seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():
-        columns = [
-            np.array([final(run, part, score) for run in result["runs"]])
-            for part, score in (("train", "nll"), ("test", "nll"), ("test", "accuracy"))
-        ]
-        columns[2] *= 100
+        runs = [r for r in result["runs"] if np.isfinite(final(r, "train", "nll"))]
+        diverged = f"{len(result['runs']) - len(runs)} of {len(result['runs'])}"
         cells = [
-            f"{column.mean():.{d}f} ± {column.std(ddof=1):.{d}f}"
-            for column, d in zip(columns, (3, 3, 1), strict=True)
+            mean_and_std(
+                factor * np.array([final(run, part, score) for run in runs]), digits
+            )
+            if runs
+            else "-"
+            for part, score, factor, digits in SHOWN
         ]
         seconds = np.median(
-            [run["curve"][-1]["seconds"] for run in result["runs"] if run["curve"]]
+            [run["curve"][-1]["seconds"] for run in runs] or [float("nan")]
         )
         chosen = ", ".join(
             f"{key}={value}" for key, value in result["settings"].items()
         )
-        lines.append(f"| {name} | {chosen} | {' | '.join(cells)} | {seconds:.0f} |")
+        lines.append(
+            f"| {name} | {chosen} | {diverged} | {' | '.join(cells)} | {seconds:.0f} |"
+        )
     return "\n".join(lines)
 
 
@@ -251,9 +263,10 @@ def write_figure(path: Path, results: dict[str, Any]) -> None:
         panels = figure.subplots(1, len(cases))
         for axis, (part, score, over) in zip(panels, cases, strict=True):
             for name, result in results.items():
-                curves = [run["curve"] for run in result["runs"]]
-                if len({len(curve) for curve in curves}) > 1:
-                    continue  # some runs diverged
+                finished = [run for run in result["runs"] if "diverged" not in run]
+                if not finished:
+                    continue
+                curves = [run["curve"] for run in finished]
                 x = np.mean([[p[over] for p in curve] for curve in curves], 0)
                 y = np.array([[p[part][score] for p in curve] for curve in curves])
                 axis.plot(x, y.mean(0), label=name)
