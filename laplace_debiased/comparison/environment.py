@@ -30,7 +30,7 @@ def environment() -> dict[str, Any]:
 
     Returns:
         Versions, number of threads, and the commit of the code, marked as dirty
-        if files differ from it; None if it does not run from a clone.
+        if Python files differ from it; None if it does not run from a clone.
     """
     return {
         "python": platform.python_version(),
@@ -44,7 +44,9 @@ def _commit() -> str | None:
     """Ask git, unless this file is not one of its: an installed package has none."""
     try:
         _git("ls-files", "--error-unmatch", Path(__file__).name)
-        return _git("describe", "--always", "--dirty", "--exclude=*").strip()
+        commit = _git("rev-parse", "--short", "HEAD").strip()
+        changed = _git("status", "--porcelain", "--", ":(top)*.py").strip()
+        return f"{commit}-dirty" if changed else commit
     except (OSError, subprocess.CalledProcessError):
         return None
 
