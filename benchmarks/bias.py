@@ -30,7 +30,6 @@ from networks import (
     all_convolutional,
     problem_data,
     train,
-    trained,
 )
 from scipy.stats import gmean, linregress
 from torch import nn
@@ -88,8 +87,10 @@ def mean_over_seeds(runs: list[dict[str, Any]], quantity: str, part: str) -> np.
 
 def run_directions(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Measure slopes and curvatures along both kinds of directions."""
-    data = problem_data(DATASET, settings.data_root)
-    model = trained("all-convolutional", DATASET, settings.data_root)
+    points = problem_data(DATASET, settings.data_root).train
+    model = replace(TRAINED, epochs=0 if settings.quick else TRAINED.epochs).network(
+        points
+    )
     results = {}
     for kind in KINDS:
         count = settings.directions
@@ -100,7 +101,7 @@ def run_directions(settings: argparse.Namespace, progress: Progress) -> dict[str
                 partial(
                     measure,
                     model,
-                    data.train,
+                    points,
                     settings,
                     directions=kind,
                     num_directions=count,
@@ -217,11 +218,14 @@ class Case:
         return model
 
 
+# the network of the study of directions
+TRAINED = Case(epochs=10)
+
 VARIATIONS = {
-    "batch size": ("batch_size", (64, 128, 256, 512, 1024)),
-    "epochs of training": ("epochs", (0, 1, 2, 5, 10)),
-    "width": ("width", (4, 8, 16, 32)),
-    "depth": ("depth", (1, 2, 3, 4)),
+    "batch size": ("batch_size", (64, 128, 256, 512)),
+    "epochs of training": ("epochs", (0, 1, 5, 10)),
+    "width": ("width", (4, 8, 16)),
+    "depth": ("depth", (1, 2, 3)),
 }
 
 
@@ -360,7 +364,7 @@ def main() -> None:
     recorded = {
         "dataset": DATASET,
         "batch_size": settings.batch_size,
-        "base": asdict(Case()),
+        "base": asdict(Case() if settings.study == "dependence" else TRAINED),
         "seeds": settings.seeds,
         "points": settings.points,
     }

@@ -213,7 +213,7 @@ def main() -> None:
     """Run all steps, and write table, numbers and figure."""
     parser = study_parser(__doc__)
     parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--dampings", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1])
     settings = parse(parser)
     if settings.quick:

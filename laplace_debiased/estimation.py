@@ -137,6 +137,11 @@ class Estimator:
         return GGNCurvature(eigenvectors, self._curvatures(1, eigenvectors))
 
     def _cross_fit_ggn(self, eigenvectors: list[Factors] | None) -> GGNCurvature:
+        """Measure each fold along the directions of the others.
+
+        Input directions that a pool gave are those of all its points, of which the
+        measured ones are a small part.
+        """
         indices = range(len(self._folds))
         if eigenvectors is not None:
             measured = [self._curvatures(k, eigenvectors) for k in indices]
