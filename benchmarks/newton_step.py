@@ -31,18 +31,23 @@ from laplace_debiased.cg import CGResult
 
 DATASET = "fashion-mnist"
 WIDTH = 8
+SHOWN_DAMPING = 1e-2
 METHODS = ("single batch", "debiased", "debiased, subspace")
 NUM_EVALUATED = 1000
 
 
-def half_trained(data_root: Path, epochs: int) -> nn.Module:
-    """Train a network for few epochs, and keep it."""
-    recipe = Recipe(partial(all_convolutional, WIDTH), epochs, 4e-3)
-    path = CHECKPOINTS / "cache" / f"{WIDTH}-1-{epochs}.pt"
+# number of training points that a network has seen, once each
+STAGES = {"after 50 steps": 6400, "after one epoch": 50_000}
+
+
+def half_trained(data_root: Path, num_points: int) -> nn.Module:
+    """Train a network on some points, and keep it."""
+    recipe = Recipe(partial(all_convolutional, WIDTH), 1, 4e-3)
+    path = CHECKPOINTS / "cache" / f"{WIDTH}-first-{num_points}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        points = problem_data(DATASET, data_root).train
-        model, _ = train(recipe, *points.tensors, 0, mirror=True)
+        X, y = problem_data(DATASET, data_root).train[:num_points]
+        model, _ = train(recipe, X, y, 0, mirror=True)
         torch.save(model.state_dict(), path)
     model = recipe.build().eval()
     model.load_state_dict(torch.load(path, weights_only=True))
@@ -111,12 +116,12 @@ def evaluate(
 
 
 def run(settings: argparse.Namespace, progress: Progress) -> list[dict[str, Any]]:
-    """Run all methods on all batch sizes, dampings and seeds."""
+    """Run all methods at all stages, dampings, batch sizes and seeds."""
     data = problem_data(DATASET, settings.data_root)
-    model = half_trained(settings.data_root, 0 if settings.quick else 1)
     X, y = data.train.tensors
 
-    def measure(size: int, damping: float, seed: int) -> dict[str, Any]:
+    def measure(stage: str, damping: float, size: int, seed: int) -> dict[str, Any]:
+        model = half_trained(settings.data_root, STAGES[stage])
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(X), generator=generator)
         drawn, judged = order[:size], order[-NUM_EVALUATED:]
@@ -129,15 +134,15 @@ def run(settings: argparse.Namespace, progress: Progress) -> list[dict[str, Any]
         return curves
 
     rows = []
-    for damping, size in product(settings.dampings, settings.sizes):
+    for case in product(settings.stages, settings.dampings, settings.sizes):
         runs = [
             progress.run(
-                f"{damping} {size} {seed}", partial(measure, size, damping, seed)
+                " ".join(map(str, (*case, seed))), partial(measure, *case, seed)
             )
             for seed in range(settings.seeds)
         ]
-        case = {"damping": damping, "size": size}
-        rows += [case | {"method": m, "runs": [r[m] for r in runs]} for m in METHODS]
+        row = dict(zip(("stage", "damping", "size"), case, strict=True))
+        rows += [row | {"method": m, "runs": [r[m] for r in runs]} for m in METHODS]
         print("\n".join(table(rows[-len(METHODS) :]).splitlines()[2:]), flush=True)
     return rows
 
@@ -153,9 +158,9 @@ def curves(row: dict[str, Any], quantity: str) -> np.ndarray:
 def table(rows: list[dict[str, Any]]) -> str:
     """Format the rows as a Markdown table."""
     lines = [
-        "| damping | points | method | loss at the start | lowest | at the end "
+        "| network | damping | points | method | loss at the start | lowest | at the end "
         "| accuracy % at the start | highest | at the end |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         loss, accuracy = curves(row, "loss"), 100 * curves(row, "accuracy")
@@ -173,7 +178,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             for column, d in zip(columns, digits, strict=True)
         ]
         lines.append(
-            f"| {row['damping']:g} | {row['size']} | {row['method']} | "
+            f"| {row['stage']} | {row['damping']:g} | {row['size']} | {row['method']} | "
             + " | ".join(cells)
             + " |"
         )
@@ -181,26 +186,30 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def write_figure(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw loss and accuracy along the iterates, a column for each batch size."""
-    dampings = sorted({row["damping"] for row in rows})
-    sizes = sorted({row["size"] for row in rows})
-    with rc_context(figure_style(ncols=3, height_to_width_ratio=0.6 * len(dampings))):
+    """Draw the loss along the iterates: a row for each stage, a column for each size."""
+    stages, sizes, dampings = (
+        list(dict.fromkeys(row[key] for row in rows))
+        for key in ("stage", "size", "damping")
+    )
+    damping = SHOWN_DAMPING if SHOWN_DAMPING in dampings else dampings[0]
+    with rc_context(figure_style(ncols=3, height_to_width_ratio=0.7 * len(stages))):
         figure = Figure()
-        panels = figure.subplots(len(dampings), len(sizes), squeeze=False)
+        panels = figure.subplots(len(stages), len(sizes), squeeze=False)
         for row in rows:
-            position = dampings.index(row["damping"]), sizes.index(row["size"])
-            axis, loss = panels[position], curves(row, "loss")
-            mean, std = loss.mean(0), loss.std(0, ddof=1)
+            if row["damping"] != damping:
+                continue
+            axis = panels[stages.index(row["stage"]), sizes.index(row["size"])]
+            loss = curves(row, "loss")
+            mean, std = loss.mean(0), loss.std(0)
             iterations = np.arange(len(mean))
             axis.plot(iterations, mean, label=row["method"])
             axis.fill_between(iterations, mean - std, mean + std, alpha=0.2, lw=0)
-            start = mean[0]
-            axis.set(ylim=(0.8 * start, 1.6 * start))
-            axis.set_title(f"{row['size']} points, damping {row['damping']:g}")
+            axis.set(ylim=(0.9 * mean[0], 1.5 * mean[0]))
+            axis.set_title(f"{row['stage']}, {row['size']} points")
         for axis in panels[-1]:
             axis.set_xlabel("iteration")
         for axis in panels[:, 0]:
-            axis.set_ylabel("loss of all data")
+            axis.set_ylabel("loss of other points")
         figure.legend(
             *panels[0, 0].get_legend_handles_labels(),
             loc="outside lower center",
@@ -212,12 +221,14 @@ def write_figure(path: Path, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Run all steps, and write table, numbers and figure."""
     parser = study_parser(__doc__)
+    parser.add_argument("--stages", nargs="+", default=list(STAGES))
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--dampings", type=float, nargs="+", default=[1e-3, 1e-2, 1e-1])
     settings = parse(parser)
     if settings.quick:
         settings.dampings, settings.sizes, settings.iterations = [1e-2], [128], 3
+        settings.stages = settings.stages[:1]
     warnings.simplefilter("ignore")
     progress = Progress(settings.out / "newton_step.partial.json")
     rows = run(settings, progress)
