@@ -158,8 +158,8 @@ def curves(row: dict[str, Any], quantity: str) -> np.ndarray:
 def table(rows: list[dict[str, Any]]) -> str:
     """Format the rows as a Markdown table."""
     lines = [
-        "| network | damping | points | method | loss at the start | lowest | at the end "
-        "| accuracy % at the start | highest | at the end |",
+        "| network | damping | points | method | loss at the start | lowest "
+        "| at the end | accuracy % at the start | highest | at the end |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -178,15 +178,14 @@ def table(rows: list[dict[str, Any]]) -> str:
             for column, d in zip(columns, digits, strict=True)
         ]
         lines.append(
-            f"| {row['stage']} | {row['damping']:g} | {row['size']} | {row['method']} | "
-            + " | ".join(cells)
-            + " |"
+            f"| {row['stage']} | {row['damping']:g} | {row['size']} "
+            f"| {row['method']} | " + " | ".join(cells) + " |"
         )
     return "\n".join(lines)
 
 
 def write_figure(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw the loss along the iterates: a row for each stage, a column for each size."""
+    """Draw the loss along the iterates, stages in rows, sizes in columns."""
     stages, sizes, dampings = (
         list(dict.fromkeys(row[key] for row in rows))
         for key in ("stage", "size", "damping")
