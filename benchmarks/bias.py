@@ -15,12 +15,20 @@ import argparse
 import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import Progress, figure_style, parse, study_parser, write_report
+from common import (
+    Progress,
+    figure_style,
+    mean_and_std,
+    parse,
+    study_parser,
+    write_report,
+)
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -28,8 +36,10 @@ from networks import (
     CHECKPOINTS,
     Recipe,
     all_convolutional,
+    mlp,
     problem_data,
     train,
+    trained,
 )
 from scipy.stats import gmean, linregress
 from torch import nn
@@ -85,19 +95,33 @@ def mean_over_seeds(runs: list[dict[str, Any]], quantity: str, part: str) -> np.
     return values.reshape(-1, values.shape[-1]).mean(0)
 
 
+def kept(name: str, recipe: Recipe, points: TensorDataset) -> nn.Module:
+    """Train a network, and keep it."""
+    path = CHECKPOINTS / "cache" / f"{name}.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model, _ = train(recipe, *points.tensors, 0, mirror=True)
+        torch.save(model.state_dict(), path)
+    model = recipe.build().eval()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
 def run_directions(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Measure slopes and curvatures along both kinds of directions."""
     points = problem_data(DATASET, settings.data_root).train
-    model = replace(TRAINED, epochs=0 if settings.quick else TRAINED.epochs).network(
-        points
-    )
-    results = {}
-    for kind in KINDS:
+    narrow = Recipe(partial(all_convolutional, 8), 0 if settings.quick else 10, 4e-3)
+    networks = {
+        "all-convolutional": kept(f"8-1-{narrow.epochs}", narrow, points),
+        "MLP": trained("MLP", DATASET, settings.data_root),
+    }
+    results: dict[str, Any] = {}
+    for (network, model), kind in product(networks.items(), KINDS):
         count = settings.directions
         count = count if kind == "eigenvectors" else min(count, MAX_ITERATIONS)
-        results[kind] = [
+        runs = [
             progress.run(
-                f"{kind} {seed}",
+                f"{network} {kind} {seed}",
                 partial(
                     measure,
                     model,
@@ -112,18 +136,20 @@ def run_directions(settings: argparse.Namespace, progress: Progress) -> dict[str
             )
             for seed in range(settings.seeds)
         ]
-        print(restored(results[kind][0], kind, settings.batch_size).table(), flush=True)
+        results.setdefault(network, {})[kind] = runs
+        print(network, restored(runs[0], kind, settings.batch_size).table(), flush=True)
     return results
 
 
 def directions_table(results: dict[str, Any]) -> str:
     """Format means over the seeds as a Markdown table."""
     lines = [
-        "| directions | quantity | ranks | own batch | other batches | all data "
-        "| own / all | other / all |",
+        "| network | directions | quantity | ranks | own batch | other batches "
+        "| all data | own / others |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for kind, runs in results.items():
+    cases = [(n, k, runs) for n, own in results.items() for k, runs in own.items()]
+    for network, kind, runs in cases:
         for quantity in ("slope", "curvature"):
             own, others, overall = (
                 mean_over_seeds(runs, quantity, part)
@@ -135,29 +161,34 @@ def directions_table(results: dict[str, Any]) -> str:
                 means = [part[ranks].mean() for part in (own, others, overall)]
                 per_seed = [
                     np.sum(run[quantity]["own"][ranks])
-                    / np.sum(run[quantity]["overall"][ranks])
+                    / np.sum(np.mean(run[quantity]["others"], 0)[ranks])
                     for run in runs
                 ]
                 lines.append(
-                    f"| {kind} | {quantity} | {first + 1} to {last} | "
+                    f"| {network} | {kind} | {quantity} | {first + 1} to {last} | "
                     + " | ".join(f"{mean:.3g}" for mean in means)
-                    + f" | {np.mean(per_seed):.2f} ± {np.std(per_seed, ddof=1):.2f} "
-                    f"| {means[1] / means[2]:.2f} |"
+                    + f" | {mean_and_std(np.array(per_seed), 2)} |"
                 )
     return "\n".join(lines)
 
 
 def directions_figure(path: Path, results: dict[str, Any]) -> None:
     """Draw slopes and curvatures against the rank, the paper's Figure 2."""
-    with rc_context(figure_style(ncols=4)):
+    with rc_context(figure_style(ncols=4, height_to_width_ratio=2.0)):
         figure = Figure()
-        panels = figure.subplots(1, 4)
+        panels = figure.subplots(len(results), 4, squeeze=False)
         cases = [(kind, q) for kind in KINDS for q in ("slope", "curvature")]
-        for axis, (kind, quantity) in zip(panels, cases, strict=True):
-            _draw_quantity(axis, results[kind], quantity)
-            axis.set(title=f"{quantity}, {kind}", xlabel="rank of the direction")
+        for row, (network, runs) in zip(panels, results.items(), strict=True):
+            for axis, (kind, quantity) in zip(row, cases, strict=True):
+                _draw_quantity(axis, runs[kind], quantity)
+                axis.set(title=f"{quantity}, {kind}")
+            row[0].set_ylabel(network)
+        for axis in panels[-1]:
+            axis.set_xlabel("rank of the direction")
         figure.legend(
-            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3
+            *panels[0, 0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=3,
         )
         figure.savefig(path, dpi=200)
 
@@ -189,43 +220,31 @@ def _draw_quantity(axis: Axes, runs: list[dict[str, Any]], quantity: str) -> Non
 
 @dataclass(frozen=True)
 class Case:
-    """A network and the size of a mini-batch.
+    """A network of linear layers and the size of a mini-batch.
 
     Args:
         batch_size: Size of the mini-batch.
         epochs: Number of passes that the network is trained for.
-        width: Filters of its first layer.
-        depth: Convolutions without stride in each of its first stages.
+        width: Units of each hidden layer.
+        depth: Number of hidden layers.
     """
 
     batch_size: int = 256
     epochs: int = 5
-    width: int = 8
-    depth: int = 1
+    width: int = 64
+    depth: int = 2
 
     def network(self, points: TensorDataset) -> nn.Module:
         """Train the network, and keep it."""
-        recipe = Recipe(
-            partial(all_convolutional, self.width, self.depth), self.epochs, 4e-3
-        )
-        path = CHECKPOINTS / "cache" / f"{self.width}-{self.depth}-{self.epochs}.pt"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            model, _ = train(recipe, *points.tensors, 0, mirror=True)
-            torch.save(model.state_dict(), path)
-        model = recipe.build().eval()
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model
+        recipe = Recipe(partial(mlp, [self.width] * self.depth), self.epochs, 2e-3)
+        return kept(f"mlp-{self.width}-{self.depth}-{self.epochs}", recipe, points)
 
-
-# the network of the study of directions
-TRAINED = Case(epochs=10)
 
 VARIATIONS = {
-    "batch size": ("batch_size", (64, 128, 256, 512)),
-    "epochs of training": ("epochs", (0, 1, 5, 10)),
-    "width": ("width", (4, 8, 16)),
-    "depth": ("depth", (1, 2, 3)),
+    "batch size": ("batch_size", (64, 128, 256, 512, 1024)),
+    "epochs of training": ("epochs", (0, 1, 2, 5, 10, 20)),
+    "width": ("width", (16, 32, 64, 128, 256)),
+    "depth": ("depth", (1, 2, 3, 4)),
 }
 
 
@@ -239,14 +258,16 @@ def run_dependence(settings: argparse.Namespace, progress: Progress) -> dict[str
     def run(case: Case) -> list[dict]:
         model = case.network(points)
         return [
-            measure(
-                model,
-                points,
-                settings,
-                num_directions=settings.top,
-                batch_size=case.batch_size,
-                num_batches=1,
-                seed=seed,
+            typical(
+                measure(
+                    model,
+                    points,
+                    settings,
+                    num_directions=settings.top,
+                    batch_size=case.batch_size,
+                    num_batches=settings.points // case.batch_size - 1,
+                    seed=seed,
+                )
             )
             for seed in range(settings.seeds)
         ]
@@ -261,12 +282,20 @@ def run_dependence(settings: argparse.Namespace, progress: Progress) -> dict[str
     return results
 
 
+def typical(run: dict[str, Any]) -> dict[str, Any]:
+    """Keep the geometric mean over other mini-batches, which are many.
+
+    Few points carry most of the curvature, so that a typical mini-batch has less than
+    the mean, along its own directions and others'.
+    """
+    curvature = run["curvature"]
+    others = gmean(curvature["others"], 0).tolist()
+    return {"own": curvature["own"], "others": others, "all": curvature["overall"]}
+
+
 def mean_ratios(runs: list[dict[str, Any]]) -> list[float]:
-    """Return the ratios of curvatures, own to all: geometric mean for each seed."""
-    return [
-        float(gmean(np.divide(run["curvature"]["own"], run["curvature"]["overall"])))
-        for run in runs
-    ]
+    """Return the ratios of curvatures, own to others: geometric mean of each seed."""
+    return [float(gmean(np.divide(run["own"], run["others"]))) for run in runs]
 
 
 def trend(values: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
@@ -289,7 +318,7 @@ def trend(values: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
 def dependence_table(results: dict[str, Any]) -> str:
     """Format the ratios as a Markdown table."""
     lines = [
-        "| varied | value | curvature, own / all | exponent of the excess |",
+        "| varied | value | curvature, own / others | exponent of the excess |",
         "|---|---|---|---|",
     ]
     for label, values in results.items():
@@ -325,7 +354,7 @@ def dependence_figure(path: Path, results: dict[str, Any]) -> None:
             axis.plot(known, level * known**slope, "--", label=f"exponent {slope:.2f}")
             axis.set(xscale="log", yscale="log", xlabel=label)
             axis.legend()
-        panels[0].set_ylabel("curvature, own / all $-$ 1")
+        panels[0].set_ylabel("curvature,\nown / others $-$ 1")
         figure.savefig(path, dpi=200)
 
 
@@ -364,7 +393,7 @@ def main() -> None:
     recorded = {
         "dataset": DATASET,
         "batch_size": settings.batch_size,
-        "base": asdict(Case() if settings.study == "dependence" else TRAINED),
+        "base": asdict(Case()),
         "seeds": settings.seeds,
         "points": settings.points,
     }

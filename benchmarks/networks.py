@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -53,9 +53,16 @@ class ResidualBlock(nn.Module):
         return torch.relu(self.body(x) + self.shortcut(x))
 
 
-def mlp() -> nn.Module:
-    """Build a network of three linear layers."""
-    widths = [784, 128, 64]
+def mlp(widths: Sequence[int] = (128, 64)) -> nn.Module:
+    """Build a network of linear layers.
+
+    Args:
+        widths: Number of units of each hidden layer.
+
+    Returns:
+        The network.
+    """
+    widths = [784, *widths]
     hidden = [
         layer
         for d_in, d_out in pairwise(widths)
