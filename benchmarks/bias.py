@@ -145,7 +145,7 @@ def directions_table(results: dict[str, Any]) -> str:
     """Format means over the seeds as a Markdown table."""
     lines = [
         "| network | directions | quantity | ranks | own batch | other batches "
-        "| all data | own / others |",
+        "| all data | others / own |",
         "|---|---|---|---|---|---|---|---|",
     ]
     cases = [(n, k, runs) for n, own in results.items() for k, runs in own.items()]
@@ -160,8 +160,8 @@ def directions_table(results: dict[str, Any]) -> str:
                 ranks = slice(first, last)
                 means = [part[ranks].mean() for part in (own, others, overall)]
                 per_seed = [
-                    np.sum(run[quantity]["own"][ranks])
-                    / np.sum(np.mean(run[quantity]["others"], 0)[ranks])
+                    np.sum(np.mean(run[quantity]["others"], 0)[ranks])
+                    / np.sum(run[quantity]["own"][ranks])
                     for run in runs
                 ]
                 lines.append(
