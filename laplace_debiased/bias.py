@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from curvlinops import GGNLinearOperator, HessianLinearOperator
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
@@ -50,7 +51,8 @@ class Comparison:
         others: On other mini-batches, ``[batches, K]``.
         overall: On all data ``[K]``.
         interval: Bounds of the 95 % bootstrap interval of ``own / overall`` ``[2, K]``,
-            over examples; None if they are not known.
+            over the examples of ``overall``, given those of ``own``; None if they are
+            not known.
     """
 
     own: Tensor
@@ -77,15 +79,19 @@ class BiasReport:
         num_points: Number of points that gave them.
         curvature: Curvatures along them, with damping.
         slope: Slopes along them; None if they are not known.
+        reference: What the points are compared with.
+        direction_share: Share of a budget that gives directions.
     """
 
     directions: str
     num_points: int
     curvature: Comparison
     slope: Comparison | None = None
+    reference: str = "all data"
+    direction_share: float = 1.0
 
     def sufficient_points(self, count: int = 10) -> int:
-        """Estimate how many points overestimate the curvature 1.1 times only.
+        """Estimate which budget overestimates the curvature 1.1 times only.
 
         The excess of the ratio over one is taken to shrink as one over their number,
         as it does for spiked covariances (:mod:`laplace_debiased.spiked`).
@@ -94,10 +100,11 @@ class BiasReport:
             count: Number of top directions.
 
         Returns:
-            The number of points.
+            The number of points, with those that give no directions.
         """
         excess = self.curvature.top_ratio(count) - 1
-        return max(1, ceil(self.num_points * excess / (TOLERATED_RATIO - 1)))
+        budget = self.num_points / self.direction_share
+        return max(1, ceil(budget * excess / (TOLERATED_RATIO - 1)))
 
     def summary(self, count: int = 10) -> str:
         """Say in a sentence how biased the curvature is.
@@ -112,13 +119,13 @@ class BiasReport:
         ratio = self.curvature.top_ratio(count)
         message = (
             f"Along their top {count} {self.directions}, {self.num_points} points have "
-            f"{ratio:.1f} times the curvature of held-out points"
+            f"{ratio:.1f} times the curvature of {self.reference}"
         )
         if ratio <= TOLERATED_RATIO:
             return message + "."
         return (
-            f"{message}: about {self.sufficient_points(count)} points would have "
-            f"{TOLERATED_RATIO} times."
+            f"{message}: a budget of about {self.sufficient_points(count)} points "
+            f"would have {TOLERATED_RATIO} times."
         )
 
     def table(self) -> str:
@@ -137,8 +144,10 @@ class BiasReport:
                     for part in (values.own, values.others, values.overall)
                 )
                 ratio = f"{own / overall:.2f}"
-                if values.interval is not None:
+                # slopes regress to zero, where ratios have no bounds
+                if name == "curvature" and values.interval is not None:
                     low, high = values.interval[:, ranks].mean(1).tolist()
+                    ratio = f"{values.ratio[ranks].mean():.2f}"
                     ratio += f" ({low:.2f} to {high:.2f})"
                 lines.append(
                     f"| {name} | {first} to {last} | {own:.3g} | {others:.3g} "
@@ -249,18 +258,19 @@ def bias_report(
             f"{batch_size} points need {needed} points, but there are {len(points)}."
         )
     own_batch = list(loader_over(points.loader, points.indices[:batch_size]))
-    columns = _directions(
-        model_func,
-        loss_func,
-        params,
-        own_batch,
-        directions,
-        num_directions,
-        curvature,
-        damping,
-        seed,
-        progressbar,
-    )
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention is not twice differentiable
+        columns = _directions(
+            model_func,
+            loss_func,
+            params,
+            own_batch,
+            directions,
+            num_directions,
+            curvature,
+            damping,
+            seed,
+            progressbar,
+        )
     derivatives = directional_derivatives(
         model_func,
         loss_func,
@@ -316,6 +326,8 @@ def _directions(
                     torch.autograd.grad(
                         loss_func(model_func(X), y) * _share(loss_func, y, batch),
                         params,
+                        allow_unused=True,
+                        materialize_grads=True,
                     )
                     for X, y in batch
                 ),
@@ -323,7 +335,10 @@ def _directions(
             )
         ]
     )
-    result = cg(_Damped(operator, damping), -gradient, rtol=0.0, max_iterations=count)
+    quadratic = _Damped(operator, damping, _per_example(loss_func, batch))
+    result = cg(quadratic, -quadratic.scale * gradient, rtol=0.0, max_iterations=count)
+    if result.num_iterations == 0:
+        raise ValueError("The mini-batch's gradient is zero: it gives no directions.")
     return result.directions / result.directions.norm(dim=0)
 
 
@@ -334,13 +349,21 @@ def _share(loss_func: Loss, y: Tensor, batches: Sequence) -> float:
     return len(y) / sum(len(other) for _, other in batches)
 
 
+def _per_example(loss_func: Loss, batches: Sequence) -> float:
+    """Return the factor from the loss of all batches to a mean over examples."""
+    if loss_func.reduction == "mean":
+        return 1.0
+    return 1 / sum(len(y) for _, y in batches)
+
+
 @dataclass(frozen=True)
 class _Damped:
     operator: GGNLinearOperator | HessianLinearOperator
     damping: float
+    scale: float
 
     def __matmul__(self, X: Tensor) -> Tensor:
-        return self.operator @ X + self.damping * X
+        return self.scale * (self.operator @ X) + self.damping * X
 
 
 def _compare(
@@ -410,4 +433,6 @@ def kfac_bias(
         "K-FAC eigenvectors",
         round(share * num_points),
         Comparison(torch.stack(own).mean(0), others, others.mean(0)),
+        reference="held-out points",
+        direction_share=share,
     )

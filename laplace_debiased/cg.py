@@ -99,7 +99,8 @@ def cg(
         All iterates.
 
     Raises:
-        ValueError: If shapes do not match, or an argument is negative or not finite.
+        ValueError: If shapes do not match, an argument is negative or not finite, or
+            the curvature along a direction is not finite.
     """
     if b.ndim != 1 or (x0 is not None and x0.shape != b.shape):
         shapes = [tuple(v.shape) for v in (b, x0) if v is not None]
@@ -114,7 +115,8 @@ def cg(
 
     start = torch.zeros_like(b) if x0 is None else x0
     residual = b if x0 is None else b - A @ x0
-    tolerance = max(rtol * b.norm().item(), atol)
+    # what is below rounding errors tells no direction
+    tolerance = max(max(rtol, 10 * torch.finfo(b.dtype).eps) * b.norm().item(), atol)
     directions, products, slopes, curvatures = [], [], [], []
     termination = EXHAUSTED
     for _ in range(limit + 1):
@@ -130,6 +132,8 @@ def cg(
             direction = direction - (direction @ product / curvature) * other
         product = A @ direction
         curvature = direction @ product
+        if not curvature.isfinite():
+            raise ValueError(f"The curvature along a direction is {curvature.item()}.")
         if curvature <= 0:
             termination = NON_POSITIVE
             break

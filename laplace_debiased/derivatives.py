@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from laplace.utils import select_rows
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -196,6 +197,20 @@ def _reverse_ggn(
     num_directions = directions.shape[1]
 
     def measure(X: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        example = linearize(
+            model_func, layers, select_rows(X, torch.arange(1), len(y)), 1
+        )
+        rows = sum(rows.numel() for rows in example.inputs.values())
+        rows += 2 * sum(rows.numel() for rows in example.gradients.values())
+        size = max(2, memory_limit // (rows * example.output.element_size()))
+        parts = torch.arange(len(y)).split(size)
+        measured = [
+            measure_some(select_rows(X, part, len(y)), y[part]) for part in parts
+        ]
+        slopes, curvatures = zip(*measured, strict=True)
+        return torch.cat(slopes), torch.cat(curvatures)
+
+    def measure_some(X: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
         linear = linearize(model_func, layers, X, len(y), check=True)
         output = linear.output.detach()
         changes = output.new_zeros(*output.shape, num_directions)

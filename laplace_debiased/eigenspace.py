@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from curvlinops._torch_base import PyTorchLinearOperator
+from scipy.linalg import subspace_angles
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 from tqdm import tqdm
@@ -98,4 +99,6 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         Angles ``[min(k, l)]`` in radians, the smallest first.
     """
-    return torch.linalg.svdvals(first.T @ second).clamp(max=1).arccos()
+    bases = (basis.detach().cpu().numpy() for basis in (first, second))
+    angles = subspace_angles(*bases)[::-1].copy()
+    return torch.as_tensor(angles, dtype=first.dtype, device=first.device)

@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
 from laplace_debiased.cg import cg, rescale
 
 Closure = Callable[[], tuple[Tensor, Tensor]]
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    """Join tensors of any memory layout to a vector."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 class BatchQuadratic:
@@ -45,7 +49,7 @@ class BatchQuadratic:
         self.gradient = self._transposed(self._output_gradient.detach())
         # J^T w is linear in w: its derivative in w, along v, is J v
         self._weights = torch.zeros_like(output, requires_grad=True)
-        self._linear = parameters_to_vector(
+        self._linear = _flat(
             torch.autograd.grad(
                 output,
                 params,
@@ -58,7 +62,7 @@ class BatchQuadratic:
 
     def _transposed(self, column: Tensor) -> Tensor:
         """Multiply the transposed Jacobian by a column of the output's shape."""
-        return parameters_to_vector(
+        return _flat(
             torch.autograd.grad(
                 self._output,
                 self._params,
@@ -93,7 +97,7 @@ class BatchQuadratic:
         return self.gradient @ step + step @ (self @ step) / 2
 
     def along(self, directions: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Measure slopes at a start, and curvatures, without a backward pass.
+        """Measure slopes at a start, and curvatures, by Jacobian products alone.
 
         Args:
             directions: Directions as columns ``[D, K]``.
@@ -166,6 +170,8 @@ class DebiasedCG(Optimizer):
         ):
             if not low <= value <= high:
                 raise ValueError(f"`{name}` must lie in [{low}, {high}], got {value}.")
+        if adapt_damping and damping == 0:
+            raise ValueError("`adapt_damping` needs a positive `damping`, got 0.")
         if max_iterations < 1:
             raise ValueError(
                 f"`max_iterations` must be at least 1, got {max_iterations}."
@@ -205,15 +211,17 @@ class DebiasedCG(Optimizer):
             The loss before the step, on the points that gave magnitudes.
 
         Raises:
-            ValueError: If a closure's losses cannot be split, or are not finite.
+            ValueError: If a closure's losses cannot be split, or losses, curvature or
+                step are not finite; the parameters then stay.
         """
         group, params = self.param_groups[0], self._params
         split = magnitude_closure is None and group["debias"]
         first, judge = self._quadratics(direction_closure, magnitude_closure)
+        warm = group["warm_start"]
         result = cg(
             first,
             -first.gradient,
-            group["warm_start"] * self._last_step(params),
+            warm * self._last_step(params) if warm else None,
             rtol=group["rtol"],
             max_iterations=group["max_iterations"],
         )
@@ -221,18 +229,27 @@ class DebiasedCG(Optimizer):
             slopes, curvatures = judge.along(result.directions, result.start)
             result = rescale(result, -slopes, curvatures, group["subspace"])
         change = result.solution
+        if not change.isfinite().all():
+            raise ValueError("The step is not finite: it was not made.")
+        # the quadratic is that of the present parameters: ask it before they change
+        predicted = 0.0
+        if group["adapt_damping"]:
+            predicted = judge.change(group["lr"] * change).item()
         self._keep_step(params, change)
-        change = group["lr"] * change
-        with torch.no_grad():
-            vector_to_parameters(parameters_to_vector(params) + change, params)
+        self._move(params, group["lr"] * change)
         if group["adapt_damping"]:
             with torch.no_grad():
                 losses, _ = (magnitude_closure or direction_closure)()
             losses = losses[len(losses) // 2 :] if split else losses
-            self._adapt_damping(
-                (losses.mean() - judge.loss).item(), judge.change(change).item()
-            )
+            self._adapt_damping((losses.mean() - judge.loss).item(), predicted)
         return judge.loss
+
+    @staticmethod
+    @torch.no_grad()
+    def _move(params: list[Tensor], step: Tensor) -> None:
+        parts = step.split([p.numel() for p in params])
+        for p, part in zip(params, parts, strict=True):
+            p.add_(part.view(p.shape))
 
     def _quadratics(
         self, direction_closure: Closure, magnitude_closure: Closure | None
@@ -267,7 +284,7 @@ class DebiasedCG(Optimizer):
         return quadratic(losses[:half], output), quadratic(losses[half:], output)
 
     def _last_step(self, params: list[Tensor]) -> Tensor:
-        return parameters_to_vector(
+        return _flat(
             [self.state[p].get("last_step", torch.zeros_like(p)) for p in params]
         ).detach()
 

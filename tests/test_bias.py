@@ -1,3 +1,4 @@
+import math
 import re
 import sys
 
@@ -123,10 +124,70 @@ def test_summary_tells_how_many_points_would_do():
     biased = BiasReport("eigenvectors", 100, comparison([6.0, 3.0], [2.0, 1.0]))
     assert biased.summary() == (
         "Along their top 2 eigenvectors, 100 points have 3.0 times the curvature of "
-        "held-out points: about 2000 points would have 1.1 times."
+        "all data: a budget of about 2000 points would have 1.1 times."
     )
     fine = BiasReport("eigenvectors", 100, comparison([2.1, 1.0], [2.0, 1.0]))
-    assert fine.summary().endswith("1.0 times the curvature of held-out points.")
+    assert fine.summary().endswith("1.0 times the curvature of all data.")
+
+
+def test_a_sufficient_budget_counts_the_points_that_give_no_directions():
+    la = debiased(network("mlp"), **TWO_BATCH, direction_fraction=0.25)
+    la.fit(training())
+    report = la.bias_report(num_directions=5)
+    assert report.num_points == 15 and report.direction_share == 0.25
+    excess = report.curvature.top_ratio(5) - 1
+    assert report.sufficient_points(5) == max(1, math.ceil(60 * excess / 0.1))
+    assert "of held-out points" in report.summary(5)
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("directions", ["eigenvectors", "cg"])
+@pytest.mark.parametrize("name", ["cnn-stride-padding", "transformer"])
+def test_reports_of_other_networks(name, directions, curvature):
+    model = network(name)
+    params = list(model.parameters())
+    train = DataLoader(TensorDataset(*batch(name, SIZE)), 16)
+    options = OPTIONS | {"directions": directions, "curvature": curvature}
+    own = bias_report(model, nn.CrossEntropyLoss(), params, train, **options)
+    assert own.curvature.own.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, nn.MSELoss])
+@pytest.mark.parametrize("directions", ["eigenvectors", "cg"])
+def test_losses_summed_over_examples_are_reported_as_means(problem, directions, loss):
+    model, params, X, y = problem
+    y = y if loss is nn.CrossEntropyLoss else torch.randn(SIZE, 3).double()
+    train = DataLoader(TensorDataset(X, y), 16)
+    mean, total = (
+        bias_report(
+            model,
+            loss(reduction=reduction),
+            params,
+            train,
+            directions=directions,
+            damping=damping,
+            **OPTIONS,
+        )
+        # MSELoss averages over the outputs, too
+        for reduction, damping in (("mean", 0.1), ("sum", 0.1 * scale_of(loss)))
+    )
+    expected = scale_of(loss) * mean.curvature.own
+    assert torch.allclose(total.curvature.own, expected, rtol=1e-4)
+
+
+def scale_of(loss):
+    return 3 if loss is nn.MSELoss else 1
+
+
+def test_without_gradient_there_are_no_conjugate_directions():
+    model = nn.Linear(3, 2, bias=False).double()
+    nn.init.zeros_(model.weight)
+    X = torch.randn(SIZE, 3).double()
+    train = DataLoader(TensorDataset(X, torch.zeros(SIZE, 2).double()), 16)
+    with pytest.raises(ValueError, match="gradient is zero"):
+        bias_report(
+            model, nn.MSELoss(), [model.weight], train, directions="cg", **OPTIONS
+        )
 
 
 def test_table_has_means_over_ranks(problem):

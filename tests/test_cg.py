@@ -182,3 +182,17 @@ def test_limits_of_the_iteration():
 def test_bad_arguments_are_refused(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         cg(*arguments, **options)
+
+
+def test_curvature_that_is_not_finite_is_refused():
+    A = torch.diag(torch.tensor([1.0, float("nan")]))
+    with pytest.raises(ValueError, match="The curvature along a direction is nan"):
+        cg(A, torch.ones(2))
+
+
+def test_rounding_errors_give_no_directions():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(30, 5, generator=generator).double()
+    A = root @ root.T
+    result = cg(A, A @ torch.ones(30).double(), rtol=0.0, max_iterations=30)
+    assert result.num_iterations == 5 and result.termination == "converged"

@@ -193,3 +193,25 @@ def test_inputs_that_are_not_finite_are_refused():
     X[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         directional_derivatives(model, nn.CrossEntropyLoss(), params, [(X, y)], D)
+
+
+def test_memory_limit_splits_batches_in_reverse_mode(monkeypatch):
+    model, params, (X, y), D = problem("cnn-stride-padding")
+    sizes = []
+
+    def noted(model, layers, X, size, **options):
+        sizes.append(size)
+        return linearize(model, layers, X, size, **options)
+
+    linearize = derivatives.linearize
+    monkeypatch.setattr(derivatives, "linearize", noted)
+    directional_derivatives(
+        model,
+        nn.CrossEntropyLoss(),
+        params,
+        [(X, y)],
+        D,
+        mode="reverse",
+        memory_limit=1,
+    )
+    assert max(sizes) == 2 and sum(sizes) == 1 + SIZE

@@ -147,6 +147,23 @@ def test_damping_adapts_to_how_well_the_quadratic_predicts(lr, factor):
     assert optimizer.param_groups[0]["damping"] == pytest.approx(0.01 * factor)
 
 
+def test_damping_is_judged_by_the_quadratic_before_the_step(monkeypatch):
+    """The Jacobian of convolutions depends on the parameters, which a step changes."""
+    model, data = network("cnn-stride-padding"), batch("cnn-stride-padding", SIZE)
+    closure = closure_over(model, *data)
+    before, ratios = weights(model), []
+    optimizer = DebiasedCG(model.parameters(), adapt_damping=True, debias=False)
+    monkeypatch.setattr(
+        optimizer, "_adapt_damping", lambda *values: ratios.append(values)
+    )
+    optimizer.step(closure)
+    step = weights(model) - before
+    H, descent = quadratic(network("cnn-stride-padding"), *data, 1.0)
+    expected = (step @ H @ step / 2 - descent @ step).item()
+    (_, predicted), *_ = ratios
+    assert predicted == pytest.approx(expected, rel=1e-8)
+
+
 def test_damping_is_judged_on_the_points_that_gave_magnitudes():
     model, (X, y) = network("mlp"), batch("mlp", SIZE)
     first, second = halves(X, y)
@@ -233,11 +250,23 @@ def test_parameters_without_gradient_stay():
         ({"rtol": 2.0}, "`rtol` must lie in"),
         ({"warm_start": 1.5}, "`warm_start` must lie in"),
         ({"max_iterations": 0}, "`max_iterations` must be at least 1"),
+        ({"damping": 0.0, "adapt_damping": True}, "needs a positive `damping`"),
     ],
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         DebiasedCG(network("mlp").parameters(), **options)
+
+
+def test_parameters_may_have_any_memory_layout():
+    name = "cnn-stride-padding"
+    data, steps = batch(name, SIZE), []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = network(name).to(memory_format=memory_format)
+        DebiasedCG(model.parameters()).step(closure_over(model, *data))
+        steps.append([p.detach() for p in model.parameters()])
+        assert model[0].weight.is_contiguous(memory_format=memory_format)
+    assert all(torch.allclose(a, b) for a, b in zip(*steps, strict=True))
 
 
 def test_bad_batches_are_refused_and_change_nothing():
