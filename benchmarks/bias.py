@@ -32,6 +32,7 @@ from common import (
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from networks import (
     CHECKPOINTS,
     Recipe,
@@ -351,8 +352,11 @@ def dependence_figure(path: Path, results: dict[str, Any]) -> None:
             known = np.array([number for number in numbers if number > 0])
             means = excess.mean(1)[[number > 0 for number in numbers]]
             level = np.exp(np.mean(np.log(means) - slope * np.log(known)))
-            axis.plot(known, level * known**slope, "--", label=f"exponent {slope:.2f}")
+            trend_line = level * known**slope
+            axis.plot(known + shift, trend_line, "--", label=f"exponent {slope:.2f}")
             axis.set(xscale="log", yscale="log", xlabel=label)
+            axis.set_xticks(np.array(numbers) + shift, list(values))
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.legend()
         panels[0].set_ylabel("curvature,\nown / others $-$ 1")
         figure.savefig(path, dpi=200)

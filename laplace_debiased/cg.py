@@ -116,7 +116,7 @@ def cg(
     start = torch.zeros_like(b) if x0 is None else x0
     residual = b if x0 is None else b - A @ x0
     # what is below rounding errors tells no direction
-    tolerance = max(max(rtol, 10 * torch.finfo(b.dtype).eps) * b.norm().item(), atol)
+    tolerance = max(max(rtol, torch.finfo(b.dtype).eps) * b.norm().item(), atol)
     directions, products, slopes, curvatures = [], [], [], []
     termination = EXHAUSTED
     for _ in range(limit + 1):

@@ -57,7 +57,6 @@ QUICK = [
     ("optimization",),
     ("many_classes",),
     ("calibration",),
-    ("peers",),
     ("pipeline",),
     ("full_data_cost",),
 ]
