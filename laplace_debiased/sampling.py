@@ -201,7 +201,9 @@ def draw(
     ticks += torch.rand(1, generator=generator, dtype=torch.float64)
     ends = probabilities[order].cumsum(0)
     ends *= num_points / ends[-1].clone()
-    positions = order[torch.searchsorted(ends, ticks, right=True)].sort()[0]
+    places = torch.searchsorted(ends, ticks, right=True)
+    # by rounding, the last tick may lie at the very end
+    positions = order[places.clamp(max=len(ends) - 1)].sort()[0]
     return positions, probabilities[positions].reciprocal()
 
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.utils.data import (
@@ -195,6 +197,26 @@ def test_draws_have_the_inclusion_probabilities(num_points, floor):
         counts[positions] += 1
     # a binomial share of 2,000 draws has a standard deviation of at most 0.011
     assert (counts / 2000 - expected).abs().max() < 0.045
+
+
+@pytest.mark.parametrize("num_points", [1, 3, 5])
+def test_the_mean_over_all_possible_draws_is_the_sum_over_the_pool(
+    num_points, monkeypatch
+):
+    """A systematic draw has one random start: all draws can be enumerated."""
+    expected = inclusion_probabilities(SCORES.double(), num_points, 0.1)
+    ends = expected.sort()[0].cumsum(0)
+    starts = torch.cat([torch.tensor([0.0, 1.0]).double(), ends % 1]).sort()[0]
+    values = torch.arange(1.0, len(SCORES) + 1).double() ** 2
+    inclusion, mean = torch.zeros(len(SCORES)).double(), 0.0
+    for low, high in pairwise(starts):
+        start = ((low + high) / 2)[None]
+        monkeypatch.setattr(torch, "rand", lambda *_, start=start, **__: start)
+        positions, weights = draw(SCORES, num_points, 0.1)
+        inclusion[positions] += high - low
+        mean += (high - low) * (weights * values[positions]).sum()
+    assert torch.allclose(inclusion, expected, atol=1e-12)
+    assert torch.allclose(mean, values.sum())
 
 
 def test_weighted_sums_are_unbiased():
