@@ -217,6 +217,7 @@ def bias_report(
     num_points: int | None = None,
     curvature: str = "ggn",
     damping: float = 0.0,
+    tol: float = 1e-4,
     seed: int = 0,
     progressbar: bool = False,
 ) -> BiasReport:
@@ -237,6 +238,7 @@ def bias_report(
             yields. If they are fewer than the data, they stand for all.
         curvature: ``"ggn"`` or ``"hessian"``.
         damping: Damping of the quadratics.
+        tol: Relative tolerance for the eigenvalues.
         seed: Seed of the draw of mini-batches.
         progressbar: Whether to show progress bars.
 
@@ -268,6 +270,7 @@ def bias_report(
             num_directions,
             curvature,
             damping,
+            tol,
             seed,
             progressbar,
         )
@@ -303,6 +306,7 @@ def _directions(
     count: int,
     curvature: str,
     damping: float,
+    tol: float,
     seed: int,
     progressbar: bool,
 ) -> Tensor:
@@ -316,7 +320,9 @@ def _directions(
         model_func, loss_func, params, batch, check_deterministic=False
     )
     if kind == "eigenvectors":
-        space = top_eigenspace(operator, count, seed=seed, progressbar=progressbar)
+        space = top_eigenspace(
+            operator, count, tol=tol, seed=seed, progressbar=progressbar
+        )
         return space.eigenvectors
     gradient = parameters_to_vector(
         [
