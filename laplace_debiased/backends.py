@@ -13,6 +13,7 @@ from laplace.curvature import BackPackInterface, CurvatureInterface
 from laplace.curvature.asdl import AsdlInterface
 from laplace.curvature.curvlinops import CurvlinopsInterface
 from laplace.utils import Kron, split_batch
+from numpy.random import SeedSequence
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,7 +44,8 @@ class CurvatureSource:
         params: The parameters.
         options: Options of the backend's ``kron``: with curvlinops ``mc_samples`` and
             ``kfac_approx``, with ASDL those of its Fisher configuration.
-        seed: Seed for sampled labels.
+        seed: Seed for sampled labels, which are drawn anew in each sweep: what gives
+            directions must not share its noise with what judges them.
         fisher_rank: See :class:`~laplace_debiased.output_curvature.OutputCurvature`.
         progress_bar: Whether to show a progress bar.
 
@@ -59,6 +61,7 @@ class CurvatureSource:
     progress_bar: bool = False
 
     def __post_init__(self):
+        self._num_sweeps = 0
         unknown = self.options.keys() - _CURVLINOPS_OPTIONS
         if unknown and isinstance(self.backend, CurvlinopsInterface):
             raise ValueError(
@@ -152,6 +155,10 @@ class CurvatureSource:
         """Names of the layers."""
         return list(dict.fromkeys(block.layer.name for block in self._blocks()))
 
+    def _next_seed(self) -> int:
+        self._num_sweeps += 1
+        return _mixed(self.seed, self._num_sweeps)
+
     def _blocks(self) -> list:
         layers = find_layers(self.backend.model, self.params)
         return curvature_blocks(layers, separate_weight_and_bias=True)
@@ -182,7 +189,7 @@ class CurvatureSource:
             accumulator,
             weights=weights,
             backward=backward,
-            seed=self.seed,
+            seed=self._next_seed(),
         )
         factor = self.backend.factor
         return replace(
@@ -244,6 +251,11 @@ class CurvatureSource:
                 "`requires_grad_(False)`, or use the default backend."
             )
         return kfacs
+
+
+def _mixed(seed: int, index: int) -> int:
+    """Return a seed that neighbouring seeds and indices do not share."""
+    return int(SeedSequence([int(seed) % 2**63, index]).generate_state(1)[0])
 
 
 def reinstall_hooks(backend: CurvatureInterface) -> None:

@@ -72,8 +72,8 @@ class KronDebiasedLaplace(KronLaplace):
             directions, the others magnitudes: the paper's).
         num_folds: Number of folds of ``"cross_fit"``.
         direction_fraction: Share of the points that give directions with
-            ``"two_batch"``; ``"auto"`` for the best share by theory
-            (:mod:`laplace_debiased.holdout`).
+            ``"two_batch"``; ``"auto"`` for the best share by theory for Gaussian data
+            (:mod:`laplace_debiased.holdout`), measured worse than a half.
         sampling: How the budget is drawn: ``"curvature"`` (from a pool of points, with
             probabilities that grow with the curvature of the loss in the network's
             output, which takes forward passes; the pool also gives input covariances

@@ -106,7 +106,7 @@ def sweep(
         layers = [layer for layer in layers if layer.has_inputs]
 
     num_data, num_outputs, all_losses, traces, targets = 0, 0, [], [], []
-    loss = torch.zeros((), dtype=dtype, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     total_weight = 0.0
     bar = tqdm(data, desc=f"[{description}]", disable=not progress_bar)
     for X, y in bar:
@@ -140,7 +140,7 @@ def sweep(
 
         num_data, num_outputs = num_data + batch_size, output.shape[1]
         total_weight += batch_weights.sum().item()
-        loss = loss + (batch_weights * losses).sum().to(dtype)
+        loss = loss + (batch_weights * losses).sum()
 
     if num_data == 0:
         raise ValueError("The data source is empty: there is nothing to fit.")
@@ -153,7 +153,7 @@ def sweep(
     return SweepSummary(
         num_data,
         total_weight,
-        loss,
+        loss.to(torch.promote_types(dtype, torch.float32)),
         num_outputs,
         torch.cat(all_losses),
         torch.cat(traces),

@@ -9,7 +9,7 @@ Points drawn from a pool by their score add the variance of the pool itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isinf
 from typing import Any
 
 import torch
@@ -109,6 +109,11 @@ class SamplingError:
         layer = max(errors, key=errors.get)
         if errors[layer] <= TRUSTED_ERROR:
             return None
+        if isinf(errors[layer]):
+            return (
+                f"A budget of {num_points} points is too small to trust: a single one "
+                "gives magnitudes, so that their error is not known."
+            )
         enough = ceil(num_points * (errors[layer] / TRUSTED_ERROR) ** 2)
         return (
             f"A budget of {num_points} points is too small to trust: the curvature's "

@@ -239,6 +239,20 @@ def test_small_budgets_give_finite_posteriors(
     assert la(X).isfinite().all() and la.log_marginal_likelihood().isfinite()
 
 
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize(
+    "options",
+    [TWO_BATCH | {"direction_fraction": f} for f in (0.05, 0.9)]
+    + [{"estimator": "cross_fit", "num_folds": 8}],
+    ids=str,
+)
+def test_smallest_budget_in_unequal_shares(options, magnitudes):
+    la = debiased(network("mlp"), budget=8, magnitudes=magnitudes, **options)
+    la.fit(loader())
+    X, _ = batch("mlp", 3)
+    assert la(X).isfinite().all() and la.log_marginal_likelihood().isfinite()
+
+
 def test_a_pool_of_all_points_needs_no_draw():
     options = {"budget": 100, "pool_size": 200, "estimator": "cross_fit"}
     la = debiased(network("mlp"), sampling="curvature", **options)
@@ -284,6 +298,20 @@ def test_further_data_of_another_estimator_are_refused():
     with pytest.raises(ValueError, match="must be used as the first data were"):
         la.fit(loader(), override=False)
     assert torch.equal(posterior(la), before)
+
+
+@pytest.mark.parametrize("estimator", ["two_batch", "cross_fit"])
+def test_folds_do_not_share_the_noise_of_sampled_labels(estimator):
+    la = debiased(
+        network("mlp"),
+        "regression",
+        estimator=estimator,
+        backend_kwargs={"stochastic": True},
+    )
+    la.fit(loader(likelihood="regression"))
+    # in regression the last layer's gradients are the labels' noise alone
+    first, second = (fold[2][0] for fold in la.H_facs.folds)
+    assert dense.relative_error(first, second) > 0.01
 
 
 def test_fewer_backward_passes_for_many_outputs():

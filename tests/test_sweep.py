@@ -152,3 +152,17 @@ def test_class_probabilities_are_targets_too():
     y = torch.rand(4, NUM_OUTPUTS, dtype=torch.float64).softmax(1)
     loss = nn.CrossEntropyLoss(reduction="sum")
     assert torch.allclose(run(model, [(X, y)], loss).loss, loss(model(X), y))
+
+
+def test_losses_of_many_batches_add_up_in_half_precision():
+    model = nn.Linear(2, 3).bfloat16()
+    X, y = torch.randn(4000, 2).bfloat16(), torch.randint(3, (4000,))
+    summary = sweep(
+        model,
+        [],
+        split(X, y, *[4] * 1000),
+        OutputCurvature(nn.CrossEntropyLoss(reduction="sum")),
+        KroneckerFactors([]),
+    )
+    expected = nn.functional.cross_entropy(model(X).float(), y, reduction="sum")
+    assert summary.loss.item() == pytest.approx(expected.item(), rel=1e-2)

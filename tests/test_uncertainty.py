@@ -119,6 +119,13 @@ def test_a_single_point_has_infinite_error():
     assert error.relative_errors()["a"] == float("inf")
 
 
+def test_unknown_errors_are_no_reason_to_trust():
+    error = SamplingError.of_points(
+        ["0"], torch.ones(1, 1), torch.ones(9), num_data=100
+    )
+    assert "their error is not known" in error.warning(8)
+
+
 def test_backends_that_see_sums_only_say_so():
     model = network("mlp").float()
     la = debiased(model, backend=AsdlGGN, budget=20)
