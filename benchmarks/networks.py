@@ -11,121 +11,37 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from architectures import (
+    VisionTransformer,
+    all_cnn_c,
+    all_convolutional,
+    mlp,
+    pair_classifier,
+    resnet,
+    resnet18,
+    wide_resnet,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from laplace_debiased.comparison.data import Data, load
+from laplace_debiased.comparison.data import NUM_TEST_IMAGES, Data, load
 from laplace_debiased.comparison.environment import default_data_root
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-NUM_TRAIN = 50_000
+NUM_VALIDATION = 10_000
+NUM_CIFAR_TEST = 10_000
+NUM_PAIRS = 50_000
 BATCH_SIZE = 128
-
-
-class ResidualBlock(nn.Module):
-    """Two convolutions with BatchNorm, and a shortcut."""
-
-    def __init__(self, channels: int, filters: int, stride: int):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, filters, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(filters),
-            nn.ReLU(),
-            nn.Conv2d(filters, filters, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(filters),
-        )
-        self.shortcut = nn.Sequential(
-            nn.Conv2d(channels, filters, 1, stride, bias=False),
-            nn.BatchNorm2d(filters),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[batch, channels, height, width]`` to filters."""
-        return torch.relu(self.body(x) + self.shortcut(x))
-
-
-def mlp(widths: Sequence[int] = (128, 64)) -> nn.Module:
-    """Build a network of linear layers.
-
-    Args:
-        widths: Number of units of each hidden layer.
-
-    Returns:
-        The network.
-    """
-    widths = [784, *widths]
-    hidden = [
-        layer
-        for d_in, d_out in pairwise(widths)
-        for layer in (nn.Linear(d_in, d_out), nn.ReLU())
-    ]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(widths[-1], 10))
-
-
-def all_convolutional(width: int = 16, depth: int = 1) -> nn.Module:
-    """Build a network of convolutions, after ALL-CNN-C.
-
-    Args:
-        width: Filters of the first layer.
-        depth: Convolutions without stride in each of the two first stages.
-
-    Returns:
-        The network, with 16 filters and depth 1 of seven convolutions.
-    """
-    w = width
-    plan = [
-        (1, w, 1),
-        *[(w, w, 1)] * (depth - 1),
-        (w, w, 2),
-        (w, 2 * w, 1),
-        *[(2 * w, 2 * w, 1)] * (depth - 1),
-        (2 * w, 2 * w, 2),
-        (2 * w, 3 * w, 1),
-        (3 * w, 4 * w, 1),
-    ]
-    hidden = [
-        layer
-        for channels, filters, stride in plan
-        for layer in (nn.Conv2d(channels, filters, 3, stride, 1), nn.ReLU())
-    ]
-    head = [nn.Conv2d(4 * w, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*hidden, *head)
-
-
-def resnet() -> nn.Module:
-    """Build a ResNet of three blocks with BatchNorm."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, 1, 1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        ResidualBlock(16, 16, 2),
-        ResidualBlock(16, 32, 2),
-        ResidualBlock(32, 64, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, 10),
-    )
-
-
-def pair_classifier() -> nn.Module:
-    """Build a network of convolutions for pairs of digits, with 100 classes."""
-    plan = [(1, 16, 1), (16, 16, 2), (16, 32, 1), (32, 32, 2), (32, 48, 1), (48, 64, 1)]
-    hidden = [
-        layer
-        for channels, filters, stride in plan
-        for layer in (nn.Conv2d(channels, filters, 3, stride, 1), nn.ReLU())
-    ]
-    head = [nn.AdaptiveAvgPool2d((2, 4)), nn.Flatten(), nn.Linear(512, 100)]
-    return nn.Sequential(*hidden, *head)
 
 
 @dataclass(frozen=True)
@@ -143,13 +59,65 @@ class Recipe:
     learning_rate: float
 
 
-RECIPES = {
-    "MLP": Recipe(mlp, 20, 2e-3),
-    "all-convolutional": Recipe(all_convolutional, 20, 4e-3),
-    "ResNet": Recipe(resnet, 12, 1e-2),
+class Images(NamedTuple):
+    """What a network classifies.
+
+    Args:
+        channels: Number of channels.
+        size: Height and width.
+        classes: Number of classes.
+    """
+
+    channels: int
+    size: int
+    classes: int
+
+
+IMAGES = {
+    "fashion-mnist": Images(1, 28, 10),
+    "mnist": Images(1, 28, 10),
+    "cifar10": Images(3, 32, 10),
+    "cifar100": Images(3, 32, 100),
 }
+
+
+def recipes(images: Images) -> dict[str, Recipe]:
+    """Return the recipes by name: networks that 2 cores train within 40 minutes."""
+    channels, size, classes = images
+    shape = {"channels": channels, "classes": classes}
+    return {
+        "MLP": Recipe(partial(mlp, (128, 64), channels * size**2, classes), 20, 2e-3),
+        "all-convolutional": Recipe(partial(all_convolutional, **shape), 20, 4e-3),
+        "ResNet": Recipe(partial(resnet, **shape), 12, 1e-2),
+        "ALL-CNN-C": Recipe(partial(all_cnn_c, 24, **shape), 10, 4e-3),
+        "ResNet-18": Recipe(partial(resnet18, 8, **shape), 10, 1e-2),
+        "WideResNet": Recipe(partial(wide_resnet, 10, 2, **shape), 6, 1e-2),
+        "ViT-Little": Recipe(partial(VisionTransformer, 64, 4, 4, **shape), 15, 2e-3),
+    }
+
+
+def full_size_recipes(images: Images) -> dict[str, Recipe]:
+    """Return the recipes of the original networks, which take a GPU to train."""
+    shape = {"channels": images.channels, "classes": images.classes}
+    return {
+        "ALL-CNN-C-96": Recipe(partial(all_cnn_c, **shape), 100, 1e-3),
+        "ResNet-18-64": Recipe(partial(resnet18, **shape), 60, 1e-2),
+        "WideResNet-40-4": Recipe(partial(wide_resnet, **shape), 100, 1e-2),
+        "ViT-Little-192": Recipe(partial(VisionTransformer, **shape), 100, 1e-3),
+    }
+
+
 PAIRS = "mnist-pairs"
 PAIR_RECIPES = {"pair-classifier": Recipe(pair_classifier, 3, 4e-3)}
+RECIPES = recipes(IMAGES["fashion-mnist"])
+
+
+def recipe_for(name: str, dataset: str) -> Recipe:
+    """Return the recipe of a network for a dataset."""
+    if dataset == PAIRS:
+        return PAIR_RECIPES[name]
+    images = IMAGES[dataset]
+    return (recipes(images) | full_size_recipes(images))[name]
 
 
 def train(
@@ -207,34 +175,37 @@ def problem_data(dataset: str, data_root: Path) -> Data:
     """Load what networks are trained and tested on.
 
     Args:
-        dataset: ``"fashion-mnist"``, ``"mnist"``, or ``PAIRS`` for random pairs of
-            MNIST's digits side by side, with 100 classes.
+        dataset: Name in ``IMAGES``, or ``PAIRS`` for random pairs of MNIST's digits
+            side by side, with 100 classes.
         data_root: Folder of torchvision's datasets.
 
     Returns:
-        ``NUM_TRAIN`` training points, and the test points.
+        All training points but those of :func:`validation_data`, and test points: all
+        of CIFAR's, some of the others'.
     """
     if dataset == PAIRS:
         train, *test = load("mnist", data_root)
-        X, y = _pairs(*train.tensors, NUM_TRAIN)
+        X, y = _pairs(*train.tensors, NUM_PAIRS)
         return Data(TensorDataset(X, y), *_pairs(*test, len(test[0])))
-    data = load(dataset, data_root)
+    num_test = NUM_CIFAR_TEST if dataset.startswith("cifar") else NUM_TEST_IMAGES
+    data = load(dataset, data_root, num_test)
     X, y = data.train.tensors
-    return data._replace(train=TensorDataset(X[:NUM_TRAIN], y[:NUM_TRAIN]))
+    train = TensorDataset(X[:-NUM_VALIDATION], y[:-NUM_VALIDATION])
+    return data._replace(train=train)
 
 
 def validation_data(dataset: str, data_root: Path) -> tuple[Tensor, Tensor]:
     """Load images that networks are not trained on, to tune by.
 
     Args:
-        dataset: ``"fashion-mnist"`` or ``"mnist"``.
+        dataset: Name in ``IMAGES``.
         data_root: Folder of torchvision's datasets.
 
     Returns:
-        Images and classes of all training points after the first ``NUM_TRAIN``.
+        Images and classes of the last ``NUM_VALIDATION`` training points.
     """
     X, y = load(dataset, data_root).train.tensors
-    return X[NUM_TRAIN:], y[NUM_TRAIN:]
+    return X[-NUM_VALIDATION:], y[-NUM_VALIDATION:]
 
 
 def _pairs(X: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -247,7 +218,7 @@ def trained(name: str, dataset: str, data_root: Path, seed: int = 0) -> nn.Modul
     """Load a network's checkpoint; train the network and save it if there is none.
 
     Args:
-        name: Name in ``RECIPES`` or ``PAIR_RECIPES``.
+        name: Name of a recipe.
         dataset: See :func:`problem_data`.
         data_root: Folder of torchvision's datasets.
         seed: Seed of initialization and batches.
@@ -257,14 +228,14 @@ def trained(name: str, dataset: str, data_root: Path, seed: int = 0) -> nn.Modul
     """
     folder = CHECKPOINTS / dataset
     path = folder / f"{name}-{seed}.safetensors"
-    recipe = (RECIPES | PAIR_RECIPES)[name]
+    recipe = recipe_for(name, dataset)
     if path.exists():
         model = recipe.build().eval()
         model.load_state_dict(load_file(path))
         return model
     data = problem_data(dataset, data_root)
     start = time.perf_counter()
-    mirror = dataset == "fashion-mnist"
+    mirror = "mnist" not in dataset or dataset == "fashion-mnist"
     model, curve = train(recipe, *data.train.tensors, seed, mirror)
     record = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -284,8 +255,14 @@ def main() -> None:
     """Train what has no checkpoint yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-root", type=Path, default=default_data_root())
-    parser.add_argument("--dataset", default="fashion-mnist")
-    parser.add_argument("--networks", nargs="*", default=list(RECIPES))
+    parser.add_argument("--dataset", default="fashion-mnist", choices=IMAGES)
+    parser.add_argument(
+        "--networks",
+        nargs="*",
+        default=list(RECIPES),
+        help="default: all small ones; full-size ones: "
+        + ", ".join(full_size_recipes(IMAGES["cifar10"])),
+    )
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     for name in arguments.networks:

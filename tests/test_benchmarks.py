@@ -98,11 +98,11 @@ def test_results_say_which_commit_gave_them():
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("checkpoints/*/*.json")), ids=str)
 def test_checkpoints_are_those_of_the_recipes(benchmarks, path):
-    from networks import PAIR_RECIPES, RECIPES, trained
+    from networks import recipe_for, trained
     from safetensors.torch import load_file
 
     name, seed = path.stem.rsplit("-", 1)
-    recipe = (RECIPES | PAIR_RECIPES)[name]
+    recipe = recipe_for(name, path.parent.name)
     record = json.loads(path.read_text())
     assert record["epochs"] == recipe.epochs == len(record["training_loss"])
     assert record["test_accuracy"] > 0.85
@@ -123,7 +123,7 @@ def test_data_of_many_classes(benchmarks, monkeypatch):
     monkeypatch.setattr(networks, "load", lambda *_: fake)
     data = networks.problem_data(networks.PAIRS, Path("unused"))
     images, labels = data.train.tensors
-    assert images.shape == (networks.NUM_TRAIN, 1, 4, 8)
+    assert images.shape == (networks.NUM_PAIRS, 1, 4, 8)
     assert labels.max() < 100
     left = (X == images[0, :, :, :4]).flatten(1).all(1).nonzero()[0]
     assert labels[0] // 10 == y[left]

@@ -10,11 +10,16 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import TensorDataset
-from torchvision.datasets import CIFAR10, MNIST, FashionMNIST, VisionDataset
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, FashionMNIST, VisionDataset
 
 NUM_TEST_IMAGES = 1000
 
-_TORCHVISION = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "cifar10": CIFAR10}
+_TORCHVISION = {
+    "mnist": MNIST,
+    "fashion-mnist": FashionMNIST,
+    "cifar10": CIFAR10,
+    "cifar100": CIFAR100,
+}
 
 
 class Data(NamedTuple):
@@ -31,17 +36,18 @@ class Data(NamedTuple):
     test_labels: Tensor
 
 
-def load(dataset: str, root: Path) -> Data:
+def load(dataset: str, root: Path, num_test: int = NUM_TEST_IMAGES) -> Data:
     """Load a dataset.
 
     Args:
         dataset: ``"digits"``, which comes with scikit-learn, ``"mnist"``,
-            ``"fashion-mnist"`` or ``"cifar10"``.
+            ``"fashion-mnist"``, ``"cifar10"`` or ``"cifar100"``.
         root: Folder of torchvision's datasets. What is missing there is downloaded.
+        num_test: Number of test images, of other images than digits: predictions with
+            Jacobians are slow.
 
     Returns:
-        All training points. Of the images other than digits, ``NUM_TEST_IMAGES`` test
-        points, always the same ones: predictions with Jacobians are slow.
+        All training points, and the test points, always the same ones.
 
     Raises:
         FileNotFoundError: If the dataset is neither in ``root`` nor can be downloaded.
@@ -51,7 +57,7 @@ def load(dataset: str, root: Path) -> Data:
     X, y = raw_images(dataset, root, train=True)
     X_test, y_test = raw_images(dataset, root, train=False)
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(y_test), generator=generator)[:NUM_TEST_IMAGES]
+    chosen = torch.randperm(len(y_test), generator=generator)[:num_test]
     return _standardized(X, y, X_test[chosen], y_test[chosen])
 
 
