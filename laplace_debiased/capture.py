@@ -32,6 +32,13 @@ class Tape:
     def __contains__(self, layer: Layer) -> bool:
         return layer.name in self._probes
 
+    @property
+    def num_entries(self) -> int:
+        """Number of entries in the gradient rows of a column."""
+        return sum(
+            probe.numel() for _, probes in self._probes.values() for probe in probes
+        )
+
     def insert_probe(self, layer: Layer, inputs: Tensor, output: Tensor) -> Tensor:
         """Shift a layer's output by a probe.
 

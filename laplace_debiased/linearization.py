@@ -89,6 +89,31 @@ def linearize(
     )
 
 
+@torch.no_grad()
+def example_entries(
+    model: nn.Module, layers: list[Layer], X: Inputs
+) -> tuple[int, int, Tensor]:
+    """Count, by a forward pass, what an example's linearization takes.
+
+    Args:
+        model: The network.
+        layers: Its layers.
+        X: Inputs of one example.
+
+    Returns:
+        Number of entries in the input rows, in an output's gradient rows, and the
+        output.
+    """
+    counts = []
+
+    def count(layer: Layer, rows: Tensor) -> None:
+        counts.append(rows.numel())
+
+    with capture_rows(layers, 1, count) as tape:
+        output = model(X)
+    return sum(counts), tape.num_entries, output
+
+
 def contract_positions(gradients: Tensor, inputs: Tensor) -> Tensor:
     """Compute the Jacobian in a layer's weight.
 

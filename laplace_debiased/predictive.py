@@ -26,12 +26,15 @@ from laplace_debiased.layers import curvature_blocks
 from laplace_debiased.linearization import (
     Linearization,
     contract_positions,
+    example_entries,
     linearize,
 )
 from laplace_debiased.selection import find_layers
 from laplace_debiased.sweep import Inputs
 
 KINDS = ("full", "diagonal", "joint")
+# the memory allocator uses the same pages for all Jacobians that are no larger
+JACOBIAN_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,13 @@ class BlockPosterior:
         """Rotate input rows ``[batch, S, groups, d_in]``."""
         return rows @ self.eigenvectors[1]
 
-    def covariance(self, gradients: Tensor, inputs: Tensor | None, kind: str) -> Tensor:
+    def covariance(
+        self,
+        gradients: Tensor,
+        inputs: Tensor | None,
+        kind: str,
+        jacobian_bytes: int = JACOBIAN_BYTES,
+    ) -> Tensor:
         """Compute this block's share of the output covariance.
 
         Args:
@@ -59,6 +68,8 @@ class BlockPosterior:
             inputs: Rotated input rows ``[batch, S, groups, d_in]``; None for a vector,
                 whose only input is one.
             kind: ``"full"``, ``"diagonal"`` or ``"joint"``.
+            jacobian_bytes: What the rotated Jacobians of some examples may take, but
+                for a single example's and a joint covariance's.
 
         Returns:
             ``[batch, C, C]``, ``[batch, C]`` or ``[batch * C, batch * C]``.
@@ -66,25 +77,42 @@ class BlockPosterior:
         if inputs is None:
             gradients = gradients.flatten(3).sum(2)[:, :, None, None]
             inputs = gradients.new_ones(len(gradients), 1, 1, 1)
-        basis = self.eigenvectors[0]
-        precisions = self.precisions.reshape(len(basis), -1)
-        if gradients.shape[2:4] == (1, 1) and kind != "joint":
-            rotated = gradients.flatten(2) @ basis
-            # the same gradients for all examples make one product for the batch
-            transposed = rotated[0].T if len(rotated) == 1 else rotated.mT
-            variances = (inputs.flatten(1) ** 2 @ precisions.reciprocal().T)[:, None]
-            if kind == "diagonal":
-                return (variances @ transposed**2).squeeze(1)
-            return (rotated * variances) @ transposed
-        jacobians = rotated_jacobians(gradients, inputs, basis)
-        if kind == "diagonal":
-            return (jacobians**2).flatten(2) @ precisions.reciprocal().flatten()
-        jacobians = jacobians * precisions.rsqrt()
         if kind == "joint":
+            jacobians = self._scaled_jacobians(gradients, inputs)
             flat = jacobians.flatten(0, 1).flatten(1)
             return flat @ flat.T
-        flat = jacobians.flatten(2)
-        return flat @ flat.mT
+        if gradients.shape[2:4] == (1, 1):
+            return self._without_sharing(gradients, inputs, kind)
+        entries = gradients.shape[1] * self.precisions.numel()
+        size = max(1, jacobian_bytes // (entries * gradients.element_size()))
+        parts = zip(gradients.split(size), inputs.split(size), strict=True)
+        return torch.cat([self._with_sharing(*part, kind) for part in parts])
+
+    def _without_sharing(self, gradients: Tensor, inputs: Tensor, kind: str) -> Tensor:
+        """Contract Jacobians of rank one, which are never formed."""
+        rotated = gradients.flatten(2) @ self.eigenvectors[0]
+        # the same gradients for all examples make one product for the batch
+        transposed = rotated[0].T if len(rotated) == 1 else rotated.mT
+        precisions = self.precisions.reshape(rotated.shape[2], -1)
+        variances = (inputs.flatten(1) ** 2 @ precisions.reciprocal().T)[:, None]
+        if kind == "diagonal":
+            return (variances @ transposed**2).squeeze(1)
+        return (rotated * variances) @ transposed
+
+    def _with_sharing(self, gradients: Tensor, inputs: Tensor, kind: str) -> Tensor:
+        """Contract the Jacobians of some examples."""
+        flat = self._scaled_jacobians(gradients, inputs).flatten(2)
+        return flat.square().sum(2) if kind == "diagonal" else flat @ flat.mT
+
+    def _scaled_jacobians(self, gradients: Tensor, inputs: Tensor) -> Tensor:
+        """Rotate the Jacobians, and divide by the root of the precision.
+
+        Returns:
+            ``[batch, C, d_out, d_in]``.
+        """
+        basis = self.eigenvectors[0]
+        jacobians = rotated_jacobians(gradients, inputs, basis)
+        return jacobians.mul_(self.precisions.reshape(len(basis), -1).rsqrt())
 
 
 def rotated_jacobians(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tensor:
@@ -98,9 +126,11 @@ def rotated_jacobians(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tenso
     Returns:
         The Jacobian ``[batch, C, d_out, d_in]``.
     """
-    if gradients.shape[3] == 1:
-        return contract_positions(gradients @ basis, inputs)
-    return basis.T @ contract_positions(gradients, inputs)
+    _, positions, num_groups, d_in = inputs.shape
+    if num_groups > 1 or positions > d_in:
+        return basis.T @ contract_positions(gradients, inputs)
+    rotated = gradients.flatten(0, 3) @ basis  # a single matrix product
+    return contract_positions(rotated.view(gradients.shape), inputs)
 
 
 class LinearizedPredictive:
@@ -111,8 +141,8 @@ class LinearizedPredictive:
         params: The parameters, in the order of the posterior's blocks.
         posterior: Posterior precision.
         memory_limit: Bytes that the rows of a chunk of examples, and the rotated
-            Jacobian of one layer, may take. The examples of a joint covariance are not
-            chunked.
+            Jacobians of some of them in one layer, may take. The examples of a joint
+            covariance are not chunked.
         differentiable: Whether gradients flow to the inputs.
     """
 
@@ -129,6 +159,7 @@ class LinearizedPredictive:
         self._blocks = curvature_blocks(self._layers, separate_weight_and_bias=True)
         self._posteriors = block_posteriors(posterior)
         self._memory_limit = memory_limit
+        self._jacobian_bytes = min(JACOBIAN_BYTES, memory_limit // 4)
         self._differentiable = differentiable
 
     def moments(
@@ -174,6 +205,7 @@ class LinearizedPredictive:
                 if block.has_inputs
                 else None,
                 kind,
+                self._jacobian_bytes,
             )
             for block, posterior in zip(self._blocks, self._posteriors, strict=True)
             if block.layer.name in linear.gradients
@@ -184,16 +216,18 @@ class LinearizedPredictive:
 
     def _chunk_size(self, X: Inputs, batch_size: int) -> int:
         """Find out by one example how many fit into the memory limit."""
-        example = self._linearize(select_rows(X, torch.arange(1), batch_size), 1)
-        num_outputs = example.output.shape[1]
-        jacobians = max(
-            num_outputs * block.precisions.numel() for block in self._posteriors
-        )
-        rows = sum(rows.numel() for rows in example.inputs.values())
-        rows += 2 * sum(rows.numel() for rows in example.gradients.values())
-        # the scaled copy and its transpose come on top of the Jacobians themselves
-        entries = rows + 3 * jacobians + num_outputs**2
-        return max(1, self._memory_limit // (entries * example.output.element_size()))
+        if batch_size == 1:
+            return 1
+        example = select_rows(X, torch.arange(1), batch_size)
+        inputs, gradients, output = example_entries(self._model, self._layers, example)
+        num_outputs, entry = output[0].numel(), output.element_size()
+        # gradient rows are stacked: both they and the stack are there at once
+        entries = inputs + 2 * num_outputs * gradients + num_outputs**2
+        largest = max(block.precisions.numel() for block in self._posteriors)
+        jacobians = max(self._jacobian_bytes, entry * num_outputs * largest)
+        # the transpose comes on top of the Jacobians themselves
+        available = self._memory_limit - 2 * jacobians
+        return max(1, available // (entry * entries))
 
 
 def block_posteriors(posterior: EigenbasisMatrix) -> list[BlockPosterior]:

@@ -5,6 +5,7 @@ from torch import nn
 
 from laplace_debiased import EigenbasisMatrix
 from laplace_debiased.layers import curvature_blocks
+from laplace_debiased.linearization import example_entries, linearize
 from laplace_debiased.predictive import (
     KINDS,
     LinearizedPredictive,
@@ -80,6 +81,32 @@ def test_chunks_do_not_matter(name, limit, kind):
     assert sum(sizes) == SIZE
     if limit == 1:
         assert sizes == [1] * SIZE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["mlp", "cnn-stride-padding", "cnn-groups"])
+def test_jacobians_of_few_examples_at_a_time_do_not_matter(monkeypatch, name, kind):
+    model = network(name)
+    X, _ = batch(name, SIZE)
+    args = model, list(model.parameters()), posterior_of(model)
+    expected = LinearizedPredictive(*args).moments(X, SIZE, kind)
+    monkeypatch.setattr("laplace_debiased.predictive.JACOBIAN_BYTES", 1)
+    predictive = LinearizedPredictive(*args)
+    for a, b in zip(predictive.moments(X, SIZE, kind), expected, strict=True):
+        assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn-groups", "resnet", "recurrent"])
+def test_a_forward_pass_tells_what_a_linearization_takes(name):
+    model = network(name)
+    X, _ = batch(name, 1)
+    layers = find_layers(model, list(model.parameters()))
+    linear = linearize(model, layers, X, 1)
+    inputs, gradients, output = example_entries(model, layers, X)
+    assert inputs == sum(rows.numel() for rows in linear.inputs.values())
+    rows = sum(rows.numel() for rows in linear.gradients.values())
+    assert gradients * linear.output.shape[1] == rows
+    assert torch.equal(output, linear.output)
 
 
 def test_mappings_are_chunked_like_tensors():
