@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ def figure_style(ncols: int, height_to_width_ratio: float = 0.9) -> dict[str, An
         **axes.grid(),
         "axes.grid": True,
     }
+
+
+def peak_megabytes() -> float:
+    """Return the peak memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def mean_and_std(values: np.ndarray, digits: int) -> str:

@@ -8,7 +8,6 @@ Each case runs in a process of its own, whose peak memory the operating system c
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 import warnings
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from common import RESULTS, conv_net, write_report
+from common import RESULTS, conv_net, peak_megabytes, write_report
 from curvlinops import GGNLinearOperator
 from torch import Tensor, nn
 
@@ -100,11 +99,6 @@ def measure(network: str, method: str) -> dict:
         "peak_mb": peak_megabytes(),
         "curvatures": curvatures.tolist(),
     }
-
-
-def peak_megabytes() -> float:
-    """Peak memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def apart(network: str, method: str) -> dict:

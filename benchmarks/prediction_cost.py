@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from common import RESULTS, conv_net, write_report
+from common import RESULTS, conv_net, peak_megabytes, write_report
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -61,11 +60,6 @@ def fitted(network: str, structure: str) -> tuple[object, torch.Tensor]:
     train = TensorDataset(X[:_FIT_POINTS], y[:_FIT_POINTS])
     la.fit(DataLoader(train, _FIT_POINTS))
     return la, X
-
-
-def peak_megabytes() -> float:
-    """Peak memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def run_case(network: str, structure: str, images: int, repeats: int) -> dict:
