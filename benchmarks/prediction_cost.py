@@ -97,20 +97,32 @@ def _reason(error: Exception) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Format the cases as a Markdown table."""
+    """Format the cases as a Markdown table; ratios are to the same images' peer."""
     lines = [
-        "| network | posterior | images | seconds | peak memory (MB) |",
-        "|---|---|---|---|---|",
+        "| network | posterior | images | seconds | times faster | peak memory (MB) "
+        "| times less |",
+        "|---" * 7 + "|",
     ]
     for row in rows:
-        figures = (
-            f"{row['seconds']:.2f} | {row['peak_mb']:.0f}"
-            if "seconds" in row
-            else f"fails | {row['error']}"
-        )
         name = f"| {row['network']} | {row['posterior']} | {row['images']} "
-        lines.append(f"{name}| {figures} |")
+        if "seconds" not in row:
+            lines.append(f"{name}| fails | | {row['error']} | |")
+            continue
+        peer = next((r for r in rows if _is_peer(r, row)), None)
+        ratios = ["", ""]
+        if peer is not None:
+            ratios = [f"{peer[key] / row[key]:.1f}" for key in ("seconds", "peak_mb")]
+        lines.append(
+            f"{name}| {row['seconds']:.2f} | {ratios[0]} | {row['peak_mb']:.0f} "
+            f"| {ratios[1]} |"
+        )
     return "\n".join(lines)
+
+
+def _is_peer(other: dict, row: dict) -> bool:
+    """Whether another row is laplace-torch's of the same prediction."""
+    same = all(other[key] == row[key] for key in ("network", "images"))
+    return same and other["posterior"] == "KronLaplace" and "seconds" in other
 
 
 def main() -> None:
