@@ -58,6 +58,7 @@ QUICK = [
     ("many_classes",),
     ("calibration",),
     ("pipeline",),
+    ("peers",),
     ("full_data_cost",),
 ]
 
