@@ -53,22 +53,26 @@ class ResidualBlock(nn.Module):
         return torch.relu(self.body(x) + self.shortcut(x))
 
 
-def mlp(widths: Sequence[int] = (128, 64)) -> nn.Module:
+def mlp(
+    widths: Sequence[int] = (128, 64), num_inputs: int = 784, num_classes: int = 10
+) -> nn.Module:
     """Build a network of linear layers.
 
     Args:
         widths: Number of units of each hidden layer.
+        num_inputs: Number of an image's pixels.
+        num_classes: Number of classes.
 
     Returns:
         The network.
     """
-    widths = [784, *widths]
+    widths = [num_inputs, *widths]
     hidden = [
         layer
         for d_in, d_out in pairwise(widths)
         for layer in (nn.Linear(d_in, d_out), nn.ReLU())
     ]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(widths[-1], 10))
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(widths[-1], num_classes))
 
 
 def all_convolutional(width: int = 16, depth: int = 1) -> nn.Module:
@@ -277,6 +281,30 @@ def trained(name: str, dataset: str, data_root: Path, seed: int = 0) -> nn.Modul
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), path)
     path.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    return model
+
+
+def kept(
+    name: str, recipe: Recipe, points: TensorDataset, mirror: bool = True
+) -> nn.Module:
+    """Load a study's network from the cache; train it and keep it if it is not there.
+
+    Args:
+        name: Name in the cache.
+        recipe: Network and training.
+        points: Training points.
+        mirror: Whether to mirror half of the images.
+
+    Returns:
+        The network, in evaluation mode.
+    """
+    path = CHECKPOINTS / "cache" / f"{name}.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model, _ = train(recipe, *points.tensors, 0, mirror)
+        torch.save(model.state_dict(), path)
+    model = recipe.build().eval()
+    model.load_state_dict(torch.load(path, weights_only=True))
     return model
 
 

@@ -149,17 +149,20 @@ def _variances(
     return (squares @ inverses.flatten(1).T).movedim(2, 0)
 
 
-def nlls(problem: Problem, curvature: EigenbasisMatrix) -> list[float]:
-    """Compute the test NLL at each of ``PRIORS``.
+def nlls(
+    problem: Problem, curvature: EigenbasisMatrix, priors: Sequence[float] = PRIORS
+) -> list[float]:
+    """Compute the test NLL at each prior precision.
 
     Args:
         problem: Network and test points.
         curvature: The curvature without prior.
+        priors: Prior precisions.
 
     Returns:
         The NLLs.
     """
-    predictions = glm_probabilities(problem.model, curvature, problem.inputs, PRIORS)
+    predictions = glm_probabilities(problem.model, curvature, problem.inputs, priors)
     return [nll_loss(p.log(), problem.labels).item() for p in predictions]
 
 

@@ -59,6 +59,7 @@ QUICK = [
     ("calibration",),
     ("pipeline",),
     ("peers",),
+    ("scale",),
     ("full_data_cost",),
 ]
 
