@@ -24,63 +24,28 @@ import numpy as np
 import torch
 from common import (
     Progress,
+    add_problems,
     figure_style,
     mean_and_std,
     parse,
+    run_problems,
     study_parser,
     write_report,
 )
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from posteriors import Problem, fit, glm_probabilities, references, undo_debiasing
+from posteriors import ESTIMATORS, FULL, Problem, full_data, glm_probabilities
 from torch import Tensor
 
-from laplace_debiased import EigenbasisMatrix, KronDebiasedLaplace
+from laplace_debiased import KronDebiasedLaplace
 from laplace_debiased.comparison.metrics import score
-from laplace_debiased.eigenbasis import decompose, project
 
-DATASET = "fashion-mnist"
 PREDICTIVES = ("glm", "nn")
 NUM_SAMPLES = 20
 NN_BUDGET = 128
-FULL = "full data"
 METRICS = {"nll": "NLL", "ece": "ECE", "brier": "Brier", "accuracy": "accuracy"}
 SHOWN_PRIORS = (1.0, 10.0, 100.0, 1000.0)
-
-# from a problem, a budget and a seed to a fit
-Estimator = Callable[[Problem, int, int], KronDebiasedLaplace]
-
-
-def single_batch(problem: Problem, budget: int, seed: int) -> KronDebiasedLaplace:
-    """Use a uniform mini-batch for directions and magnitudes."""
-    la, _ = fit(problem, budget=budget, seed=seed, sampling="uniform")
-    undo_debiasing(la)
-    return la
-
-
-def debiased(
-    problem: Problem, budget: int, seed: int, **options: str
-) -> KronDebiasedLaplace:
-    """Fit our posterior."""
-    return fit(problem, budget=budget, seed=seed, **options)[0]
-
-
-ESTIMATORS: dict[str, Estimator] = {
-    "single batch": single_batch,
-    "two batches": partial(debiased, estimator="two_batch", sampling="uniform"),
-    "default": debiased,
-    "default, ggn": partial(debiased, magnitudes="ggn"),
-}
-
-
-def full_data(name: str, problem: Problem, keep: bool) -> KronDebiasedLaplace:
-    """Return full-data K-FAC as one of our posteriors."""
-    _, kfacs = references(name, problem, keep)
-    la, _ = fit(problem, budget=8)
-    vectors = decompose(kfacs)
-    la.H = EigenbasisMatrix(vectors, project(kfacs, vectors))
-    return la
 
 
 def predictions(
@@ -118,10 +83,10 @@ def scores(
 
 
 def run_network(
-    name: str, settings: argparse.Namespace, progress: Progress
+    dataset: str, name: str, settings: argparse.Namespace, progress: Progress
 ) -> dict[str, Any]:
     """Score all estimators with all budgets, predictives and seeds."""
-    problem = Problem.load(name, DATASET, settings.data_root, settings.quick)
+    problem = Problem.load(name, dataset, settings.data_root, settings.quick)
 
     def measure(
         build: Callable[[int], KronDebiasedLaplace], predictive: str, seeds: int
@@ -135,16 +100,16 @@ def run_network(
     for predictive in PREDICTIVES:
         full = partial(
             measure,
-            lambda _: full_data(name, problem, keep=not settings.quick),
+            lambda _: full_data(problem, keep=not settings.quick),
             predictive,
             seeds=1,
         )
-        own = {FULL: progress.run(f"{name}, {predictive}, {FULL}", full)}
+        own = {FULL: progress.run(f"{problem}, {predictive}, {FULL}", full)}
         budgets = settings.budgets if predictive == "glm" else [NN_BUDGET]
         for budget, (label, build) in product(budgets, ESTIMATORS.items()):
             key = f"{label}, {budget}"
             own[key] = progress.run(
-                f"{name}, {predictive}, {key}",
+                f"{problem}, {predictive}, {key}",
                 partial(
                     measure,
                     partial(build, problem, budget),
@@ -152,7 +117,7 @@ def run_network(
                     seeds=settings.seeds,
                 ),
             )
-            print(f"{name}, {predictive}, {key}", flush=True)
+            print(f"{problem}, {predictive}, {key}", flush=True)
         results[predictive] = own
     return results
 
@@ -162,26 +127,31 @@ def values(runs: list[dict], metric: str) -> np.ndarray:
     return np.array([run[metric] for run in runs])
 
 
-def table(networks: dict[str, Any], priors: Sequence[float]) -> str:
+def table(datasets: dict[str, Any], priors: Sequence[float]) -> str:
     """Format NLL at some prior precisions, and ECE at one, as a Markdown table."""
     columns = [k for k, prior in enumerate(priors) if prior in SHOWN_PRIORS]
     shown = [f"NLL at {priors[k]:g}" for k in columns]
     lines = [
-        f"| network | predictive | points | estimator | {' | '.join(shown)} "
+        f"| dataset | network | predictive | points | estimator | {' | '.join(shown)} "
         "| ECE at 10 | lowest NLL |",
-        "|---" * (6 + len(columns)) + "|",
+        "|---" * (7 + len(columns)) + "|",
     ]
     at_ten = list(priors).index(10.0)
-    for name, predictives in networks.items():
-        for predictive, rows in predictives.items():
-            for key, runs in rows.items():
-                label, _, budget = key.rpartition(", ")
-                nll = values(runs, "nll")
-                parts = [nll[:, k] for k in columns]
-                parts += [values(runs, "ece")[:, at_ten], nll.min(1)]
-                cells = " | ".join(mean_and_std(part, 3) for part in parts)
-                points = f"{budget} | {label}" if label else f"all | {key}"
-                lines.append(f"| {name} | {predictive} | {points} | {cells} |")
+    cases = [
+        (f"{dataset} | {name} | {predictive}", key, runs)
+        for dataset, networks in datasets.items()
+        for name, predictives in networks.items()
+        for predictive, rows in predictives.items()
+        for key, runs in rows.items()
+    ]
+    for case, key, runs in cases:
+        label, _, budget = key.rpartition(", ")
+        nll = values(runs, "nll")
+        parts = [nll[:, k] for k in columns]
+        parts += [values(runs, "ece")[:, at_ten], nll.min(1)]
+        cells = " | ".join(mean_and_std(part, 3) for part in parts)
+        points = f"{budget} | {label}" if label else f"all | {key}"
+        lines.append(f"| {case} | {points} | {cells} |")
     return "\n".join(lines)
 
 
@@ -228,7 +198,7 @@ def _draw(
 def main() -> None:
     """Run the study, and write table, numbers and figures."""
     parser = study_parser(__doc__)
-    parser.add_argument("--networks", nargs="*", default=["MLP", "all-convolutional"])
+    add_problems(parser, ["MLP", "all-convolutional"])
     parser.add_argument("--budgets", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument(
         "--priors",
@@ -242,18 +212,18 @@ def main() -> None:
         settings.priors = [1.0, 10.0]
     warnings.simplefilter("ignore")
     progress = Progress(settings.out / "calibration.partial.json")
-    networks = {n: run_network(n, settings, progress) for n in settings.networks}
+    results = run_problems(settings, partial(run_network, progress=progress))
     recorded = {
-        "dataset": DATASET,
         "seeds": settings.seeds,
         "priors": settings.priors,
         "samples": NUM_SAMPLES,
     }
-    report = table(networks, settings.priors)
-    write_report(settings.out, "calibration", recorded, networks, report)
-    for name, predictives in networks.items():
-        path = settings.out / f"calibration_{name}.png"
-        write_figure(path, predictives, settings.priors)
+    report = table(results, settings.priors)
+    write_report(settings.out, "calibration", recorded, results, report)
+    for dataset, networks in results.items():
+        for name, predictives in networks.items():
+            path = settings.out / f"calibration_{dataset}_{name}.png"
+            write_figure(path, predictives, settings.priors)
     progress.clear()
 
 

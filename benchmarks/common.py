@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -65,6 +68,25 @@ def study_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_problems(parser: argparse.ArgumentParser, networks: Sequence[str]) -> None:
+    """Add options of the trained networks that a study is of.
+
+    Args:
+        parser: The parser.
+        networks: The networks unless others are named.
+    """
+    parser.add_argument(
+        "--networks", nargs="+", default=list(networks), help="names in RECIPES"
+    )
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        default=["fashion-mnist"],
+        help="what they are trained on: one or several of fashion-mnist, mnist, "
+        "cifar10 and cifar100",
+    )
+
+
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line; a quick run has one seed and keeps its results apart."""
     settings = parser.parse_args()
@@ -73,6 +95,24 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         if settings.out == RESULTS:
             settings.out = RESULTS / "quick"
     return settings
+
+
+def run_problems(
+    settings: argparse.Namespace, run: Callable[..., Any]
+) -> dict[str, dict[str, Any]]:
+    """Run a study on all networks of all datasets.
+
+    Args:
+        settings: With the options of :func:`add_problems`.
+        run: From a dataset, a network and the settings to a result.
+
+    Returns:
+        The results, by dataset and network.
+    """
+    return {
+        dataset: {name: run(dataset, name, settings) for name in settings.networks}
+        for dataset in settings.dataset
+    }
 
 
 def figure_style(ncols: int, height_to_width_ratio: float = 0.9) -> dict[str, Any]:
@@ -110,6 +150,32 @@ def write_report(
     (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / f"{name}.md").write_text(table + "\n")
     print(table)
+
+
+def in_own_process(
+    script: Path | str, arguments: Sequence[str], seconds: float
+) -> dict[str, Any]:
+    """Run a script that prints a result as JSON in its last line.
+
+    Args:
+        script: The script.
+        arguments: Its arguments.
+        seconds: How long it may take.
+
+    Returns:
+        The result, or the last line of what went wrong as ``"error"``.
+    """
+    command = [sys.executable, "-W", "ignore", str(script), *arguments]
+    try:
+        output = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"takes more than {seconds / 60:g} minutes"}
+    if output.returncode:
+        last = [f"ended with code {output.returncode}", *output.stderr.splitlines()][-1]
+        return {"error": shorten(last, 100)}
+    return json.loads(output.stdout.splitlines()[-1])
 
 
 class Progress:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
@@ -25,7 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Progress, parse, peak_megabytes, write_report
+from common import (
+    RESULTS,
+    Progress,
+    in_own_process,
+    parse,
+    peak_megabytes,
+    write_report,
+)
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -41,6 +46,7 @@ from transformers import (
 from laplace_debiased import Laplace, eigenbasis
 
 NUM_TOKENS = 128
+TIME_LIMIT = 1200.0
 
 
 class Logits(nn.Module):
@@ -291,18 +297,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run_apart(case: Case) -> dict[str, Any]:
-    """Run a case in a process of its own."""
-    command = [sys.executable, "-W", "ignore", __file__, "--case"]
-    output = subprocess.run(
-        [*command, json.dumps(asdict(case))], capture_output=True, text=True
-    )
-    if output.returncode:
-        errors = [line for line in output.stderr.splitlines() if "Error" in line]
-        return {"error": errors[-1] if errors else f"ended with {output.returncode}"}
-    return json.loads(output.stdout.strip().splitlines()[-1])
-
-
 def main() -> None:
     """Run all cases, each in its own process, and write their results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -319,8 +313,9 @@ def main() -> None:
     progress = Progress(settings.out / "network_cost.partial.json")
     rows = []
     for case in tqdm([QUICK_CASE] if settings.quick else CASES):
-        result = progress.run(json.dumps(asdict(case)), partial(run_apart, case))
-        rows.append(asdict(case) | result)
+        key = json.dumps(asdict(case))
+        measure = partial(in_own_process, __file__, ["--case", key], TIME_LIMIT)
+        rows.append(asdict(case) | progress.run(key, measure))
     write_report(settings.out, "network_cost", {}, rows, table(rows))
     progress.clear()
 

@@ -251,6 +251,30 @@ def trained(name: str, dataset: str, data_root: Path, seed: int = 0) -> nn.Modul
     return model
 
 
+def kept(
+    name: str, recipe: Recipe, points: TensorDataset, mirror: bool = True
+) -> nn.Module:
+    """Load a study's network from the cache; train it and keep it if it is not there.
+
+    Args:
+        name: Name in the cache.
+        recipe: Network and training.
+        points: Training points.
+        mirror: Whether to mirror half of the images.
+
+    Returns:
+        The network, in evaluation mode.
+    """
+    path = CHECKPOINTS / "cache" / f"{name}.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model, _ = train(recipe, *points.tensors, 0, mirror)
+        torch.save(model.state_dict(), path)
+    model = recipe.build().eval()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
 def main() -> None:
     """Train what has no checkpoint yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

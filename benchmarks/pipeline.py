@@ -21,19 +21,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from calibration import ESTIMATORS, FULL, full_data
 from common import (
     Progress,
+    add_problems,
     figure_style,
     mean_and_std,
     parse,
+    run_problems,
     study_parser,
     write_report,
 )
+from images import OUTSIDE, outside_images, scale_of
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from networks import validation_data
-from posteriors import Problem, chosen_prior, glm_probabilities
+from posteriors import (
+    ESTIMATORS,
+    FULL,
+    Problem,
+    chosen_prior,
+    full_data,
+    glm_probabilities,
+)
 from torch import Tensor
 from torch.nn.functional import nll_loss
 from torchvision.transforms.v2 import functional as transforms
@@ -46,7 +55,6 @@ from laplace_debiased.comparison.metrics import (
     score,
 )
 
-DATASET, OTHER = "fashion-mnist", "mnist"
 BUDGET = 128
 NUM_IMAGES = 1000
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -66,7 +74,7 @@ COLUMNS = {
     "brier": ("Brier", 1, 3),
     "accuracy": ("accuracy %", 100, 1),
     "misclassification": ("AUROC of errors", 1, 3),
-    "ood": ("AUROC of MNIST", 1, 3),
+    "ood": ("AUROC of other images", 1, 3),
 }
 
 
@@ -87,19 +95,18 @@ class TestImages:
     corrupted: dict[tuple[str, int], Tensor]
 
     @classmethod
-    def load(cls, data_root: Path, count: int) -> TestImages:
+    def load(cls, dataset: str, data_root: Path, count: int) -> TestImages:
         """Load and corrupt images, and scale them as the training images are."""
-        raw, _ = raw_images(DATASET, data_root, train=True)
-        mean, std = raw.mean(), raw.std()
-        X, y = (part[:count] for part in raw_images(DATASET, data_root, train=False))
-        other, _ = raw_images(OTHER, data_root, train=False)
+        mean, std = scale_of(dataset, data_root)
+        X, y = (part[:count] for part in raw_images(dataset, data_root, train=False))
         torch.manual_seed(0)  # of the noise
         corrupted = {
             (name, severity): (corrupt(X, severity).clamp(0, 1) - mean) / std
             for name, corrupt in CORRUPTIONS.items()
             for severity in SEVERITIES
         }
-        return cls((X - mean) / std, y, (other[:count] - mean) / std, corrupted)
+        other = outside_images(dataset, data_root, count)
+        return cls((X - mean) / std, y, other, corrupted)
 
 
 def by_validation(
@@ -134,13 +141,13 @@ def evaluate(
 
 
 def run_network(
-    name: str, settings: argparse.Namespace, progress: Progress
+    dataset: str, name: str, settings: argparse.Namespace, progress: Progress
 ) -> dict[str, Any]:
     """Run all estimators on all seeds."""
-    problem = Problem.load(name, DATASET, settings.data_root, settings.quick)
-    images = TestImages.load(settings.data_root, settings.images)
+    problem = Problem.load(name, dataset, settings.data_root, settings.quick)
+    images = TestImages.load(dataset, settings.data_root, settings.images)
     validation = [
-        part[: settings.images] for part in validation_data(DATASET, settings.data_root)
+        part[: settings.images] for part in validation_data(dataset, settings.data_root)
     ]
 
     @torch.no_grad()
@@ -156,44 +163,51 @@ def run_network(
         return [r | {"prior": p} for r, p in zip(results, priors, strict=True)]
 
     builders: dict[str, Callable[[int], KronDebiasedLaplace]] = {
-        FULL: lambda _: full_data(name, problem, keep=not settings.quick),
+        FULL: lambda _: full_data(problem, keep=not settings.quick),
         **{k: partial(build, problem, BUDGET) for k, build in ESTIMATORS.items()},
     }
-    rows = {MAP: [progress.run(f"{name}, {MAP}", without_posterior)]}
+    rows = {MAP: [progress.run(f"{problem}, {MAP}", without_posterior)]}
     for label, build in builders.items():
         rows[label] = [
-            progress.run(f"{name}, {label}, {seed}", partial(measure, build, seed))
+            progress.run(f"{problem}, {label}, {seed}", partial(measure, build, seed))
             for seed in range(1 if label == FULL else settings.seeds)
         ]
-        print(f"{name}, {label}", flush=True)
+        print(f"{problem}, {label}", flush=True)
     return rows
 
 
-def table(networks: dict[str, Any]) -> str:
+def table(datasets: dict[str, Any]) -> str:
     """Format the scores as a Markdown table: means ± standard deviations."""
     titles = [title for title, *_ in COLUMNS.values()]
     severities = [f"NLL, severity {k}" for k in SEVERITIES]
     lines = [
-        f"| network | estimator | prior by | {' | '.join(titles + severities)} |",
-        "|---" * (3 + len(titles) + len(severities)) + "|",
+        "| dataset | network | estimator | prior by "
+        f"| {' | '.join(titles + severities)} |",
+        "|---" * (4 + len(titles) + len(severities)) + "|",
     ]
-    for network, rows in networks.items():
-        for label, seeds in rows.items():
-            methods = ["-"] if label == MAP else ["marginal likelihood", "validation"]
-            for index, method in enumerate(methods):
-                runs = [run[index] for run in seeds]
-                cells = []
-                for key, (_, factor, digits) in COLUMNS.items():
-                    if key not in runs[0]:
-                        cells.append("-")
-                        continue
-                    column = factor * np.array([run[key] for run in runs])
-                    cells.append(mean_and_std(column, digits))
-                cells += [mean_and_std(shifted(runs, "nll", k), 3) for k in SEVERITIES]
-                lines.append(
-                    f"| {network} | {label} | {method} | {' | '.join(cells)} |"
-                )
+    cases = [
+        (f"{dataset} | {network} | {label}", label, seeds)
+        for dataset, networks in datasets.items()
+        for network, rows in networks.items()
+        for label, seeds in rows.items()
+    ]
+    for case, label, seeds in cases:
+        methods = ["-"] if label == MAP else ["marginal likelihood", "validation"]
+        for index, method in enumerate(methods):
+            cells = " | ".join(_cells([run[index] for run in seeds]))
+            lines.append(f"| {case} | {method} | {cells} |")
     return "\n".join(lines)
+
+
+def _cells(runs: list[dict[str, Any]]) -> list[str]:
+    cells = []
+    for key, (_, factor, digits) in COLUMNS.items():
+        if key not in runs[0]:
+            cells.append("-")
+            continue
+        column = factor * np.array([run[key] for run in runs])
+        cells.append(mean_and_std(column, digits))
+    return cells + [mean_and_std(shifted(runs, "nll", k), 3) for k in SEVERITIES]
 
 
 def shifted(runs: list[dict[str, Any]], metric: str, severity: int) -> np.ndarray:
@@ -208,13 +222,20 @@ def shifted(runs: list[dict[str, Any]], metric: str, severity: int) -> np.ndarra
     )
 
 
-def write_figure(path: Path, networks: dict[str, Any]) -> None:
+def write_figure(path: Path, datasets: dict[str, Any]) -> None:
     """Draw NLL and ECE against the severity, with the marginal likelihood's prior."""
-    with rc_context(figure_style(ncols=2 * len(networks))):
+    columns = 2 * max(map(len, datasets.values()))
+    ratio = 0.9 * len(datasets)
+    with rc_context(figure_style(columns, height_to_width_ratio=ratio)):
         figure = Figure()
-        panels = figure.subplots(1, 2 * len(networks), squeeze=False)[0]
-        cases = [(n, rows, m) for n, rows in networks.items() for m in ("nll", "ece")]
-        for axis, (network, rows, metric) in zip(panels, cases, strict=True):
+        panels = figure.subplots(len(datasets), columns, squeeze=False)
+        cases = [
+            (f"{network}, {metric.upper()}", rows, metric)
+            for networks in datasets.values()
+            for network, rows in networks.items()
+            for metric in ("nll", "ece")
+        ]
+        for axis, (title, rows, metric) in zip(panels.flat, cases, strict=True):
             for label, seeds in rows.items():
                 runs = [run[0] for run in seeds]
                 own = np.array([run[metric] for run in runs])
@@ -224,9 +245,15 @@ def write_figure(path: Path, networks: dict[str, Any]) -> None:
                 axis.fill_between(
                     [0, *SEVERITIES], mean - std, mean + std, alpha=0.2, lw=0
                 )
-            axis.set(title=f"{network}, {metric.upper()}", xlabel="severity")
+            axis.set(title=title)
+        for row, dataset in zip(panels, datasets, strict=True):
+            row[0].set_ylabel(dataset)
+        for axis in panels[-1]:
+            axis.set_xlabel("severity")
         figure.legend(
-            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6
+            *panels[0, 0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=6,
         )
         figure.savefig(path, dpi=200)
 
@@ -234,23 +261,22 @@ def write_figure(path: Path, networks: dict[str, Any]) -> None:
 def main() -> None:
     """Run the study, and write table, numbers and figure."""
     parser = study_parser(__doc__)
-    parser.add_argument("--networks", nargs="*", default=["MLP", "all-convolutional"])
+    add_problems(parser, ["MLP", "all-convolutional"])
     parser.add_argument("--images", type=int, default=NUM_IMAGES)
     settings = parse(parser)
     if settings.quick:
         settings.networks, settings.images = ["MLP"], 50
     warnings.simplefilter("ignore")
     progress = Progress(settings.out / "pipeline.partial.json")
-    networks = {n: run_network(n, settings, progress) for n in settings.networks}
+    results = run_problems(settings, partial(run_network, progress=progress))
     recorded = {
-        "dataset": DATASET,
-        "other_dataset": OTHER,
+        "other_dataset": {name: OUTSIDE[name] for name in settings.dataset},
         "seeds": settings.seeds,
         "budget": BUDGET,
         "images": settings.images,
     }
-    write_report(settings.out, "pipeline", recorded, networks, table(networks))
-    write_figure(settings.out / "pipeline.png", networks)
+    write_report(settings.out, "pipeline", recorded, results, table(results))
+    write_figure(settings.out / "pipeline.png", results)
     progress.clear()
 
 

@@ -7,8 +7,9 @@ prior precisions at once: the posteriors share an eigenbasis, and so a network's
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import exp, pi
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from laplace_debiased.selection import find_layers
 
 PRIORS = (1.0, 10.0, 31.6, 100.0, 1000.0)
 FIT_BATCH_SIZE = 256
+FULL = "full data"
 QUICK_POINTS = 500
 # small enough for the memory allocator to use the same pages again
 _TEST_BATCH_SIZE = 20
@@ -48,12 +50,19 @@ class Problem:
         train: The training points.
         inputs: Test images.
         labels: Their classes.
+        name: Name of the network.
+        dataset: Name of the data.
     """
 
     model: nn.Module
     train: TensorDataset
     inputs: Tensor
     labels: Tensor
+    name: str
+    dataset: str
+
+    def __str__(self) -> str:
+        return f"{self.dataset}, {self.name}"
 
     @classmethod
     def load(
@@ -65,7 +74,7 @@ class Problem:
         if quick:
             train = TensorDataset(*train[:QUICK_POINTS])
             inputs, labels = inputs[:QUICK_POINTS], labels[:QUICK_POINTS]
-        return cls(model, train, inputs, labels)
+        return cls(model, train, inputs, labels, name, dataset)
 
     def loader(self) -> DataLoader:
         """Return a loader over the training points."""
@@ -140,17 +149,20 @@ def _variances(
     return (squares @ inverses.flatten(1).T).movedim(2, 0)
 
 
-def nlls(problem: Problem, curvature: EigenbasisMatrix) -> list[float]:
-    """Compute the test NLL at each of ``PRIORS``.
+def nlls(
+    problem: Problem, curvature: EigenbasisMatrix, priors: Sequence[float] = PRIORS
+) -> list[float]:
+    """Compute the test NLL at each prior precision.
 
     Args:
         problem: Network and test points.
         curvature: The curvature without prior.
+        priors: Prior precisions.
 
     Returns:
         The NLLs.
     """
-    predictions = glm_probabilities(problem.model, curvature, problem.inputs, PRIORS)
+    predictions = glm_probabilities(problem.model, curvature, problem.inputs, priors)
     return [nll_loss(p.log(), problem.labels).item() for p in predictions]
 
 
@@ -275,7 +287,7 @@ def references(
     Returns:
         Results of ``"kfac"`` and ``"ggn"`` magnitudes, and the factors.
     """
-    path = CHECKPOINTS / "cache" / f"references-{name}.pt"
+    path = CHECKPOINTS / "cache" / f"references-{problem.dataset}-{name}.pt"
     if keep and path.exists():
         results, factors = torch.load(path, weights_only=True)
         return {key: Result(**value) for key, value in results.items()}, factors
@@ -287,3 +299,46 @@ def references(
         plain = {key: asdict(value) for key, value in results.items()}
         torch.save((plain, factors), path)
     return results, factors
+
+
+def full_data(problem: Problem, keep: bool = True) -> KronDebiasedLaplace:
+    """Return full-data K-FAC as one of our posteriors.
+
+    Args:
+        problem: Network and data.
+        keep: As in :func:`references`.
+
+    Returns:
+        The posterior.
+    """
+    _, kfacs = references(problem.name, problem, keep)
+    la, _ = fit(problem, budget=8)
+    vectors = decompose(kfacs)
+    la.H = EigenbasisMatrix(vectors, project(kfacs, vectors))
+    return la
+
+
+# from a problem, a budget and a seed to a fit
+Estimator = Callable[[Problem, int, int], KronDebiasedLaplace]
+
+
+def single_batch(problem: Problem, budget: int, seed: int) -> KronDebiasedLaplace:
+    """Use a uniform mini-batch for directions and magnitudes."""
+    la, _ = fit(problem, budget=budget, seed=seed, sampling="uniform")
+    undo_debiasing(la)
+    return la
+
+
+def debiased(
+    problem: Problem, budget: int, seed: int, **options: str
+) -> KronDebiasedLaplace:
+    """Fit our posterior."""
+    return fit(problem, budget=budget, seed=seed, **options)[0]
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "single batch": single_batch,
+    "two batches": partial(debiased, estimator="two_batch", sampling="uniform"),
+    "default": debiased,
+    "default, ggn": partial(debiased, magnitudes="ggn"),
+}

@@ -58,6 +58,8 @@ QUICK = [
     ("many_classes",),
     ("calibration",),
     ("pipeline",),
+    ("peers",),
+    ("scale",),
     ("full_data_cost",),
 ]
 

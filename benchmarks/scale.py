@@ -1,0 +1,258 @@
+"""Bias and the gain from debiasing against depth, width, classes and data size.
+
+Networks of linear layers, of which one thing is varied at a time. All are trained for
+about as many steps. Up to ten classes are FashionMNIST's, merged; a hundred are pairs
+of MNIST's digits.
+
+    python benchmarks/scale.py --data-root DATA
+
+An interrupted study resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import (
+    Progress,
+    figure_style,
+    mean_and_std,
+    parse,
+    study_parser,
+    write_report,
+)
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from networks import PAIRS, Recipe, accuracy, kept, mlp, problem_data
+from posteriors import ESTIMATORS, Problem, chosen_prior, fit, full_kfac, nlls
+from torch.utils.data import TensorDataset
+
+from laplace_debiased.comparison.data import Data
+
+BUDGET = 128
+FIXED_PRIOR = 10.0
+NUM_DIRECTIONS = 10
+LEARNING_RATE = 2e-3
+ROWS = ("single batch", "two batches", "default")
+AT_FIXED, AT_CHOSEN = f"at {FIXED_PRIOR:g}", "at chosen prior"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network of linear layers with its data.
+
+    Args:
+        depth: Number of hidden layers.
+        width: Units of each.
+        classes: Number of classes.
+        points: Number of training points.
+        visits: Number of times that training visits a point, over all points.
+    """
+
+    depth: int = 2
+    width: int = 64
+    classes: int = 10
+    points: int = 10_000
+    visits: int = 250_000
+
+    @property
+    def dataset(self) -> str:
+        """What it is trained on."""
+        return "fashion-mnist" if self.classes <= 10 else PAIRS
+
+    @property
+    def recipe(self) -> Recipe:
+        """The network, and how it is trained."""
+        inputs = 784 if self.dataset == "fashion-mnist" else 2 * 784
+        build = partial(mlp, [self.width] * self.depth, inputs, self.classes)
+        return Recipe(build, self.visits // self.points, LEARNING_RATE)
+
+    def problem(self, data_root: Path) -> Problem:
+        """Load the data, and the network; train it if it is not in the cache."""
+        train, inputs, labels = self._data(data_root)
+        name = "scale-" + "-".join(map(str, asdict(self).values()))
+        # pairs cannot be mirrored: that would exchange their digits
+        model = kept(name, self.recipe, train, mirror=self.dataset != PAIRS)
+        return Problem(model, train, inputs, labels, name, self.dataset)
+
+    def _data(self, data_root: Path) -> Data:
+        train, inputs, labels = problem_data(self.dataset, data_root)
+        X, y = train[: self.points]
+        return Data(TensorDataset(X, y % self.classes), inputs, labels % self.classes)
+
+
+VARIATIONS = {
+    "depth": (1, 2, 3, 4),
+    "width": (16, 32, 64, 128, 256),
+    "classes": (2, 5, 10, 100),
+    "points": (1000, 3000, 10_000, 50_000),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Measures one network.
+
+    Args:
+        problem: The network with its data.
+        num_seeds: Number of draws.
+    """
+
+    problem: Problem
+    num_seeds: int
+
+    @cached_property
+    def full(self) -> dict[str, Any]:
+        """The full-data fit."""
+        la, _, _ = full_kfac(self.problem)
+        priors = (FIXED_PRIOR, chosen_prior(la))
+        return {"priors": priors, "nll": nlls(self.problem, la.H, priors)}
+
+    def run(self) -> dict[str, Any]:
+        """Measure all estimators and the bias, with all draws."""
+        model, inputs, labels, seeds = (
+            self.problem.model,
+            self.problem.inputs,
+            self.problem.labels,
+            range(self.num_seeds),
+        )
+        return {
+            "accuracy": accuracy(model, inputs, labels),
+            "num_params": sum(p.numel() for p in self.problem.params()),
+            "full": self.full,
+            "gap": {
+                label: [self._gap(label, seed) for seed in seeds] for label in ROWS
+            },
+            "bias": [self._bias(seed) for seed in seeds],
+        }
+
+    def _gap(self, label: str, seed: int) -> list[float]:
+        """NLL above full data in percent, at the fixed prior and the chosen one."""
+        la = ESTIMATORS[label](self.problem, BUDGET, seed)
+        nll = nlls(self.problem, la.H, self.full["priors"])
+        return (100 * (np.divide(nll, self.full["nll"]) - 1)).tolist()
+
+    def _bias(self, seed: int) -> float:
+        """Curvature of the points that gave the top directions, over held-out ones."""
+        la, _ = fit(self.problem, budget=BUDGET, seed=seed, sampling="uniform")
+        report = la.bias_report(num_directions=NUM_DIRECTIONS)
+        return report.curvature.top_ratio(NUM_DIRECTIONS)
+
+
+def run(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Measure all variations."""
+    base, variations = Case(), VARIATIONS
+    if settings.quick:
+        base = Case(depth=1, width=8, points=1000, visits=1000)
+        variations = {"width": (8, 16), "points": (500, 1000)}
+
+    def measure(case: Case) -> dict[str, Any]:
+        return Study(case.problem(settings.data_root), settings.seeds).run()
+
+    results: dict[str, Any] = {}
+    for name, values in variations.items():
+        for value in values:
+            case = replace(base, **{name: value})
+            result = progress.run(str(case), partial(measure, case))
+            results.setdefault(name, {})[str(value)] = result
+            own = {name: {str(value): result}}
+            print(table(own).splitlines()[-1], flush=True)
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """Format gaps and bias as a Markdown table."""
+    gaps = [f"{row}, {prior}" for prior in (AT_FIXED, AT_CHOSEN) for row in ROWS]
+    lines = [
+        "| varied | value | parameters | accuracy % | curvature, own / held-out "
+        f"| chosen prior | {' | '.join(gaps)} |",
+        "|---" * (6 + len(gaps)) + "|",
+    ]
+    for name, values in results.items():
+        for value, result in values.items():
+            cells = [
+                f"{result['num_params']:,}",
+                f"{100 * result['accuracy']:.1f}",
+                mean_and_std(np.array(result["bias"]), 2),
+                f"{result['full']['priors'][1]:.1f}",
+                *(
+                    mean_and_std(gap(result, row, prior), 1)
+                    for prior in (0, 1)
+                    for row in ROWS
+                ),
+            ]
+            lines.append(f"| {name} | {int(value):,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gap(result: dict[str, Any], row: str, prior: int) -> np.ndarray:
+    """Return an estimator's gaps at a prior precision: ``[seeds]``."""
+    return np.array(result["gap"][row])[:, prior]
+
+
+def write_figure(path: Path, results: dict[str, Any]) -> None:
+    """Draw gaps at the fixed prior precision above the bias, a column for each factor.
+
+    Args:
+        path: Where to write the figure.
+        results: Results of each value of each factor.
+    """
+    with rc_context(figure_style(ncols=len(results), height_to_width_ratio=1.8)):
+        figure = Figure()
+        panels = figure.subplots(2, len(results), sharex="col", sharey="row")
+        for (upper, lower), (name, values) in zip(
+            panels.T, results.items(), strict=True
+        ):
+            for row in ROWS:
+                _draw(upper, values, [gap(r, row, 0) for r in values.values()], row)
+            bias = [np.array(result["bias"]) for result in values.values()]
+            _draw(lower, values, bias, "bias", color="black")
+            lower.set(xlabel=name)
+        panels[0, 0].set_ylabel(f"test NLL above full data\n{AT_FIXED} (%)")
+        panels[1, 0].set_ylabel("curvature,\nown / held-out")
+        figure.legend(
+            *panels[0, 0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=len(ROWS),
+        )
+        figure.savefig(path, dpi=200)
+
+
+def _draw(
+    axis: Axes, values: dict[str, Any], runs: list[np.ndarray], label: str, **style: str
+) -> None:
+    numbers = [int(value) for value in values]
+    means, stds = np.mean(runs, 1), np.std(runs, 1)
+    axis.errorbar(numbers, means, stds, fmt=".-", label=label, **style)
+    axis.set_xscale("log")
+    axis.set_xticks(numbers, [f"{number:,}" for number in numbers])
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def main() -> None:
+    """Run the study, and write table, numbers and figure."""
+    settings = parse(study_parser(__doc__))
+    warnings.simplefilter("ignore")
+    progress = Progress(settings.out / "scale.partial.json")
+    results = run(settings, progress)
+    recorded = {
+        "base": asdict(Case()),
+        "seeds": settings.seeds,
+        "budget": BUDGET,
+        "directions": NUM_DIRECTIONS,
+    }
+    write_report(settings.out, "scale", recorded, results, table(results))
+    write_figure(settings.out / "scale.png", results)
+    progress.clear()
+
+
+if __name__ == "__main__":
+    main()
