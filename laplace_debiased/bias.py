@@ -31,6 +31,7 @@ from laplace_debiased.derivatives import directional_derivatives
 from laplace_debiased.eigenbasis import project, spectrum
 from laplace_debiased.eigenspace import top_eigenspace
 from laplace_debiased.output_curvature import Loss
+from laplace_debiased.ranks import rank_figure, rank_ranges, save
 from laplace_debiased.sampling import draw_uniformly, loader_over
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 DIRECTIONS = ("eigenvectors", "cg")
 TOLERATED_RATIO = 1.1
 _NUM_RESAMPLES = 1000
-_RANKS = (1, 5, 10, 20, 50, 100)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class BiasReport:
         for name, values in (("slope", self.slope), ("curvature", self.curvature)):
             if values is None:
                 continue
-            for first, last in _ranges(len(values.own)):
+            for first, last in rank_ranges(len(values.own)):
                 ranks = slice(first - 1, last)
                 own, others, overall = (
                     part[..., ranks].mean().item()
@@ -167,14 +167,9 @@ class BiasReport:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("`plot` needs matplotlib: install it.") from error
         parts = [("slope", self.slope), ("curvature", self.curvature)]
         parts = [(name, values) for name, values in parts if values is not None]
-        figure = Figure(figsize=(6, 2.6 * len(parts)), layout="constrained")
-        panels = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
+        figure, panels = rank_figure(len(parts))
         for axis, (name, values) in zip(panels, parts, strict=True):
             ranks = range(1, len(values.own) + 1)
             others = values.others.cpu()
@@ -193,15 +188,7 @@ class BiasReport:
             axis.set(ylabel=name, yscale="log" if positive else "linear")
         panels[-1].set_xlabel(f"rank of the direction ({self.directions})")
         panels[0].legend()
-        if path is not None:
-            figure.savefig(path, dpi=200)
-        return figure
-
-
-def _ranges(count: int) -> list[tuple[int, int]]:
-    """Ranges of ranks, ``(first, last)``, counted from one."""
-    ends = [rank for rank in _RANKS if rank < count] + [count]
-    return [(a + 1, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        return save(figure, path)
 
 
 def bias_report(
