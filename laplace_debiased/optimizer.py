@@ -227,7 +227,7 @@ class DebiasedCG(Optimizer):
         )
         if judge is not first and result.num_iterations:
             slopes, curvatures = judge.along(result.directions, result.start)
-            result = rescale(result, -slopes, curvatures, group["subspace"])
+            result = rescale(result, slopes, curvatures, group["subspace"])
         change = result.solution
         if not change.isfinite().all():
             raise ValueError("The step is not finite: it was not made.")
