@@ -70,7 +70,7 @@ def measure(
     def plain(values: Comparison) -> dict[str, Any]:
         return {
             name: getattr(values, name).tolist()
-            for name in ("own", "others", "overall", "interval")
+            for name in ("own", "others", "overall")
         }
 
     return {"curvature": plain(report.curvature), "slope": plain(report.slope)}

@@ -37,7 +37,8 @@ def top_eigenspace(
     """Compute the top eigenspace by Lanczos iterations.
 
     Args:
-        operator: A symmetric curvlinops operator ``[D, D]``.
+        operator: A symmetric curvlinops operator ``[D, D]``. If its network has batch
+            statistics or dropout, they must have been in eval mode when it was built.
         k: Number of eigenvectors, less than D.
         tol: Relative tolerance for the eigenvalues.
         seed: Seed of the start vector.
