@@ -30,6 +30,7 @@ from laplace_debiased.curvature import (
 from laplace_debiased.derivatives import directional_derivatives
 from laplace_debiased.eigenbasis import project, spectrum
 from laplace_debiased.eigenspace import top_eigenspace
+from laplace_debiased.gram import gram_eigenspace, gram_is_cheaper
 from laplace_debiased.guard import check_repeatable
 from laplace_debiased.output_curvature import Loss
 from laplace_debiased.ranks import rank_figure, rank_ranges, save
@@ -326,14 +327,18 @@ def _directions(
         raise ValueError(
             f"`curvature` must be one of {list(of_kind)}, got {curvature!r}."
         )
-    operator = of_kind[curvature](
-        model_func, loss_func, params, batch, check_deterministic=False
-    )
-    if kind == "eigenvectors":
-        space = top_eigenspace(
-            operator, count, tol=tol, seed=seed, progressbar=progressbar
-        )
-        return space.eigenvectors
+    lanczos = {"tol": tol, "seed": seed, "progressbar": progressbar}
+    of_model = model_func, loss_func, params, batch
+    eigenvectors = kind == "eigenvectors"
+    if (
+        eigenvectors
+        and curvature == "ggn"
+        and gram_is_cheaper(model_func, params, batch, count)
+    ):
+        return gram_eigenspace(*of_model, count, **lanczos).eigenvectors
+    operator = of_kind[curvature](*of_model, check_deterministic=False)
+    if eigenvectors:
+        return top_eigenspace(operator, count, **lanczos).eigenvectors
     gradient = parameters_to_vector(
         [
             sum(parts)
