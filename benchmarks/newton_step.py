@@ -17,7 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Progress, figure_style, parse, study_parser, write_report
+from common import (
+    Progress,
+    figure_style,
+    mean_and_std,
+    parse,
+    study_parser,
+    write_report,
+)
 from curvlinops import GGNLinearOperator
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -34,7 +41,7 @@ WIDTH = 8
 SHOWN_DAMPING = 1e-2
 METHODS = ("single batch", "debiased", "debiased, subspace")
 # a loss of all points takes two seconds: not all iterates have one
-EVALUATED = (0, 1, 2, 4, 7, 12, 20)
+EVALUATED = (0, 1, 2, 4, 8, 20)
 
 
 # number of training points that a network has seen, once each
@@ -130,16 +137,24 @@ def run(settings: argparse.Namespace, progress: Progress) -> list[dict[str, Any]
         model = half_trained(settings.data_root, STAGES[stage])
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randperm(len(X), generator=generator)[:size]
-        curves = {}
         results = steps(model, X[drawn], y[drawn], damping, settings.iterations)
-        for method, result in results.items():
-            # after convergence the last iterate stays
-            shown = torch.tensor(evaluated(settings.iterations))
-            iterates = result.iterates[:, shown.clamp(max=result.num_iterations)]
-            judges = X[: settings.points], y[: settings.points]
-            losses, _ = evaluate(model, iterates, *judges)
-            test = evaluate(model, iterates, data.test_inputs, data.test_labels)
-            curves[method] = {"loss": losses, "accuracy": test[1]}
+        judges = {
+            "loss": (X[: settings.points], y[: settings.points]),
+            "accuracy": (data.test_inputs, data.test_labels),
+        }
+        # all begin at the same point, and after convergence the last iterate stays
+        _, *shown = evaluated(settings.iterations)
+        at = [
+            result.iterates[:, [min(k, result.num_iterations) for k in shown]]
+            for result in results.values()
+        ]
+        iterates = torch.cat([next(iter(results.values())).start[:, None], *at], 1)
+        curves: dict[str, dict[str, list[float]]] = {method: {} for method in results}
+        for position, (quantity, points) in enumerate(judges.items()):
+            first, *others = evaluate(model, iterates, *points)[position]
+            for k, method in enumerate(results):
+                part = others[k * len(shown) : (k + 1) * len(shown)]
+                curves[method][quantity] = [first, *part]
         return curves
 
     rows = []
@@ -180,8 +195,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         digits = [3, 3, 3, 1, 1, 1]
         cells = [
-            f"{column.mean():.{d}f} ± {column.std(ddof=1):.{d}f}"
-            for column, d in zip(columns, digits, strict=True)
+            mean_and_std(column, d) for column, d in zip(columns, digits, strict=True)
         ]
         lines.append(
             f"| {row['stage']} | {row['damping']:g} | {row['size']} "
