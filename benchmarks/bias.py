@@ -6,12 +6,14 @@ batch size, training progress, width and depth.
     python benchmarks/bias.py directions --data-root DATA
     python benchmarks/bias.py dependence --data-root DATA
 
-An interrupted study resumes where it stopped.
+An interrupted study resumes where it stopped. ``--redraw`` writes table and figure of
+recorded numbers again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -35,8 +37,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from networks import (
     CHECKPOINTS,
+    IMAGES,
+    Images,
     Recipe,
-    all_convolutional,
     mlp,
     problem_data,
     train,
@@ -49,7 +52,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from laplace_debiased import bias_report
 from laplace_debiased.bias import BiasReport, Comparison
 
-DATASET = "fashion-mnist"
 KINDS = ("eigenvectors", "cg")
 MAX_ITERATIONS = 30
 
@@ -70,7 +72,7 @@ def measure(
     def plain(values: Comparison) -> dict[str, Any]:
         return {
             name: getattr(values, name).tolist()
-            for name in ("own", "others", "overall", "interval")
+            for name in ("own", "others", "overall")
         }
 
     return {"curvature": plain(report.curvature), "slope": plain(report.slope)}
@@ -96,25 +98,12 @@ def mean_over_seeds(runs: list[dict[str, Any]], quantity: str, part: str) -> np.
     return values.reshape(-1, values.shape[-1]).mean(0)
 
 
-def kept(name: str, recipe: Recipe, points: TensorDataset) -> nn.Module:
-    """Train a network, and keep it."""
-    path = CHECKPOINTS / "cache" / f"{name}.pt"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        model, _ = train(recipe, *points.tensors, 0, mirror=True)
-        torch.save(model.state_dict(), path)
-    model = recipe.build().eval()
-    model.load_state_dict(torch.load(path, weights_only=True))
-    return model
-
-
 def run_directions(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Measure slopes and curvatures along both kinds of directions."""
-    points = problem_data(DATASET, settings.data_root).train
-    narrow = Recipe(partial(all_convolutional, 8), 0 if settings.quick else 10, 4e-3)
+    points = problem_data(settings.dataset, settings.data_root).train
     networks = {
-        "all-convolutional": kept(f"8-1-{narrow.epochs}", narrow, points),
-        "MLP": trained("MLP", DATASET, settings.data_root),
+        name: trained(name, settings.dataset, settings.data_root)
+        for name in settings.networks
     }
     results: dict[str, Any] = {}
     for (network, model), kind in product(networks.items(), KINDS):
@@ -235,10 +224,22 @@ class Case:
     width: int = 64
     depth: int = 2
 
-    def network(self, points: TensorDataset) -> nn.Module:
+    def network(self, points: TensorDataset, dataset: str) -> nn.Module:
         """Train the network, and keep it."""
-        recipe = Recipe(partial(mlp, [self.width] * self.depth), self.epochs, 2e-3)
-        return kept(f"mlp-{self.width}-{self.depth}-{self.epochs}", recipe, points)
+        name = f"mlp-{self.width}-{self.depth}-{self.epochs}.pt"
+        path = CHECKPOINTS / "cache" / dataset / name
+        recipe = Recipe(partial(self._build, IMAGES[dataset]), self.epochs, 2e-3)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            model, _ = train(recipe, *points.tensors, 0, mirror=True)
+            torch.save(model.state_dict(), path)
+        model = recipe.build().eval()
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model
+
+    def _build(self, images: Images) -> nn.Module:
+        widths = [self.width] * self.depth
+        return mlp(widths, images.channels * images.size**2, images.classes)
 
 
 VARIATIONS = {
@@ -251,13 +252,13 @@ VARIATIONS = {
 
 def run_dependence(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Measure the bias of the top directions under all variations."""
-    points = problem_data(DATASET, settings.data_root).train
+    points = problem_data(settings.dataset, settings.data_root).train
     base, variations = Case(), VARIATIONS
     if settings.quick:
         base, variations = Case(epochs=0), {"batch size": ("batch_size", (64, 128))}
 
     def run(case: Case) -> list[dict]:
-        model = case.network(points)
+        model = case.network(points, settings.dataset)
         return [
             typical(
                 measure(
@@ -299,21 +300,38 @@ def mean_ratios(runs: list[dict[str, Any]]) -> list[float]:
     return [float(gmean(np.divide(run["own"], run["others"]))) for run in runs]
 
 
-def trend(values: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
-    """Fit the exponent of the ratio's excess over one, with its standard error.
+def mean_excess(values: dict[str, list[dict[str, Any]]]) -> np.ndarray:
+    """Return the ratio's excess over one: ``[settings, seeds]``."""
+    return np.array([mean_ratios(runs) for runs in values.values()]) - 1
 
-    NaN if there are not two values with an excess.
+
+def exponent(numbers: np.ndarray, excess: np.ndarray) -> float:
+    """Fit the exponent of the seeds' mean excess over one; NaN if one is not positive.
+
+    Args:
+        numbers: What is varied ``[settings]``, positive.
+        excess: Excess ``[settings, seeds]``.
     """
-    points = [
-        (float(value), ratio - 1)
-        for value, runs in values.items()
-        for ratio in mean_ratios(runs)
-        if float(value) > 0 and ratio > 1
-    ]
-    if len({value for value, _ in points}) < 2:
-        return float("nan"), float("nan")
-    fit = linregress(*np.log(np.array(points)).T)
-    return fit.slope, fit.stderr
+    means = excess.mean(1)
+    if (means <= 0).any():
+        return float("nan")
+    return linregress(np.log(numbers), np.log(means)).slope
+
+
+def trend(values: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
+    """Fit the exponent of the excess, with its standard error over the seeds.
+
+    Each setting's excess is the mean over the seeds, whether these are positive or not.
+    The error is the jackknife's, which leaves one seed out of all settings at a time;
+    that the trend may not be a power is not in it. NaN if a mean is not positive.
+    """
+    numbers, excess = np.array([float(v) for v in values]), mean_excess(values)
+    numbers, excess = numbers[numbers > 0], excess[numbers > 0]
+    seeds = excess.shape[1]
+    if seeds == 1:
+        return exponent(numbers, excess), float("nan")
+    left_out = [exponent(numbers, np.delete(excess, k, 1)) for k in range(seeds)]
+    return exponent(numbers, excess), np.sqrt(seeds - 1) * np.std(left_out)
 
 
 def dependence_table(results: dict[str, Any]) -> str:
@@ -324,12 +342,14 @@ def dependence_table(results: dict[str, Any]) -> str:
     ]
     for label, values in results.items():
         slope, error = trend(values)
+        fit = f"{slope:.2f} ± {error:.2f}"
+        means = mean_excess(values).mean(1)
+        none = [v for v, mean in zip(values, means, strict=True) if mean <= 0]
+        if none:
+            fit = f"none: no excess at {', '.join(none)}"
         for value, runs in values.items():
-            ratios = mean_ratios(runs)
-            lines.append(
-                f"| {label} | {value} | {np.mean(ratios):.2f} ± "
-                f"{np.std(ratios, ddof=1):.2f} | {slope:.2f} ± {error:.2f} |"
-            )
+            ratios = mean_and_std(np.array(mean_ratios(runs)), 2)
+            lines.append(f"| {label} | {value} | {ratios} | {fit} |")
     return "\n".join(lines)
 
 
@@ -339,25 +359,23 @@ def dependence_figure(path: Path, results: dict[str, Any]) -> None:
         figure = Figure()
         panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
         for axis, (label, values) in zip(panels, results.items(), strict=True):
-            numbers = [float(value) for value in values]
+            numbers, excess = np.array([float(v) for v in values]), mean_excess(values)
             shift = 0.5 if min(numbers) == 0 else 0.0
-            excess = np.array([mean_ratios(runs) for runs in values.values()]) - 1
-            axis.errorbar(
-                np.array(numbers) + shift,
-                excess.mean(1),
-                excess.std(1, ddof=1),
-                fmt="o",
-            )
+            means, spread = excess.mean(1), excess.std(1)
+            axis.errorbar(numbers + shift, means, spread, fmt="o")
             slope, _ = trend(values)
-            known = np.array([number for number in numbers if number > 0])
-            means = excess.mean(1)[[number > 0 for number in numbers]]
-            level = np.exp(np.mean(np.log(means) - slope * np.log(known)))
-            trend_line = level * known**slope
-            axis.plot(known + shift, trend_line, "--", label=f"exponent {slope:.2f}")
+            if np.isfinite(slope):
+                known = numbers > 0
+                logs = np.log(numbers[known])
+                line = np.exp(
+                    slope * (logs - logs.mean()) + np.log(means[known]).mean()
+                )
+                label_of_line = f"exponent {slope:.2f}"
+                axis.plot(numbers[known] + shift, line, "--", label=label_of_line)
+                axis.legend()
             axis.set(xscale="log", yscale="log", xlabel=label)
-            axis.set_xticks(np.array(numbers) + shift, list(values))
+            axis.set_xticks(numbers + shift, list(values))
             axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.legend()
         panels[0].set_ylabel("curvature,\nown / others $-$ 1")
         figure.savefig(path, dpi=200)
 
@@ -385,6 +403,16 @@ def main() -> None:
         default=6000,
         help="how many stand for all data, the mini-batches among them",
     )
+    parser.add_argument("--dataset", choices=IMAGES, default="fashion-mnist")
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        default=["all-convolutional", "MLP"],
+        help="of the study of directions, by the names of benchmarks/networks.py",
+    )
+    parser.add_argument(
+        "--redraw", action="store_true", help="write table and figure alone"
+    )
     settings = parse(parser)
     if settings.quick:
         settings.directions, settings.points = 4, 700
@@ -392,10 +420,17 @@ def main() -> None:
     warnings.simplefilter("ignore")
     run, table, figure = STUDIES[settings.study]
     name = f"bias_{settings.study}"
+    if settings.dataset != parser.get_default("dataset"):
+        name += f"_{settings.dataset}"
+    if settings.redraw:
+        results = json.loads((settings.out / f"{name}.json").read_text())["results"]
+        (settings.out / f"{name}.md").write_text(table(results) + "\n")
+        figure(settings.out / f"{name}.png", results)
+        return
     progress = Progress(settings.out / f"{name}.partial.json")
     results = run(settings, progress)
     recorded = {
-        "dataset": DATASET,
+        "dataset": settings.dataset,
         "batch_size": settings.batch_size,
         "base": asdict(Case()),
         "seeds": settings.seeds,

@@ -19,6 +19,7 @@ from laplace_debiased.operator import DebiasedKFACLinearOperator
 from laplace_debiased.optimizer import DebiasedCG
 from laplace_debiased.sampling import draw
 from laplace_debiased.scores import curvature_scores
+from laplace_debiased.spectra import EigenspaceComparison, compare_eigenspaces
 
 __all__ = [
     "BiasReport",
@@ -27,11 +28,13 @@ __all__ = [
     "DebiasedKFACLinearOperator",
     "DirectionalDerivatives",
     "EigenbasisMatrix",
+    "EigenspaceComparison",
     "KronDebiasedLLLaplace",
     "KronDebiasedLaplace",
     "Laplace",
     "bias_report",
     "cg",
+    "compare_eigenspaces",
     "curvature_scores",
     "debiased_cg",
     "directional_derivatives",

@@ -30,7 +30,10 @@ from laplace_debiased.curvature import (
 from laplace_debiased.derivatives import directional_derivatives
 from laplace_debiased.eigenbasis import project, spectrum
 from laplace_debiased.eigenspace import top_eigenspace
+from laplace_debiased.gram import gram_eigenspace, gram_is_cheaper
+from laplace_debiased.guard import check_repeatable
 from laplace_debiased.output_curvature import Loss
+from laplace_debiased.ranks import rank_figure, rank_ranges, save
 from laplace_debiased.sampling import draw_uniformly, loader_over
 
 if TYPE_CHECKING:
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
 DIRECTIONS = ("eigenvectors", "cg")
 TOLERATED_RATIO = 1.1
 _NUM_RESAMPLES = 1000
-_RANKS = (1, 5, 10, 20, 50, 100)
 
 
 @dataclass(frozen=True)
@@ -50,24 +52,44 @@ class Comparison:
         own: On the mini-batch that gave the directions, ``[K]``.
         others: On other mini-batches, ``[batches, K]``.
         overall: On all data ``[K]``.
-        interval: Bounds of the 95 % bootstrap interval of ``own / overall`` ``[2, K]``,
-            over the examples of ``overall``, given those of ``own``; None if they are
-            not known.
+        resampled: On bootstrap samples of all data ``[samples, K]``; None if there are
+            none.
     """
 
     own: Tensor
     others: Tensor
     overall: Tensor
-    interval: Tensor | None = None
+    resampled: Tensor | None = None
 
     @property
     def ratio(self) -> Tensor:
         """How often the mini-batch has what all data have, ``[K]``."""
         return self.own / self.overall
 
-    def top_ratio(self, count: int) -> float:
-        """Ratio of the sums over the first directions."""
-        return (self.own[:count].sum() / self.overall[:count].sum()).item()
+    @property
+    def interval(self) -> Tensor | None:
+        """Bounds of the 95 % bootstrap interval of the ratio ``[2, K]``.
+
+        It is over the examples of all data, given those of the mini-batch.
+        """
+        if self.resampled is None:
+            return None
+        return _bounds(self.own / self.resampled)
+
+    def group_ratio(self, ranks: slice) -> float:
+        """Ratio of the means over some directions."""
+        return (self.own[ranks].sum() / self.overall[ranks].sum()).item()
+
+    def group_interval(self, ranks: slice) -> tuple[float, float] | None:
+        """Bounds of the 95 % bootstrap interval of :meth:`group_ratio`."""
+        if self.resampled is None:
+            return None
+        low, high = _bounds(self.own[ranks].sum() / self.resampled[:, ranks].sum(1))
+        return low.item(), high.item()
+
+
+def _bounds(samples: Tensor) -> Tensor:
+    return samples.quantile(samples.new_tensor([0.025, 0.975]), dim=0)
 
 
 @dataclass(frozen=True)
@@ -102,7 +124,7 @@ class BiasReport:
         Returns:
             The number of points, with those that give no directions.
         """
-        excess = self.curvature.top_ratio(count) - 1
+        excess = self.curvature.group_ratio(slice(count)) - 1
         budget = self.num_points / self.direction_share
         return max(1, ceil(budget * excess / (TOLERATED_RATIO - 1)))
 
@@ -116,7 +138,7 @@ class BiasReport:
             The sentence.
         """
         count = min(count, len(self.curvature.own))
-        ratio = self.curvature.top_ratio(count)
+        ratio = self.curvature.group_ratio(slice(count))
         message = (
             f"Along their top {count} {self.directions}, {self.num_points} points have "
             f"{ratio:.1f} times the curvature of {self.reference}"
@@ -137,18 +159,17 @@ class BiasReport:
         for name, values in (("slope", self.slope), ("curvature", self.curvature)):
             if values is None:
                 continue
-            for first, last in _ranges(len(values.own)):
+            for first, last in rank_ranges(len(values.own)):
                 ranks = slice(first - 1, last)
                 own, others, overall = (
                     part[..., ranks].mean().item()
                     for part in (values.own, values.others, values.overall)
                 )
-                ratio = f"{own / overall:.2f}"
+                ratio = f"{values.group_ratio(ranks):.2f}"
                 # slopes regress to zero, where ratios have no bounds
-                if name == "curvature" and values.interval is not None:
-                    low, high = values.interval[:, ranks].mean(1).tolist()
-                    ratio = f"{values.ratio[ranks].mean():.2f}"
-                    ratio += f" ({low:.2f} to {high:.2f})"
+                interval = values.group_interval(ranks) if name == "curvature" else None
+                if interval is not None:
+                    ratio += " ({:.2f} to {:.2f})".format(*interval)
                 lines.append(
                     f"| {name} | {first} to {last} | {own:.3g} | {others:.3g} "
                     f"| {overall:.3g} | {ratio} |"
@@ -167,14 +188,9 @@ class BiasReport:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("`plot` needs matplotlib: install it.") from error
         parts = [("slope", self.slope), ("curvature", self.curvature)]
         parts = [(name, values) for name, values in parts if values is not None]
-        figure = Figure(figsize=(6, 2.6 * len(parts)), layout="constrained")
-        panels = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
+        figure, panels = rank_figure(len(parts))
         for axis, (name, values) in zip(panels, parts, strict=True):
             ranks = range(1, len(values.own) + 1)
             others = values.others.cpu()
@@ -193,15 +209,7 @@ class BiasReport:
             axis.set(ylabel=name, yscale="log" if positive else "linear")
         panels[-1].set_xlabel(f"rank of the direction ({self.directions})")
         panels[0].legend()
-        if path is not None:
-            figure.savefig(path, dpi=200)
-        return figure
-
-
-def _ranges(count: int) -> list[tuple[int, int]]:
-    """Ranges of ranks, ``(first, last)``, counted from one."""
-    ends = [rank for rank in _RANKS if rank < count] + [count]
-    return [(a + 1, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        return save(figure, path)
 
 
 def bias_report(
@@ -224,7 +232,8 @@ def bias_report(
     """Measure how biased a mini-batch is along the directions that it gives.
 
     Args:
-        model_func: The neural network.
+        model_func: The neural network; layers with batch statistics or dropout must be
+            in eval mode.
         loss_func: The loss, with reduction ``"mean"`` or ``"sum"``; values are those of
             a mean over examples, of whatever the loss sums over in each.
         params: The parameters.
@@ -246,8 +255,10 @@ def bias_report(
         The report.
 
     Raises:
-        ValueError: If an argument is out of range or not supported.
+        ValueError: If an argument is out of range or not supported, or the network
+            mixes examples or is random.
     """
+    check_repeatable(model_func)
     if directions not in DIRECTIONS:
         raise ValueError(
             f"`directions` must be one of {list(DIRECTIONS)}, got {directions!r}."
@@ -316,14 +327,18 @@ def _directions(
         raise ValueError(
             f"`curvature` must be one of {list(of_kind)}, got {curvature!r}."
         )
-    operator = of_kind[curvature](
-        model_func, loss_func, params, batch, check_deterministic=False
-    )
-    if kind == "eigenvectors":
-        space = top_eigenspace(
-            operator, count, tol=tol, seed=seed, progressbar=progressbar
-        )
-        return space.eigenvectors
+    lanczos = {"tol": tol, "seed": seed, "progressbar": progressbar}
+    of_model = model_func, loss_func, params, batch
+    eigenvectors = kind == "eigenvectors"
+    if (
+        eigenvectors
+        and curvature == "ggn"
+        and gram_is_cheaper(model_func, params, batch, count)
+    ):
+        return gram_eigenspace(*of_model, count, **lanczos).eigenvectors
+    operator = of_kind[curvature](*of_model, check_deterministic=False)
+    if eigenvectors:
+        return top_eigenspace(operator, count, **lanczos).eigenvectors
     gradient = parameters_to_vector(
         [
             sum(parts)
@@ -394,13 +409,11 @@ def _compare(
         torch.ones(_NUM_RESAMPLES, len(contributions)), generator=generator
     ).to(contributions)
     counts *= weights
-    resampled = counts @ contributions / counts.sum(1, keepdim=True)
-    quantiles = torch.tensor([0.025, 0.975]).to(contributions)
     return Comparison(
         own,
         torch.stack(others),
         weights @ contributions / num_data,
-        (own / resampled).quantile(quantiles, dim=0),
+        counts @ contributions / counts.sum(1, keepdim=True),
     )
 
 
@@ -410,7 +423,9 @@ def kfac_bias(
     """Compare folds of points along the eigenvectors of each other's K-FAC.
 
     The directions that some folds give are judged by those folds themselves, and by
-    the held-out one; it takes no further pass over any data.
+    the held-out one; it takes no further pass over any data. There are no intervals:
+    the curvatures are products of two factors, which are sums over a fold's points that
+    are not kept apart, and two folds are too few to resample.
 
     Args:
         curvature: K-FAC's factors of each fold.

@@ -4,8 +4,9 @@ Conjugate gradients on a mini-batch quadratic :math:`\frac12 x^\top A x - b^\top
 choose directions along which *this* batch is steep. On another batch the slope is less
 extreme (regression to the mean), and the curvature differs, so that the steps are too
 long. Debiased conjugate gradients take the directions :math:`d_k` from one batch and
-measure slopes :math:`d_k^\top \tilde r` and curvatures :math:`d_k^\top \tilde A d_k` on
-another (Tatzel et al., 2024, arXiv 2410.14325, Section 4.1).
+measure slopes :math:`d_k^\top (\tilde A x - \tilde b)` at the start x, and curvatures
+:math:`d_k^\top \tilde A d_k`, on another (Tatzel et al., 2024, arXiv 2410.14325,
+Section 4.1).
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ class CGResult:
         directions: Search directions as columns ``[D, K]``.
         coefficients: Coefficients of the directions in each iterate, ``[K, K]``: row k
             belongs to iterate k + 1.
-        slopes: Negative slope along each direction ``[K]``.
-        curvatures: Curvature along each direction ``[K]``.
+        slopes: Slope along each direction ``[K]``, negative where it leads downhill. It
+            is that at the start, which for conjugate directions is that at the iterate.
+        curvatures: Curvature along each direction ``[K]``. A step along a direction is
+            minus slope over curvature.
         termination: ``"converged"``, ``"maximum number of iterations"`` or
             ``"non-positive curvature"``.
     """
@@ -137,8 +140,8 @@ def cg(
         if curvature <= 0:
             termination = NON_POSITIVE
             break
-        slope = direction @ residual
-        residual = residual - (slope / curvature) * product
+        slope = -direction @ residual
+        residual = residual + (slope / curvature) * product
         directions.append(direction)
         products.append(product)
         slopes.append(slope)
@@ -151,7 +154,7 @@ def cg(
     return CGResult(
         start,
         torch.stack(directions, 1) if directions else b.new_zeros(len(b), 0),
-        _each_after_the_other(slopes / curvatures),
+        _each_after_the_other(-slopes / curvatures),
         slopes,
         curvatures,
         termination,
@@ -191,12 +194,12 @@ def debiased_cg(
     """
     biased = cg(A, b, x0, **options)
     directions = biased.directions
-    residual = b_other if x0 is None else b_other - A_other @ x0
+    gradient = -b_other if x0 is None else A_other @ x0 - b_other
     if biased.num_iterations == 0:
         return biased
     return rescale(
         biased,
-        directions.T @ residual,
+        directions.T @ gradient,
         directions.T @ (A_other @ directions),
         subspace,
     )
@@ -209,7 +212,7 @@ def rescale(
 
     Args:
         result: From :func:`cg`.
-        slopes: Negative slope along each direction at the start, ``[K]``.
+        slopes: Slope along each direction at the start, ``[K]``.
         curvatures: Curvature along each direction ``[K]``, or between all directions
             ``[K, K]``.
         subspace: Whether to solve for all coefficients together; needs ``[K, K]``.
@@ -223,7 +226,7 @@ def rescale(
         coefficients, complete = _subspace_coefficients(slopes, curvatures)
     else:
         positive = diagonal > 0
-        steps = torch.where(positive, slopes / torch.where(positive, diagonal, 1.0), 0)
+        steps = torch.where(positive, -slopes / torch.where(positive, diagonal, 1.0), 0)
         coefficients, complete = _each_after_the_other(steps), bool(positive.all())
     return CGResult(
         result.start,
@@ -248,6 +251,6 @@ def _subspace_coefficients(slopes: Tensor, curvatures: Tensor) -> tuple[Tensor, 
         if failed:
             coefficients[k - 1 :] = coefficients[k - 2] if k > 1 else 0
             return coefficients, False
-        solution = torch.cholesky_solve(slopes[:k, None], root)
+        solution = torch.cholesky_solve(-slopes[:k, None], root)
         coefficients[k - 1, :k] = solution[:, 0]
     return coefficients, True

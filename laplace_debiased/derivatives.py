@@ -27,6 +27,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from laplace_debiased.guard import check_repeatable
 from laplace_debiased.layers import curvature_blocks
 from laplace_debiased.linearization import contract_positions, linearize
 from laplace_debiased.output_curvature import Loss, OutputCurvature, example_losses
@@ -87,7 +88,8 @@ def directional_derivatives(
 
     Args:
         model_func: The neural network, with output ``[batch, outputs]``, whose examples
-            do not mix. Its mode (train or eval) is left as it is.
+            do not mix. Its mode (train or eval) is left as it is; layers with batch
+            statistics or dropout must be in eval mode.
         loss_func: ``MSELoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss`` with
             reduction ``"sum"`` or ``"mean"`` (over all data).
         params: The parameters that the quadratic is over.
@@ -106,9 +108,10 @@ def directional_derivatives(
         Slopes and curvatures of each example.
 
     Raises:
-        ValueError: If an argument is not supported, shapes do not match, or the data
-            are empty or not finite.
+        ValueError: If an argument is not supported, shapes do not match, the data are
+            empty or not finite, or the network mixes examples or is random.
     """
+    check_repeatable(model_func)
     for name, value, choices in (
         ("curvature", curvature, CURVATURES),
         ("mode", mode, MODES),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +38,8 @@ def top_eigenspace(
     """Compute the top eigenspace by Lanczos iterations.
 
     Args:
-        operator: A symmetric curvlinops operator ``[D, D]``.
+        operator: A symmetric curvlinops operator ``[D, D]``. If its network has batch
+            statistics or dropout, they must have been in eval mode when it was built.
         k: Number of eigenvectors, less than D.
         tol: Relative tolerance for the eigenvalues.
         seed: Seed of the start vector.
@@ -53,25 +55,55 @@ def top_eigenspace(
     if not 1 <= k < size:
         raise ValueError(f"`k` must lie in 1..{size - 1}, got {k}.")
     products = operator.to_scipy()
-    bar = tqdm(desc="[Eigenvectors]", unit="product", disable=not progressbar)
 
     def multiply(vector: np.ndarray) -> np.ndarray:
-        bar.update()
         return products @ vector.astype(products.dtype)
+
+    space = lanczos(multiply, size, products.dtype, k, tol, seed, progressbar)
+    like = {"dtype": operator.dtype, "device": operator.device}
+    return Eigenspace(space.eigenvalues.to(**like), space.eigenvectors.to(**like))
+
+
+def lanczos(
+    multiply: Callable[[np.ndarray], np.ndarray],
+    size: int,
+    dtype: np.dtype,
+    k: int,
+    tol: float,
+    seed: int,
+    progressbar: bool = False,
+) -> Eigenspace:
+    """Compute the top eigenspace of a symmetric matrix by Lanczos iterations.
+
+    Args:
+        multiply: Multiplies the matrix by a vector ``[size]``.
+        size: Its size.
+        dtype: Its dtype.
+        k: Number of eigenvectors, less than the size.
+        tol: Relative tolerance for the eigenvalues.
+        seed: Seed of the start vector.
+        progressbar: Whether to show a progress bar over the products.
+
+    Returns:
+        The eigenspace.
+    """
+    bar = tqdm(desc="[Eigenvectors]", unit="product", disable=not progressbar)
+
+    def counted(vector: np.ndarray) -> np.ndarray:
+        bar.update()
+        return multiply(vector)
 
     start = np.random.default_rng(seed).normal(size=size)
     with bar:
         values, vectors = eigsh(
-            LinearOperator((size, size), multiply, dtype=products.dtype),
+            LinearOperator((size, size), counted, dtype=dtype),
             k,
             which="LA",
-            v0=start.astype(products.dtype),
+            v0=start.astype(dtype),
             tol=tol,
         )
-    like = {"dtype": operator.dtype, "device": operator.device}
     return Eigenspace(
-        torch.as_tensor(values[::-1].copy(), **like),
-        torch.as_tensor(vectors[:, ::-1].copy(), **like),
+        torch.as_tensor(values[::-1].copy()), torch.as_tensor(vectors[:, ::-1].copy())
     )
 
 

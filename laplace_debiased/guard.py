@@ -1,4 +1,4 @@
-"""Leave a model as it was found."""
+"""Leave a model as it was found, or refuse it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 _HOOKS = (
     "_forward_hooks",
@@ -58,6 +60,40 @@ def preserved(model: nn.Module, keep_new_hooks: bool = False) -> Iterator[None]:
             module.training = mode
             if not (succeeded and keep_new_hooks):
                 _restore_hooks(module, saved)
+
+
+def check_repeatable(model: nn.Module) -> None:
+    """Refuse models whose output for an example is not a function of it alone.
+
+    Batch statistics mix examples, running statistics change with each pass, and dropout
+    is drawn anew: there is no one quadratic then, whose slopes could be measured.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: If the model has such a module.
+    """
+    for name, module in model.named_modules():
+        if _varies(module):
+            raise ValueError(
+                f"Module {name!r} ({type(module).__name__}) draws anew or uses batch "
+                "statistics in this mode: call `model.eval()`, and keep running "
+                "statistics."
+            )
+
+
+def _varies(module: nn.Module) -> bool:
+    """Tell if a module's output for an example varies with others, or in each pass."""
+    if isinstance(module, _BatchNorm) and module.running_mean is None:
+        return True
+    if not module.training:
+        return False
+    if isinstance(module, _NormBase):
+        return isinstance(module, _BatchNorm) or module.track_running_stats
+    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+        return module.dropout > 0
+    return isinstance(module, _DropoutNd) and module.p > 0
 
 
 @contextmanager

@@ -131,6 +131,12 @@ class DebiasedCG(Optimizer):
     With one closure, the first half of its examples gives directions, the second half
     magnitudes; two closures are cheaper, since each product then takes half the batch.
 
+    As with any optimizer, mode and buffers of the network are the closures' affair. In
+    train mode, BatchNorm makes a quadratic that of its mini-batch with the batch's own
+    statistics, which one closure's halves share, and each call of a closure updates the
+    running ones: one for each mini-batch, and one more with ``adapt_damping``. Dropout
+    is drawn once for a quadratic, but anew when the damping adapts.
+
     Args:
         params: The parameters, in one group.
         lr: Factor on each step.
@@ -227,7 +233,7 @@ class DebiasedCG(Optimizer):
         )
         if judge is not first and result.num_iterations:
             slopes, curvatures = judge.along(result.directions, result.start)
-            result = rescale(result, -slopes, curvatures, group["subspace"])
+            result = rescale(result, slopes, curvatures, group["subspace"])
         change = result.solution
         if not change.isfinite().all():
             raise ValueError("The step is not finite: it was not made.")

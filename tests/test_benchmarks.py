@@ -81,6 +81,49 @@ def test_studies_run_in_a_quick_mode(benchmarks, monkeypatch, tmp_path, command)
     assert not list(tmp_path.glob("*.partial.json"))
 
 
+def runs_with_excess(*values):
+    return [{"own": [1 + value] * 2, "others": [1.0, 1.0]} for value in values]
+
+
+def test_trend_of_the_bias_uses_all_seeds(benchmarks):
+    from bias import dependence_table, trend
+
+    power = {str(v): runs_with_excess(*[0.1 * v**0.5] * 3) for v in (0, 1, 4, 9)}
+    assert trend(power) == pytest.approx((0.5, 0), abs=1e-12)
+    # means of 0.1 and 0.2: one of the seeds has no excess
+    noisy = {"1": runs_with_excess(-0.1, 0.3), "2": runs_with_excess(0.1, 0.3)}
+    slope, error = trend(noisy)
+    assert slope == pytest.approx(1)
+    assert error != error  # without the second seed there is no excess
+    lines = dependence_table({"width": {**noisy, "4": runs_with_excess(-0.2, 0.1)}})
+    assert lines.endswith("| width | 4 | 0.95 ± 0.21 | none: no excess at 4 |")
+
+
+def test_error_of_the_trend_is_the_jackknife_over_seeds(benchmarks):
+    import numpy as np
+    from bias import trend
+
+    excess = {"1": (0.1, 0.2, 0.3), "2": (0.5, 0.3, 0.4)}
+    _, error = trend({v: runs_with_excess(*e) for v, e in excess.items()})
+    slopes = []
+    for k in range(3):
+        first, second = (np.mean(np.delete(e, k)) for e in excess.values())
+        slopes.append(np.log2(second / first))
+    expected = np.sqrt(2 / 3 * np.sum(np.subtract(slopes, np.mean(slopes)) ** 2))
+    assert error == pytest.approx(expected)
+
+
+def test_optimizers_are_tuned_by_as_many_trials_and_edges_are_told(benchmarks):
+    from optimization import METHODS
+
+    for method in METHODS.values():
+        assert len({tuple(settings.items()) for settings in method.settings}) == 20
+    cg = METHODS["CG, debiased"]
+    inside = {"damping": 1.0, "lr": 1.0, "adapt_damping": True}
+    assert cg.at_edge(inside) == []
+    assert cg.at_edge(inside | {"damping": 10.0}) == ["damping"]
+
+
 def test_tables_are_put_between_their_marks(benchmarks, tmp_path, monkeypatch):
     import readme
 

@@ -10,6 +10,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased.bias import BiasReport, Comparison, bias_report
+from laplace_debiased.derivatives import directional_derivatives
 from laplace_debiased.sampling import draw_uniformly
 from tests import dense
 from tests.cases import batch, network
@@ -92,6 +93,38 @@ def test_conjugate_directions(problem):
     assert own.curvature.own.shape == (5,)
 
 
+def test_a_group_of_ranks_has_an_interval_of_its_own(problem):
+    curvature = report(problem).curvature
+    assert curvature.resampled.shape == (1000, 5)
+    ranks = slice(1, 5)
+    ratios = curvature.own[1:].mean() / curvature.resampled[:, 1:].mean(1)
+    expected = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    low, high = curvature.group_interval(ranks)
+    assert (low, high) == pytest.approx(tuple(expected.tolist()), rel=1e-12)
+    ratio = curvature.group_ratio(ranks)
+    assert low < ratio < high
+    # errors of single ranks partly cancel
+    single_low, single_high = curvature.interval[:, ranks].mean(1).tolist()
+    assert high - low < single_high - single_low
+    row = f"| {ratio:.2f} ({low:.2f} to {high:.2f}) |"
+    assert row in report(problem).table()
+
+
+def test_bootstrap_samples_are_weighted_means_over_points(problem):
+    """Their spread is that of a mean: the deviation of points over their root."""
+    model, params, X, y = problem
+    own = report(problem, seed=2, num_directions=3, tol=1e-12).curvature
+    order = draw_uniformly(DataLoader(TensorDataset(X, y)), None, 2).indices
+    H, _ = quadratic(problem, order[:BATCH], "ggn")
+    U = torch.linalg.eigh(H).eigenvectors.flip(1)[:, :3]
+    data = [(X, y)]
+    loss = nn.CrossEntropyLoss()
+    contributions = directional_derivatives(model, loss, params, data, U).curvatures
+    expected = contributions.std(0) / SIZE**0.5
+    assert torch.allclose(own.resampled.std(0), expected, rtol=0.1)
+    assert torch.allclose(own.resampled.mean(0), own.overall, rtol=0.03)
+
+
 def test_intervals_cover_the_population_ratio():
     """On a linear model with known inputs, the curvature of all data is known."""
     torch.manual_seed(0)
@@ -135,7 +168,7 @@ def test_a_sufficient_budget_counts_the_points_that_give_no_directions():
     la.fit(training())
     report = la.bias_report(num_directions=5)
     assert report.num_points == 15 and report.direction_share == 0.25
-    excess = report.curvature.top_ratio(5) - 1
+    excess = report.curvature.group_ratio(slice(5)) - 1
     assert report.sufficient_points(5) == max(1, math.ceil(60 * excess / 0.1))
     assert "of held-out points" in report.summary(5)
 
@@ -273,6 +306,22 @@ def test_report_with_exact_magnitudes_computes_the_factors_again(subset):
 def test_a_fit_is_needed():
     with pytest.raises(AttributeError):
         debiased(network("mlp")).bias_report()
+
+
+@pytest.mark.parametrize("directions", ["eigenvectors", "cg"])
+def test_the_model_stays_as_it_was(directions):
+    model = network("resnet")
+    model[0].train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    train = DataLoader(TensorDataset(*batch("resnet", SIZE)), 16)
+    arguments = nn.CrossEntropyLoss(), list(model.parameters()), train
+    bias_report(model, *arguments, directions=directions, **OPTIONS)
+    assert [m for m in model.modules() if m.training] == [model[0]]
+    model.train()
+    with pytest.raises(ValueError, match=r"'1' \(BatchNorm2d\) .* `model.eval\(\)`"):
+        bias_report(model, *arguments, directions=directions, **OPTIONS)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

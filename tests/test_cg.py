@@ -78,7 +78,21 @@ def test_directions_are_conjugate_and_slopes_and_curvatures_are_theirs():
     off = products - torch.diag(products.diagonal())
     assert off.abs().max() < 1e-8 * products.abs().max()
     # conjugacy makes the slope at the start that at the iterate
-    assert torch.allclose(D.T @ b, result.slopes, rtol=1e-6)
+    assert torch.allclose(result.slopes, -D.T @ b, rtol=1e-6)
+    assert (result.slopes < 0).all()
+    at_iterates = A @ result.iterates[:, :-1] - b[:, None]
+    assert torch.allclose(result.slopes, (D * at_iterates).sum(0), rtol=1e-9)
+    steps = -result.slopes / result.curvatures
+    assert torch.allclose(D @ steps, result.solution)
+
+
+def test_debiased_slopes_are_those_of_the_other_quadratic_at_the_start():
+    (A, b), (B, c) = quadratic(0), quadratic(1)
+    x0 = torch.linspace(-1, 1, DIMENSION, dtype=torch.float64)
+    result = debiased_cg(A, b, B, c, x0, max_iterations=5)
+    D = result.directions
+    assert torch.allclose(result.slopes, D.T @ (B @ x0 - c), rtol=1e-10)
+    assert torch.allclose(result.curvatures, (D * (B @ D)).sum(0), rtol=1e-10)
 
 
 @pytest.mark.parametrize("subspace", [False, True])
@@ -152,7 +166,7 @@ def test_no_step_along_directions_of_non_positive_curvature(subspace):
     D = expected.directions
     curvatures = D.T @ A @ D
     curvatures[2, 2] *= -1
-    result = rescale(expected, D.T @ b, curvatures, subspace)
+    result = rescale(expected, -D.T @ b, curvatures, subspace)
     assert result.termination == NON_POSITIVE
     assert torch.allclose(result.iterates[:, 2], expected.iterates[:, 2])
     assert torch.allclose(result.iterates[:, 3], expected.iterates[:, 2])

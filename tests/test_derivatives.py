@@ -154,15 +154,15 @@ def test_some_of_the_parameters():
 @pytest.mark.parametrize(("kind", "mode"), CASES)
 def test_the_model_stays_as_it_was(kind, mode):
     model, params, data, D = problem("resnet")
-    model.train()
+    model[0].train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.eval()
     directional_derivatives(
         model, nn.CrossEntropyLoss(), params, [data], D, curvature=kind, mode=mode
     )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(param.grad is None for param in params)
     assert not any(module._forward_hooks for module in model.modules())
+    assert [m for m in model.modules() if m.training] == [model[0]]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_debiased.guard import preserved
+from laplace_debiased.guard import check_repeatable, preserved
 
 
 def test_gradients_and_modes_are_restored():
@@ -41,3 +41,39 @@ def test_new_hooks_stay_if_allowed(keep):
     with preserved(model, keep_new_hooks=keep):
         handle = model.register_forward_hook(lambda *_: None)
     assert (handle.id in model._forward_hooks) == keep
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.BatchNorm1d(4),
+        nn.BatchNorm1d(4, track_running_stats=False).eval(),
+        nn.InstanceNorm1d(4, track_running_stats=True),
+        nn.Dropout(0.1),
+        nn.LSTM(4, 4, num_layers=2, dropout=0.1),
+        nn.MultiheadAttention(4, 2, dropout=0.1),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_modules_that_vary_are_refused(module):
+    model = nn.Sequential(nn.Linear(4, 4), module)
+    with pytest.raises(ValueError, match=rf"Module '1' \({type(module).__name__}\)"):
+        check_repeatable(model)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.BatchNorm1d(4).eval(),
+        nn.InstanceNorm1d(4),
+        nn.InstanceNorm1d(4, track_running_stats=True).eval(),
+        nn.Dropout(0.1).eval(),
+        nn.Dropout(0.0),
+        nn.LSTM(4, 4),
+        nn.MultiheadAttention(4, 2),
+        nn.LayerNorm(4),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_modules_that_do_not_vary_are_accepted(module):
+    check_repeatable(nn.Sequential(nn.Linear(4, 4), module))

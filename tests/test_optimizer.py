@@ -207,6 +207,35 @@ def test_networks_with_attention_can_be_trained(debias):
     assert not torch.equal(weights(model), before)
 
 
+@pytest.mark.parametrize(("adapt", "num_calls"), [(False, 2), (True, 3)])
+def test_each_call_of_a_closure_updates_running_statistics(adapt, num_calls):
+    model, (X, y) = network("resnet").train(), batch("resnet", SIZE)
+    closures = [closure_over(model, *half) for half in halves(X, y)]
+    DebiasedCG(model.parameters(), adapt_damping=adapt).step(*closures)
+    assert model[1].num_batches_tracked == num_calls
+    assert all(module.training for module in model.modules())
+
+
+def test_in_train_mode_the_quadratic_is_that_of_batch_statistics():
+    model, (X, y) = network("resnet").train(), batch("resnet", SIZE)
+    params = list(model.parameters())
+    own = BatchQuadratic(*closure_over(model, X, y)(), params)
+    gradient = torch.autograd.grad(cross_entropy(model(X), y), params)
+    assert torch.allclose(own.gradient, parameters_to_vector(gradient))
+    V = torch.randn(len(own.gradient), 2).double()
+    J = torch.stack(
+        [
+            parameters_to_vector(torch.autograd.grad(f, params, retain_graph=True))
+            for f in model(X).flatten()
+        ]
+    )
+    f = model(X).detach()
+    bend = torch.func.hessian(lambda f: cross_entropy(f, y))(f)
+    expected = J.T @ bend.reshape(len(J), -1) @ J @ V
+    products = torch.stack([own @ v for v in V.T], 1)
+    assert dense.relative_error(products, expected) < 1e-10
+
+
 def test_state_goes_on_where_it_was_saved(tmp_path):
     models = [network("mlp") for _ in range(2)]
     X, y = batch("mlp", SIZE)

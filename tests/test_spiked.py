@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from laplace_debiased import bias_report
 from laplace_debiased.cg import debiased_cg
 from laplace_debiased.spiked import (
     SpikedQuadratic,
@@ -76,6 +79,65 @@ def test_slope_regresses_to_the_mean(strength):
     assert mean(own) == pytest.approx(length, rel=0.02)
     error = torch.stack(other).std().item() / len(other) ** 0.5
     assert abs(mean(other) - strength**2 / length) < 4 * error
+
+
+def reports_of_linear_models(spectrum, signal, directions, num_points=200, seeds=12):
+    """Reports whose curvature is 2 E[x x'], with the gradient -2 E[y x] at zero.
+
+    A sign y times an input y (signal + noise) is Gaussian, and so is each gradient.
+    """
+    dimension = len(spectrum)
+    model = nn.Linear(dimension, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(3 * num_points, dimension, generator=generator).double()
+        y = torch.randint(2, (len(noise), 1), generator=generator) * 2.0 - 1
+        X = y * (signal + noise * spectrum.sqrt())
+        yield bias_report(
+            model,
+            nn.MSELoss(),
+            [model.weight],
+            DataLoader(TensorDataset(X, y.double()), 300),
+            directions=directions,
+            num_directions=1,
+            batch_size=num_points,
+            num_batches=2,
+            tol=1e-8,
+            seed=seed,
+        )
+
+
+@pytest.mark.parametrize(("spike", "gamma"), [(4.0, 0.25), (6.0, 0.5)])
+def test_a_report_has_the_curvatures_that_theory_predicts(spike, gamma):
+    spectrum = SpikedQuadratic(int(200 * gamma), (spike,)).spectrum
+    own, others = [], []
+    for report in reports_of_linear_models(spectrum, 0.0, "eigenvectors"):
+        own.append(report.curvature.own[0] / 2)
+        others.append(report.curvature.others.mean() / 2)
+    predicted = top_eigenvalue(spike, gamma), held_out_curvature(spike, gamma)
+    for values, expected in zip((own, others), predicted, strict=True):
+        error = torch.stack(values).std().item() / len(values) ** 0.5
+        assert error < 0.04 * expected
+        # theory is that of many dimensions: its error is one over their number
+        assert abs(mean(values) - expected) < 3 * error + 0.01 * expected
+    assert mean(own) > 1.1 * mean(others)
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_a_report_has_the_slopes_that_theory_predicts(strength):
+    signal = torch.zeros(100).double()
+    signal[0] = strength
+    spectrum = torch.ones(100).double()
+    own, others = [], []
+    for report in reports_of_linear_models(spectrum, signal, "cg"):
+        own.append(report.slope.own[0] / 2)
+        others.append(report.slope.others.mean() / 2)
+    length = (strength**2 + len(spectrum) / 200) ** 0.5
+    assert mean(own) == pytest.approx(length, rel=0.03)
+    error = torch.stack(others).std().item() / len(others) ** 0.5
+    assert error < 0.05
+    assert abs(mean(others) - strength**2 / length) < 4 * error
 
 
 def test_debiased_cg_makes_no_progress_that_other_points_do_not_see():
