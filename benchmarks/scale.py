@@ -144,7 +144,7 @@ class Study:
         """Curvature of the points that gave the top directions, over held-out ones."""
         la, _ = fit(self.problem, budget=BUDGET, seed=seed, sampling="uniform")
         report = la.bias_report(num_directions=NUM_DIRECTIONS)
-        return report.curvature.top_ratio(NUM_DIRECTIONS)
+        return report.curvature.group_ratio(slice(NUM_DIRECTIONS))
 
 
 def run(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
