@@ -8,9 +8,7 @@ eigenvectors from some of the training points and eigenvalues measured on others
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
 from inspect import signature
-from math import pi
 from typing import Any
 from warnings import warn
 
@@ -18,21 +16,21 @@ import torch
 from laplace import KronLaplace, KronLLLaplace, ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.curvature.curvlinops import CurvlinopsInterface
-from laplace.utils import batch_size, select_rows, split_batch
-from laplace.utils.enums import Likelihood, LinkApprox
+from laplace.utils import select_rows, split_batch
+from laplace.utils.enums import Likelihood
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from laplace_debiased.backends import CurvatureSource
-from laplace_debiased.bias import BiasReport, kfac_bias
-from laplace_debiased.curvature import CURVATURES, KFACCurvature
+from laplace_debiased.curvature import CURVATURES
 from laplace_debiased.debiasing import Debiasing, check_integer
+from laplace_debiased.diagnostics import Diagnostics
 from laplace_debiased.estimation import Estimate, Estimator
 from laplace_debiased.guard import frozen, preserved
+from laplace_debiased.last_layer import LastLayer
 from laplace_debiased.layers import Block, curvature_blocks
-from laplace_debiased.predictive import LinearizedPredictive, last_layer_covariance
+from laplace_debiased.prediction import Prediction
 from laplace_debiased.sampling import (
     Folds,
     Points,
@@ -51,7 +49,7 @@ from laplace_debiased.selection import (
 from laplace_debiased.uncertainty import SamplingError
 
 
-class KronDebiasedLaplace(KronLaplace):
+class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
     """Laplace approximation with debiased K-FAC over all weights.
 
     Has the interface of laplace-torch's ``KronLaplace`` and its keywords. Parameters in
@@ -271,104 +269,6 @@ class KronDebiasedLaplace(KronLaplace):
             return folds.num_points
         return min(self.debiasing.budget, folds.num_points)
 
-    def _warn_of_small_budget(self, explicit: bool) -> None:
-        if explicit or self.debiasing.budget is None or self.sampling_error is None:
-            return
-        message = self.sampling_error.warning(self._num_points)
-        if message:
-            warn(message, stacklevel=3)
-
-    @property
-    def curvature_standard_errors(self) -> dict[str, float]:
-        """Relative standard error of the curvature's scale in each layer.
-
-        Of the trace of each layer's curvature, over draws of the points.
-
-        Raises:
-            AttributeError: If there is no fit yet.
-            ValueError: If the backend does not tell what each point contributes.
-        """
-        return self._known_sampling_error().relative_errors()
-
-    def log_marginal_likelihood_standard_error(self) -> Tensor:
-        r"""Estimate the standard error of the log marginal likelihood.
-
-        A relative error e of a layer's scale changes it by :math:`\gamma e / 2`, with
-        the layer's effective number of parameters :math:`\gamma = \sum \lambda /
-        (\lambda + \delta)` (MacKay, 1992). The loss is taken as independent.
-
-        Returns:
-            A scalar, at the present prior precision.
-
-        Raises:
-            AttributeError: If there is no fit yet.
-            ValueError: If the backend does not tell what each point contributes.
-        """
-        error = self._known_sampling_error()
-        precisions = self.posterior_precision
-        gamma = error.traces.new_zeros(len(error.layers))
-        for block, values, delta in zip(
-            self._blocks(), precisions.spectra(), precisions.deltas, strict=True
-        ):
-            gamma[error.layers.index(block.layer.name)] += (1 - delta / values).sum()
-        relative = error.relative_covariance()
-        variance = gamma @ relative @ gamma / 4
-        return (variance + self._H_factor**2 * error.loss_variance).sqrt()
-
-    def bias_report(
-        self,
-        train_loader: DataLoader | None = None,
-        magnitude_loader: DataLoader | None = None,
-        num_directions: int = 100,
-    ) -> BiasReport:
-        """Tell how biased the curvature would be without debiasing.
-
-        The K-FAC of some folds is measured along its own eigenvectors, and so is that
-        of the held-out fold.
-
-        Args:
-            train_loader: What the posterior was fitted to: with ``ggn`` magnitudes, the
-                folds' K-FAC is computed again. Not needed with ``kfac``.
-            magnitude_loader: As in :meth:`fit`.
-            num_directions: Number of directions with the largest curvature.
-
-        Returns:
-            The report.
-
-        Raises:
-            AttributeError: If there is no fit yet.
-            ValueError: If ``train_loader`` is needed, but not given.
-        """
-        self._check_H_init()
-        curvature, num_points = self.H_facs, self._num_points
-        if train_loader is not None:
-            explicit = magnitude_loader is not None
-            folds = (
-                self._explicit_folds(train_loader, magnitude_loader, online=True)
-                if explicit
-                else self._folds(train_loader, online=True)
-            )
-            with preserved(self.model, keep_new_hooks=True):
-                self.model.eval()
-                estimator = self._estimator(folds, explicit, progress_bar=False)
-                curvature = estimator.kfac().curvature
-            num_points = self._num_used(folds, explicit)
-        elif not isinstance(curvature, KFACCurvature):
-            raise ValueError(
-                "`train_loader` is needed with `magnitudes='ggn'`: the eigenbasis "
-                "alone does not tell its bias."
-            )
-        return kfac_bias(curvature, num_points, num_directions)
-
-    def _known_sampling_error(self) -> SamplingError:
-        self._check_H_init()
-        if self.sampling_error is None:
-            raise ValueError(
-                f"{self._backend_cls.__name__} does not tell what each point "
-                "contributes: use `CurvlinopsGGN`."
-            )
-        return self.sampling_error
-
     def partial_fit(
         self,
         batch: Any,
@@ -539,133 +439,6 @@ class KronDebiasedLaplace(KronLaplace):
             estimator.draw(d.budget, d.seed)
         return estimator
 
-    def __call__(
-        self, *args: Any, generator: torch.Generator | None = None, **kwargs: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Predict as laplace-torch does, where sampling ignores ``generator``.
-
-        Args:
-            *args: Arguments of ``KronLaplace.__call__``.
-            generator: Random numbers for sampling.
-            **kwargs: Further keywords of ``KronLaplace.__call__``.
-
-        Returns:
-            As ``KronLaplace.__call__``.
-        """
-        self._generator = generator
-        try:
-            return super().__call__(*args, generator=generator, **kwargs)
-        finally:
-            self._generator = None
-
-    def sample(
-        self, n_samples: int = 100, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Sample from the posterior.
-
-        Args:
-            n_samples: Number of samples.
-            generator: Random numbers.
-
-        Returns:
-            Samples ``[n_samples, params]``.
-        """
-        return super().sample(n_samples, generator or self._generator)
-
-    def _glm_functional_samples(
-        self,
-        f_mu: Tensor,
-        f_var: Tensor,
-        n_samples: int,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        return super()._glm_functional_samples(
-            f_mu, f_var, n_samples, diagonal_output, generator or self._generator
-        )
-
-    def _glm_predictive_distribution(
-        self,
-        X: Tensor | MutableMapping[str, Any],
-        joint: bool = False,
-        diagonal_output: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        X = X.to(self._device) if isinstance(X, Tensor) else X
-        kind = "joint" if joint else "diagonal" if diagonal_output else "full"
-        f_mu, f_var = self._output_moments(X, kind)
-        return (f_mu.flatten() if joint else f_mu), f_var
-
-    def _output_moments(
-        self, X: Tensor | MutableMapping[str, Any], kind: str
-    ) -> tuple[Tensor, Tensor]:
-        """Compute mean and covariance of the linearized network's output."""
-        predictive = LinearizedPredictive(
-            self.model,
-            self._fitted_params,
-            self.posterior_precision,
-            self.memory_limit,
-            self.enable_backprop,
-        )
-        return predictive.moments(X, batch_size(X, self.dict_key_x), kind)
-
-    def _glm_forward_call(
-        self,
-        x: Tensor | MutableMapping[str, Any],
-        likelihood: Likelihood | str,
-        joint: bool = False,
-        link_approx: LinkApprox | str = LinkApprox.PROBIT,
-        n_samples: int = 100,
-        diagonal_output: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        # laplace-torch computes the covariance of all outputs here, too
-        if likelihood == Likelihood.REGRESSION:
-            if diagonal_output and not joint:
-                return self._glm_predictive_distribution(x, diagonal_output=True)
-        elif link_approx == LinkApprox.PROBIT:
-            f_mu, f_var = self._glm_predictive_distribution(x, diagonal_output=True)
-            return torch.softmax(f_mu / torch.sqrt(1 + pi / 8 * f_var), dim=-1)
-        return super()._glm_forward_call(
-            x, likelihood, joint, link_approx, n_samples, diagonal_output
-        )
-
-    def _sampled_outputs(
-        self,
-        X: Tensor | MutableMapping[str, Any],
-        n_samples: int,
-        generator: torch.Generator | None = None,
-        **model_kwargs: Any,
-    ) -> Iterator[Tensor]:
-        """Yield the network's output for each posterior sample.
-
-        laplace-torch writes the samples into the model; here it is called functionally.
-        """
-        X = X.to(self._device) if isinstance(X, Tensor) else X
-        names = self._fitted_names
-        shapes = [param.shape for param in self._fitted_params]
-        for sample in self.sample(n_samples, generator):
-            parts = sample.split([shape.numel() for shape in shapes])
-            params = {
-                name: part.view(shape)
-                for name, part, shape in zip(names, parts, shapes, strict=True)
-            }
-            output = functional_call(self.model, params, (X,), model_kwargs)
-            yield output if self.enable_backprop else output.detach()
-
-    def _nn_functional_samples(self, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.stack(list(self._sampled_outputs(*args, **kwargs)))
-
-    def _nn_predictive_samples(self, *args: Any, **kwargs: Any) -> Tensor:
-        samples = self._nn_functional_samples(*args, **kwargs)
-        if self.likelihood == Likelihood.CLASSIFICATION:
-            return samples.softmax(-1)
-        return samples
-
-    def _nn_predictive_classification(
-        self, X: Tensor | MutableMapping[str, Any], n_samples: int, **kwargs: Any
-    ) -> Tensor:
-        outputs = self._sampled_outputs(X, n_samples, **kwargs)
-        return sum(output.softmax(-1) for output in outputs) / n_samples
-
     def state_dict(self) -> dict[str, Any]:
         """Return the fitted posterior.
 
@@ -722,7 +495,7 @@ class KronDebiasedLaplace(KronLaplace):
         self._fit_only([named[name] for name in names])
 
 
-class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
+class KronDebiasedLLLaplace(LastLayer, KronDebiasedLaplace, KronLLLaplace):
     """Laplace approximation with debiased K-FAC over the last layer.
 
     Has the interface of laplace-torch's ``KronLLLaplace``, its keywords, and those of
@@ -730,65 +503,3 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     """
 
     _key = ("last_layer", "kron_debiased")
-    _accumulates = False
-
-    def _find_left_out(self, model: nn.Module) -> list[LeftOut]:
-        return []
-
-    @property
-    def _fitted_params(self) -> list[Tensor]:
-        return list(self.model.last_layer.parameters())
-
-    def _prepare(self, batch: Any) -> None:
-        if self.model.last_layer is None:
-            with preserved(self.model, keep_new_hooks=True):
-                self.model.eval()
-                self._find_last_layer(batch)
-            self._count_params()
-
-    def _output_moments(
-        self, X: Tensor | MutableMapping[str, Any], kind: str
-    ) -> tuple[Tensor, Tensor]:
-        with torch.set_grad_enabled(self.enable_backprop):
-            f_mu, features = self.model.forward_with_features(X)
-        # in a network that works on the last layer's output, its input is no feature
-        if features.ndim != 2 or f_mu.shape[1] != self.model.last_layer.out_features:
-            return super()._output_moments(X, kind)
-        return f_mu, last_layer_covariance(features, self.posterior_precision, kind)
-
-    def _sampled_outputs(
-        self,
-        X: Tensor | MutableMapping[str, Any],
-        n_samples: int,
-        generator: torch.Generator | None = None,
-        **model_kwargs: Any,
-    ) -> Iterator[Tensor]:
-        X = X.to(self._device) if isinstance(X, Tensor) else X
-        _, features = self.model.forward_with_features(X, **model_kwargs)
-        layer = self.model.last_layer
-        samples = self.sample(n_samples, generator)
-        weights = samples[:, : layer.weight.numel()].unflatten(1, layer.weight.shape)
-        outputs = features @ weights.mT  # one matrix product for all samples
-        if layer.bias is not None:
-            outputs = outputs + samples[:, layer.weight.numel() :].unsqueeze(1)
-        yield from outputs if self.enable_backprop else outputs.detach()
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :meth:`KronDebiasedLaplace.state_dict`."""
-        state_dict = super().state_dict()
-        state_dict["_last_layer_name"] = self._last_layer_name
-        state_dict["found_last_layer"] = self.model._last_layer_name
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :meth:`KronDebiasedLaplace.load_state_dict`."""
-        if self._last_layer_name != state_dict.get("_last_layer_name"):
-            raise ValueError(
-                f"`state_dict` has last_layer_name {state_dict['_last_layer_name']!r}, "
-                f"this object {self._last_layer_name!r}."
-            )
-        if self.model.last_layer is None and "found_last_layer" in state_dict:
-            # laplace-torch saves a training batch instead, and searches again
-            self.model.set_last_layer(state_dict["found_last_layer"])
-            self._count_params()
-        super().load_state_dict(state_dict)
