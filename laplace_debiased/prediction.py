@@ -12,13 +12,15 @@ from laplace.utils.enums import Likelihood, LinkApprox
 from torch import Tensor
 from torch.func import functional_call
 
+from laplace_debiased.guard import evaluating
 from laplace_debiased.predictive import LinearizedPredictive
 
 
 class Prediction:
     """Predicts as laplace-torch's ``KronLaplace`` does, which is to follow as a base.
 
-    Without Jacobians, without writing into the model, and with ``generator`` honoured.
+    Without Jacobians, without writing into the model, which runs in eval mode whatever
+    its own, and with ``generator`` honoured.
     """
 
     def __call__(
@@ -74,7 +76,8 @@ class Prediction:
     ) -> tuple[Tensor, Tensor]:
         X = X.to(self._device) if isinstance(X, Tensor) else X
         kind = "joint" if joint else "diagonal" if diagonal_output else "full"
-        f_mu, f_var = self._output_moments(X, kind)
+        with evaluating(self.model):
+            f_mu, f_var = self._output_moments(X, kind)
         return (f_mu.flatten() if joint else f_mu), f_var
 
     def _output_moments(
@@ -134,7 +137,8 @@ class Prediction:
             yield output if self.enable_backprop else output.detach()
 
     def _nn_functional_samples(self, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.stack(list(self._sampled_outputs(*args, **kwargs)))
+        with evaluating(self.model):
+            return torch.stack(list(self._sampled_outputs(*args, **kwargs)))
 
     def _nn_predictive_samples(self, *args: Any, **kwargs: Any) -> Tensor:
         samples = self._nn_functional_samples(*args, **kwargs)
@@ -145,5 +149,16 @@ class Prediction:
     def _nn_predictive_classification(
         self, X: Tensor | MutableMapping[str, Any], n_samples: int, **kwargs: Any
     ) -> Tensor:
-        outputs = self._sampled_outputs(X, n_samples, **kwargs)
-        return sum(output.softmax(-1) for output in outputs) / n_samples
+        with evaluating(self.model):
+            outputs = self._sampled_outputs(X, n_samples, **kwargs)
+            return sum(output.softmax(-1) for output in outputs) / n_samples
+
+    def optimize_prior_precision(self, *args: Any, **kwargs: Any) -> None:
+        """Tune the prior precision as laplace-torch does, and keep the model's mode.
+
+        Args:
+            *args: Arguments of ``KronLaplace.optimize_prior_precision``.
+            **kwargs: Its keywords.
+        """
+        with evaluating(self.model):
+            super().optimize_prior_precision(*args, **kwargs)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_debiased.guard import preserved
+from laplace_debiased.guard import evaluating, preserved
 
 
 def test_gradients_and_modes_are_restored():
@@ -41,3 +41,13 @@ def test_new_hooks_stay_if_allowed(keep):
     with preserved(model, keep_new_hooks=keep):
         handle = model.register_forward_hook(lambda *_: None)
     assert (handle.id in model._forward_hooks) == keep
+
+
+def test_modes_differ_while_evaluating_only():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(nn.Dropout())).eval()
+    model[1].train()  # a part of a model in eval mode
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(KeyboardInterrupt), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyboardInterrupt
+    assert [module.training for module in model.modules()] == modes
