@@ -13,7 +13,6 @@ from laplace.curvature import BackPackInterface, CurvatureInterface
 from laplace.curvature.asdl import AsdlInterface
 from laplace.curvature.curvlinops import CurvlinopsInterface
 from laplace.utils import Kron, split_batch
-from numpy.random import SeedSequence
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from laplace_debiased.factors import DirectionalCurvatures, KroneckerFactors
 from laplace_debiased.layers import curvature_blocks
 from laplace_debiased.output_curvature import OutputCurvature
 from laplace_debiased.sampling import Fold
+from laplace_debiased.seeds import mixed_seed
 from laplace_debiased.selection import find_layers
 from laplace_debiased.sweep import (
     Accumulator,
@@ -157,7 +157,7 @@ class CurvatureSource:
 
     def _next_seed(self) -> int:
         self._num_sweeps += 1
-        return _mixed(self.seed, self._num_sweeps)
+        return mixed_seed(self.seed, self._num_sweeps)
 
     def _blocks(self) -> list:
         layers = find_layers(self.backend.model, self.params)
@@ -251,11 +251,6 @@ class CurvatureSource:
                 "`requires_grad_(False)`, or use the default backend."
             )
         return kfacs
-
-
-def _mixed(seed: int, index: int) -> int:
-    """Return a seed that neighbouring seeds and indices do not share."""
-    return int(SeedSequence([int(seed) % 2**63, index]).generate_state(1)[0])
 
 
 def reinstall_hooks(backend: CurvatureInterface) -> None:

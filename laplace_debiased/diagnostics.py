@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from warnings import warn
 
 from torch import Tensor
@@ -27,7 +28,8 @@ class Diagnostics:
     def curvature_standard_errors(self) -> dict[str, float]:
         """Relative standard error of the curvature's scale in each layer.
 
-        Of the trace of each layer's curvature, over draws of the points.
+        Of the trace of each layer's curvature, over draws of the points; NaN for a
+        layer without curvature.
 
         Raises:
             AttributeError: If there is no fit yet.
@@ -56,7 +58,8 @@ class Diagnostics:
             self._blocks(), precisions.spectra(), precisions.deltas, strict=True
         ):
             gamma[error.layers.index(block.layer.name)] += (1 - delta / values).sum()
-        relative = error.relative_covariance()
+        # without curvature, a layer has no part in the variance
+        relative = error.relative_covariance().nan_to_num(0.0, posinf=inf)
         variance = gamma @ relative @ gamma / 4
         return (variance + self._H_factor**2 * error.loss_variance).sqrt()
 
@@ -87,17 +90,12 @@ class Diagnostics:
         self._check_H_init()
         curvature, num_points = self.H_facs, self._num_points
         if train_loader is not None:
-            explicit = magnitude_loader is not None
-            folds = (
-                self._explicit_folds(train_loader, magnitude_loader, online=True)
-                if explicit
-                else self._folds(train_loader, online=True)
-            )
+            folds = self._folds(train_loader, magnitude_loader)
             with preserved(self.model, keep_new_hooks=True):
                 self.model.eval()
-                estimator = self._estimator(folds, explicit, progress_bar=False)
+                estimator = self._estimator(folds, self._seed(1.0))
                 curvature = estimator.kfac().curvature
-            num_points = self._num_used(folds, explicit)
+            num_points = self._num_used(folds)
         elif not isinstance(curvature, KFACCurvature):
             raise ValueError(
                 "`train_loader` is needed with `magnitudes='ggn'`: the eigenbasis "

@@ -8,6 +8,7 @@ eigenvectors from some of the training points and eigenvalues measured on others
 
 from __future__ import annotations
 
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 from warnings import warn
@@ -26,14 +27,13 @@ from laplace_debiased.backends import CurvatureSource
 from laplace_debiased.curvature import CURVATURES
 from laplace_debiased.debiasing import Debiasing, check_integer
 from laplace_debiased.diagnostics import Diagnostics
-from laplace_debiased.estimation import Estimate, Estimator
+from laplace_debiased.estimation import Earlier, Estimate, Estimator
 from laplace_debiased.guard import frozen, preserved
 from laplace_debiased.last_layer import LastLayer
 from laplace_debiased.layers import Block, curvature_blocks
 from laplace_debiased.prediction import Prediction
 from laplace_debiased.sampling import (
     Folds,
-    Points,
     draw_uniformly,
     explicit_folds,
     loader_of_batch,
@@ -129,7 +129,7 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         self.memory_limit = memory_limit
         self._strict = strict
         self._generator: torch.Generator | None = None
-        self._num_points, self._num_batches = 0, 0
+        self._weight, self._num_points, self._num_batches = 0, 0, 0
         self.sampling_error: SamplingError | None = None
         self._left_out = self._find_left_out(model)
         with frozen([param for entry in self._left_out for param in entry.params]):
@@ -221,8 +221,8 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
                 ``train_loader`` yields those that give directions.
             override: Whether to forget the last fit. Otherwise the data count as
                 further data: with ``kfac`` magnitudes, the factors of both roles add
-                up; with ``ggn``, the new magnitudes are measured in the eigenbasis in
-                hand and add up.
+                up; with ``ggn``, the factors that give directions, and the magnitudes,
+                for which the earlier ones are expressed in the new directions.
             progress_bar: Whether to show progress bars.
 
         Raises:
@@ -232,42 +232,13 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
             raise ValueError(
                 "Last-layer Laplace approximations do not support `override=False`."
             )
-        online = not override and self.H_facs is not None
-        explicit = magnitude_loader is not None
-        if explicit:
-            folds = self._explicit_folds(train_loader, magnitude_loader, online)
-        else:
-            folds = self._folds(train_loader, online)
-        estimate = self._guarded_estimate(folds, explicit, online, progress_bar)
-
-        num_data, num_used = folds.num_data, self._num_used(folds, explicit)
-        if online:
-            num_data += self.n_data
-            estimate = self._last_estimate().merge(estimate, self.n_data / num_data)
-            num_used += self._num_points
-        self._take_over(estimate, num_data, num_used)
-        self._warn_of_small_budget(explicit)
-
-    def _take_over(self, estimate: Estimate, num_data: int, num_points: int) -> None:
-        """Make an estimate the posterior, at the model's parameters."""
-        H = estimate.curvature.decompose(self.damping)
-        mean = parameters_to_vector(self._fitted_params)
-        self.H_facs, self.H = estimate.curvature, H
-        self.mean = mean if self.enable_backprop else mean.detach()
-        self.loss, self.n_outputs = estimate.loss, estimate.num_outputs
-        self.n_data, self._num_points = num_data, num_points
-        self.sampling_error = estimate.error
-        self.model.output_size = estimate.num_outputs
+        decay = 0 if override else 1
+        folds = self._folds(train_loader, magnitude_loader, decay)
+        self._update(folds, decay, progress_bar=progress_bar)
         self.model.eval()
-
-    def _last_estimate(self) -> Estimate:
-        return Estimate(self.H_facs, self.loss, self.n_outputs, self.sampling_error)
-
-    def _num_used(self, folds: Folds, explicit: bool) -> int:
-        """Number of points that get backward passes."""
-        if explicit or self.debiasing.budget is None:
-            return folds.num_points
-        return min(self.debiasing.budget, folds.num_points)
+        if override:
+            self._num_batches = 0
+        self._warn_of_small_budget(folds.explicit)
 
     def partial_fit(
         self,
@@ -278,15 +249,19 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
     ) -> None:
         """Bring the posterior up to date with a mini-batch, at the model's parameters.
 
+        The model keeps its mode.
+
         Curvature and loss are averages over all points so far, in which the points of
         a batch lose the share ``1 - decay`` of their weight with each further batch.
-        Without decay, and with as many points for directions in each, batches one by
-        one equal a fit to all of them. With ``ggn`` magnitudes, the eigenbasis stays
-        that of the first batch.
+        After :meth:`fit`, these are all N. With ``kfac`` magnitudes, without decay, and
+        with as many points for directions in each, batches one by one equal a fit to
+        all of them. With ``ggn``, directions are those of all points so far, along
+        which earlier curvature is known by its eigenvalues in the last directions.
 
         Args:
             batch: A batch ``(X, y)``, or a mapping. Without ``magnitude_batch``, its
-                points are assigned to the folds at random.
+                points are assigned to the folds at random; if they are more than
+                ``budget``, as many of them are drawn as in :meth:`fit`.
             magnitude_batch: A batch that gives magnitudes; then ``batch`` gives
                 directions.
             decay: Factor on the weight of earlier points, in (0, 1].
@@ -305,59 +280,103 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
             raise ValueError(
                 "Last-layer Laplace approximations do not support `partial_fit`."
             )
-        online = self.H_facs is not None
-        explicit = magnitude_batch is not None
-        if explicit:
-            loaders = loader_of_batch(batch), loader_of_batch(magnitude_batch)
-            folds = self._explicit_folds(*loaders, online)
-        else:
-            seed = self.debiasing.seed + self._num_batches
-            points = draw_uniformly(loader_of_batch(batch), None, seed)
-            folds = self._split(points, online)
-        estimate = self._guarded_estimate(folds, explicit, online, False)
-
-        num_new = num_all = folds.num_points
-        estimate = estimate.scaled(num_new / folds.num_data)
-        num_target = num_new if num_data is None else num_data
-        if online:
-            remembered = decay * self._num_points
-            num_all = remembered + num_new
-            if num_data is None:
-                num_target = decay * self.n_data + num_new
-            old = self._last_estimate().scaled(remembered / self.n_data)
-            estimate = old.merge(estimate, remembered / num_all)
-        self._take_over(estimate.scaled(num_target / num_all), num_target, num_all)
+        loader, magnitude_loader = loader_of_batch(batch), None
+        if magnitude_batch is not None:
+            magnitude_loader = loader_of_batch(magnitude_batch, "magnitude_batch")
+        folds = self._folds(loader, magnitude_loader, decay, "batch")
+        if folds.explicit:
+            folds = replace(folds, num_data=folds.num_points)
+        self._update(folds, decay, num_data)
         self._num_batches += 1
 
-    def _guarded_estimate(
-        self, folds: Folds, explicit: bool, online: bool, progress_bar: bool
-    ) -> Estimate:
-        """Measure curvature and loss, and leave the model as it was."""
+    def _update(
+        self,
+        folds: Folds,
+        decay: float,
+        num_data: int | None = None,
+        progress_bar: bool = False,
+    ) -> None:
+        """Add new points to the earlier ones, at the model's parameters.
+
+        Args:
+            folds: The new points, which stand for ``folds.num_data``.
+            decay: Factor on the weight of earlier points, zero to forget them.
+            num_data: Number of points that curvature and loss are scaled to; None for
+                the weight of all.
+            progress_bar: Whether to show progress bars.
+        """
+        remembered = decay * self._weight
+        weight = remembered + folds.num_data
+        share = remembered / weight
+        earlier = None
+        if remembered:
+            earlier = Estimate(
+                self.H_facs, self.loss, self.n_outputs, self.sampling_error
+            ).scaled(remembered / self.n_data, decay)
         with preserved(self.model, keep_new_hooks=True):
             self.model.eval()
-            return self._estimate(folds, explicit, online, progress_bar)
+            estimator = self._estimator(folds, self._seed(decay), progress_bar)
+            estimate = self._estimate(estimator, earlier, share)
+        if earlier is not None:
+            estimate = earlier.merge(estimate, share)
+        num_data = weight if num_data is None else num_data
+        self._take_over(estimate.scaled(num_data / weight), num_data)
+        self._weight = weight
+        self._num_points = decay * self._num_points + self._num_used(folds)
 
-    def _explicit_folds(
-        self, direction_loader: DataLoader, magnitude_loader: DataLoader, online: bool
+    def _take_over(self, estimate: Estimate, num_data: float) -> None:
+        """Make an estimate the posterior, at the model's parameters."""
+        H = estimate.curvature.decompose(self.damping)
+        mean = parameters_to_vector(self._fitted_params)
+        self.H_facs, self.H = estimate.curvature, H
+        self.mean = mean if self.enable_backprop else mean.detach()
+        self.loss, self.n_outputs = estimate.loss, estimate.num_outputs
+        self.n_data = num_data
+        self.sampling_error = estimate.error
+        self.model.output_size = estimate.num_outputs
+
+    def _num_used(self, folds: Folds) -> int:
+        """Number of points that get backward passes."""
+        if folds.explicit or self.debiasing.budget is None:
+            return folds.num_points
+        return min(self.debiasing.budget, folds.num_points)
+
+    def _seed(self, decay: float) -> int:
+        """Seed of the draws: each batch of a stream has its own."""
+        return self.debiasing.seed + (self._num_batches if decay else 0)
+
+    def _folds(
+        self,
+        loader: DataLoader,
+        magnitude_loader: DataLoader | None,
+        decay: float = 1.0,
+        name: str = "train_loader",
     ) -> Folds:
-        """Take the folds from two loaders."""
-        folds = explicit_folds(direction_loader, magnitude_loader)
-        if not online:
-            self._prepare(folds.first_batch())
-        return folds
+        """Assign points to folds: those to use, or those to draw from.
 
-    def _folds(self, train_loader: DataLoader, online: bool) -> Folds:
-        """Assign points to folds: those to use, or those to draw from."""
+        Args:
+            loader: Yields the points, or those that give directions.
+            magnitude_loader: Yields those that give magnitudes.
+            decay: Factor on the weight of earlier points.
+            name: The loader's name in messages.
+
+        Returns:
+            The folds.
+        """
+        is_first = not decay * self._weight
+        if magnitude_loader is not None:
+            folds = explicit_folds(loader, magnitude_loader)
+            if is_first:
+                self._prepare(folds.first_batch())
+            return folds
         d = self.debiasing
         num_points = d.num_candidates if self._draws else d.budget
-        return self._split(draw_uniformly(train_loader, num_points, d.seed), online)
-
-    def _split(self, points: Points, online: bool) -> Folds:
-        if not online:
+        points = draw_uniformly(loader, num_points, self._seed(decay), name)
+        if is_first:
             self._prepare(points.first_batch())
-        num_points = min(self.debiasing.budget or len(points), len(points))
+        num_used = min(d.budget or len(points), len(points))
         dimensions = [block.shape[0] for block in self._blocks()]
-        return points.split(self.debiasing.shares(num_points, dimensions))
+        return points.split(d.shares(num_used, dimensions))
 
     def _blocks(self) -> list[Block]:
         """The blocks of the fitted parameters."""
@@ -416,27 +435,30 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         self.prior_mean = self._prior_mean
 
     def _estimate(
-        self, folds: Folds, explicit: bool, online: bool, progress_bar: bool
+        self, estimator: Estimator, earlier: Estimate | None, share: float
     ) -> Estimate:
-        """Measure curvature and loss, scaled to all data."""
-        estimator = self._estimator(folds, explicit, progress_bar)
-        if self.debiasing.magnitudes == "ggn":
-            return estimator.ggn(self.H.eigenvectors if online else None)
-        return estimator.kfac()
+        """Measure curvature and loss of new points, along directions of all."""
+        if self.debiasing.magnitudes == "kfac":
+            return estimator.kfac()
+        if earlier is None:
+            return estimator.ggn()
+        return estimator.ggn(Earlier(earlier.curvature.factors(), share))
 
-    def _estimator(self, folds: Folds, explicit: bool, progress_bar: bool) -> Estimator:
+    def _estimator(
+        self, folds: Folds, seed: int, progress_bar: bool = False
+    ) -> Estimator:
         d = self.debiasing
         source = CurvatureSource(
             self.backend,
             self._fitted_params,
             self._asdl_fisher_kwargs,
-            d.seed,
+            seed,
             d.fisher_rank,
             progress_bar,
         )
-        estimator = Estimator(source, folds, d.cross_fit and not explicit)
-        if not explicit and d.budget is not None and folds.num_points > d.budget:
-            estimator.draw(d.budget, d.seed)
+        estimator = Estimator(source, folds, d.cross_fit and not folds.explicit)
+        if self._num_used(folds) < folds.num_points:
+            estimator.draw(d.budget, seed)
         return estimator
 
     def state_dict(self) -> dict[str, Any]:
@@ -451,7 +473,9 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         """
         state_dict = ParametricLaplace.state_dict(self)
         state_dict["H"] = self.H_facs.state_dict()
+        state_dict["weight"] = self._weight
         state_dict["num_points"] = self._num_points
+        state_dict["num_batches"] = self._num_batches
         error = self.sampling_error
         state_dict["sampling_error"] = error and error.state_dict()
         state_dict["magnitudes"] = self.debiasing.magnitudes
@@ -478,9 +502,11 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
             self._load_parameters(state_dict["parameters"])
         ParametricLaplace.load_state_dict(self, state_dict)
         self.H_facs = CURVATURES[own](**state_dict["H"])
+        self._weight = state_dict["weight"]
         self._num_points = state_dict["num_points"]
+        self._num_batches = state_dict["num_batches"]
         error = state_dict["sampling_error"]
-        self.sampling_error = error and SamplingError(**error)
+        self.sampling_error = error and SamplingError.from_state_dict(error)
         self.H = self.H_facs.decompose(self.damping)
 
     def _load_parameters(self, names: list[str]) -> None:
