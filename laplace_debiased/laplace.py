@@ -29,11 +29,13 @@ from laplace_debiased.debiasing import Debiasing, check_integer
 from laplace_debiased.diagnostics import Diagnostics
 from laplace_debiased.estimation import Earlier, Estimate, Estimator
 from laplace_debiased.guard import frozen, preserved
+from laplace_debiased.holdout import best_share, effective_rank
 from laplace_debiased.last_layer import LastLayer
 from laplace_debiased.layers import Block, curvature_blocks
 from laplace_debiased.prediction import Prediction
 from laplace_debiased.sampling import (
     Folds,
+    Points,
     draw_uniformly,
     explicit_folds,
     loader_of_batch,
@@ -70,8 +72,9 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
             directions, the others magnitudes: the paper's).
         num_folds: Number of folds of ``"cross_fit"``.
         direction_fraction: Share of the points that give directions with
-            ``"two_batch"``; ``"auto"`` for the best share by theory for Gaussian data
-            (:mod:`laplace_debiased.holdout`), measured worse than a half.
+            ``"two_batch"``; ``"auto"`` for the best share by theory for Gaussian data,
+            to which a forward pass over ``budget`` points gives the effective rank of
+            the output curvature (:mod:`laplace_debiased.holdout`).
         sampling: How the budget is drawn: ``"curvature"`` (from a pool of points, with
             probabilities that grow with the curvature of the loss in the network's
             output, which takes forward passes; the pool also gives input covariances
@@ -374,9 +377,18 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         points = draw_uniformly(loader, num_points, self._seed(decay), name)
         if is_first:
             self._prepare(points.first_batch())
-        num_used = min(d.budget or len(points), len(points))
+        best = self._best_share(points) if d.finds_share else None
+        return points.split(d.shares(best))
+
+    def _best_share(self, points: Points) -> float:
+        """Find out, by a forward pass, which share should give directions."""
+        num_used = min(self.debiasing.budget or len(points), len(points))
+        with preserved(self.model, keep_new_hooks=True):
+            self.model.eval()
+            source = self._source(self.debiasing.seed)
+            curvature = source.output_curvature(points.some(num_used))
         dimensions = [block.shape[0] for block in self._blocks()]
-        return points.split(d.shares(num_used, dimensions))
+        return best_share(num_used, dimensions, effective_rank(curvature))
 
     def _blocks(self) -> list[Block]:
         """The blocks of the fitted parameters."""
@@ -448,18 +460,21 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         self, folds: Folds, seed: int, progress_bar: bool = False
     ) -> Estimator:
         d = self.debiasing
-        source = CurvatureSource(
-            self.backend,
-            self._fitted_params,
-            self._asdl_fisher_kwargs,
-            seed,
-            d.fisher_rank,
-            progress_bar,
-        )
+        source = self._source(seed, progress_bar)
         estimator = Estimator(source, folds, d.cross_fit and not folds.explicit)
         if self._num_used(folds) < folds.num_points:
             estimator.draw(d.budget, seed)
         return estimator
+
+    def _source(self, seed: int, progress_bar: bool = False) -> CurvatureSource:
+        return CurvatureSource(
+            self.backend,
+            self._fitted_params,
+            self._asdl_fisher_kwargs,
+            seed,
+            self.debiasing.fisher_rank,
+            progress_bar,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fitted posterior.

@@ -86,8 +86,11 @@ class Points:
 
     def first_batch(self) -> Any:
         """Return a batch of some of the points."""
-        size = self.loader.batch_size or 1
-        return next(iter(loader_over(self.loader, self.indices[:size].sort()[0])))
+        return next(iter(self.some(self.loader.batch_size or 1)))
+
+    def some(self, num_points: int) -> DataLoader:
+        """Return a loader over some of the points, at random."""
+        return loader_over(self.loader, self.indices[:num_points].sort()[0])
 
     def split(self, shares: Sequence[float]) -> Folds:
         """Assign each point to a fold.

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from laplace.curvature import BackPackGGN
+from laplace.curvature.asdl import AsdlGGN
+from laplace.curvature.curvlinops import CurvlinopsEF
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased.holdout import best_share
+from laplace_debiased.holdout import best_share, effective_rank
 from laplace_debiased.sampling import draw, draw_uniformly
 from laplace_debiased.seeds import mixed_seed
 from tests import dense
@@ -330,15 +333,59 @@ def test_fewer_backward_passes_for_many_outputs():
 
 @pytest.mark.parametrize("subset", SUBSETS)
 def test_share_of_directions_by_theory(subset):
-    options = TWO_BATCH | {"direction_fraction": "auto"}
-    la = debiased(network("mlp"), subset=subset, budget=40, **options)
-    la.fit(loader())
+    model, train = network("mlp"), loader()
+    options = TWO_BATCH | {"subset": subset, "budget": 40}
+    la = debiased(model, direction_fraction="auto", **options)
+    la.fit(train)
+    X, _ = points(draw_uniformly(train, 40, 0).some(40))
+    p = model(X).softmax(1).detach()
+    mean = torch.diag(p.mean(0)) - p.T @ p / len(X)
     sizes = [block.shape[0] for block in la._blocks()]
-    share = best_share(40, sizes)
     assert sizes == [5, 5, 3, 3] if subset == "all" else [3, 3]
-    expected = debiased(
-        network("mlp"), subset=subset, budget=40, **TWO_BATCH, direction_fraction=share
-    )
-    expected.fit(loader())
-    assert share != 0.5
+    share = best_share(40, sizes, effective_rank(mean))
+    expected = debiased(model, direction_fraction=share, **options)
+    expected.fit(train)
+    assert 0.1 < share < 0.7 and share != 0.5
     assert torch.equal(posterior(la), posterior(expected))
+
+
+def test_mean_output_curvature_equals_dense_reference():
+    model, train = network("mlp"), loader()
+    la = debiased(model)
+    la.fit(train)
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    for x, y in zip(*train.dataset.tensors, strict=True):
+        f = model(x[None]).detach()
+        for column in dense.output_columns(f, y[None], LOSS):
+            expected += torch.outer(column[0], column[0])
+    assert torch.allclose(la._source(0).output_curvature(train), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": AsdlGGN},
+        {"backend": BackPackGGN},
+        {"backend": CurvlinopsEF},
+        {"backend_kwargs": {"stochastic": True}},
+        {"fisher_rank": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_a_share_is_found_with_all_backends(likelihood, options):
+    model = network("mlp", dtype=torch.float32)
+    train = loader(likelihood=likelihood, dtype=torch.float32)
+    auto = {"estimator": "two_batch", "direction_fraction": "auto", "budget": 40}
+    la = debiased(model, likelihood, **auto, **options)
+    la.fit(train)
+    assert 0.1 < la._folds(train, None).shares[0] < 0.7
+    assert posterior(la).isfinite().all()
+
+
+def test_each_batch_of_a_stream_has_its_own_share():
+    model, (X, y) = network("mlp").train(), batch("mlp", 40)
+    la = debiased(model, estimator="two_batch", direction_fraction="auto")
+    for rows in (slice(20), slice(20, 40)):
+        la.partial_fit((X[rows], y[rows]))
+    assert la.n_data == 40 and all(m.training for m in model.modules())
