@@ -28,6 +28,7 @@ from laplace_debiased.sweep import (
     Accumulator,
     Inputs,
     SweepSummary,
+    at_least_single,
     check_finite_inputs,
     check_targets,
     sweep,
@@ -167,6 +168,7 @@ class CurvatureSource:
             with torch.no_grad():
                 output = backend.model(X)
             y = check_targets(output, y, backend.lossfunc)
+            output, y = at_least_single(output), at_least_single(y)
             columns = self._output_curvature.columns(output, y, generator).double()
             total = total + torch.einsum("kni,knj->ij", columns, columns)
         return total

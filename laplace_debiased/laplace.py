@@ -15,7 +15,7 @@ from warnings import warn
 
 import torch
 from laplace import KronLaplace, KronLLLaplace, ParametricLaplace
-from laplace.curvature import CurvatureInterface
+from laplace.curvature import CurvatureInterface, EFInterface
 from laplace.curvature.curvlinops import CurvlinopsInterface
 from laplace.utils import select_rows, split_batch
 from laplace.utils.enums import Likelihood
@@ -85,7 +85,8 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         fisher_rank: Number of columns of the output curvature's square root that are
             kept for each point, the largest ones; one more column stands for the
             others, without bias. A point then takes ``fisher_rank + 1`` backward passes
-            instead of one for each output. None for all; needs ``CurvlinopsGGN``.
+            instead of one for each output. None for all; needs ``CurvlinopsGGN``, not
+            ``stochastic``.
         seed: Makes draw and assignment of the points reproducible.
         memory_limit: Bytes that a GLM prediction may take for a chunk of examples; may
             be changed at any time.
@@ -142,6 +143,7 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         self.damping = arguments.arguments.get("damping", False)
         self._check_ggn_support(self.damping, self._backend_cls)
         self._check_sampling_support(self._backend_cls)
+        self._check_fisher_rank_support(self._backend_cls)
 
     def _check_ggn_support(
         self, damping: bool, backend: type[CurvatureInterface]
@@ -159,16 +161,27 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
             )
 
     def _check_sampling_support(self, backend: type[CurvatureInterface]) -> None:
-        if issubclass(backend, CurvlinopsInterface):
-            return
-        if self.debiasing.sampling == "curvature":
+        if self.debiasing.sampling == "curvature" and not issubclass(
+            backend, CurvlinopsInterface
+        ):
             raise ValueError(
                 "`sampling='curvature'` needs a curvlinops backend, got "
                 f"{backend.__name__}: use `CurvlinopsGGN` or `sampling='uniform'`."
             )
-        if self.debiasing.fisher_rank is not None:
+
+    def _check_fisher_rank_support(self, backend: type[CurvatureInterface]) -> None:
+        if self.debiasing.fisher_rank is None:
+            return
+        if not issubclass(backend, CurvlinopsInterface) or issubclass(
+            backend, EFInterface
+        ):
             raise ValueError(
                 f"`fisher_rank` needs `CurvlinopsGGN`, got {backend.__name__}."
+            )
+        if self._backend_kwargs.get("stochastic"):
+            raise ValueError(
+                "`fisher_rank` needs exact output curvature: it does not go with "
+                "`stochastic=True`, which samples labels."
             )
 
     def _find_left_out(self, model: nn.Module) -> list[LeftOut]:

@@ -1,5 +1,7 @@
 """Curvature sampling and cross-fit, through the Laplace class."""
 
+from unittest import mock
+
 import pytest
 import torch
 from laplace.curvature import BackPackGGN
@@ -270,14 +272,32 @@ def test_a_pool_of_all_points_needs_no_draw():
 
 def test_regression_draws_uniformly():
     model, train = network("mlp"), loader(likelihood="regression")
-    la = debiased(model, "regression", sampling="curvature", budget=12, pool_size=60)
+    la = debiased(model, "regression", sampling="curvature", budget=12, pool_size=40)
     la.fit(train)
-    pools = draw_uniformly(train, 60, 0).split([0.5, 0.5]).folds
-    X, _ = points(pools[1].loader)
-    _, weights = draw(torch.ones(len(X)), 6, seed=1)
-    assert torch.allclose(weights, torch.full((6,), 5.0).double())
-    # the last layer's gradient covariance is the same for all points
-    assert torch.allclose(la.H_facs.folds[1][2][0], SIZE * torch.eye(3).double())
+
+    def loss(f, y):
+        return 0.5 * (f - y).square().sum()
+
+    pools = draw_uniformly(train, 40, 0).split([0.5, 0.5]).folds
+    for k, (pool, own) in enumerate(zip(pools, la.H_facs.folds, strict=True)):
+        X, y = points(pool.loader)
+        drawn, _ = draw(torch.ones(len(X)), 6, seed=mixed_seed(0, k))
+        weights = torch.full((6,), SIZE / 6).double()
+        data = X[drawn], y[drawn]
+        factors = dense.kronecker_factors(model, *data, loss, weights=weights)
+        for actual, (expected, _) in zip(own[::2], factors.values(), strict=True):
+            assert torch.allclose(actual[0], expected)
+
+
+def test_neighbouring_seeds_do_not_share_a_draw():
+    model, train = network("mlp"), loader(size=400)
+    drawn = []
+    for seed in range(3):
+        la = debiased(model, budget=20, seed=seed)
+        with mock.patch("laplace_debiased.estimation.draw", wraps=draw) as drawing:
+            la.fit(train)
+        drawn += [call.kwargs["seed"] for call in drawing.call_args_list]
+    assert len(set(drawn)) == len(drawn) == 6
 
 
 @pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
@@ -329,6 +349,21 @@ def test_fewer_backward_passes_for_many_outputs():
     # the trace of the last layer's gradient covariance is that of the output curvature
     for own, other in zip(la.H_facs.folds, exact.H_facs.folds, strict=True):
         assert torch.allclose(own[2][0].trace(), other[2][0].trace())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": AsdlGGN},
+        {"backend": CurvlinopsEF},
+        {"backend_kwargs": {"stochastic": True}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_fewer_backward_passes_need_exact_output_curvature(subset, options):
+    with pytest.raises(ValueError, match="`fisher_rank` needs"):
+        debiased(network("mlp"), subset=subset, fisher_rank=1, **options)
 
 
 @pytest.mark.parametrize("subset", SUBSETS)
