@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from backpack import extend
 from curvlinops import FisherType, KFACType
-from laplace.curvature import BackPackInterface, CurvatureInterface
+from laplace.curvature import BackPackInterface, CurvatureInterface, EFInterface
 from laplace.curvature.asdl import AsdlInterface
 from laplace.curvature.curvlinops import CurvlinopsInterface
 from laplace.utils import Kron, split_batch
-from numpy.random import SeedSequence
-from torch import Tensor
+from torch import Generator, Tensor
 from tqdm import tqdm
 
 from laplace_debiased.curvature import scale_gradients
@@ -23,10 +22,13 @@ from laplace_debiased.factors import DirectionalCurvatures, KroneckerFactors
 from laplace_debiased.layers import curvature_blocks
 from laplace_debiased.output_curvature import OutputCurvature
 from laplace_debiased.sampling import Fold
+from laplace_debiased.seeds import mixed_seed
 from laplace_debiased.selection import find_layers
 from laplace_debiased.sweep import (
     Accumulator,
+    Inputs,
     SweepSummary,
+    at_least_single,
     check_finite_inputs,
     check_targets,
     sweep,
@@ -146,6 +148,53 @@ class CurvatureSource:
             fold.loader, [], KroneckerFactors([]), fold.weights, backward=False
         )
 
+    def output_curvature(self, loader: Iterable) -> Tensor:
+        """Sum the curvature of the loss in the network's output, by forward passes.
+
+        Args:
+            loader: Yields the points.
+
+        Returns:
+            The sum ``[outputs, outputs]``, in double precision.
+
+        Raises:
+            ValueError: If inputs or targets are not valid.
+        """
+        backend, device = self.backend, self.params[0].device
+        generator = Generator(device=device).manual_seed(self._next_seed())
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in loader:
+            X, y = self._checked_batch(batch)
+            with torch.no_grad():
+                output = backend.model(X)
+            y = check_targets(output, y, backend.lossfunc)
+            output, y = at_least_single(output), at_least_single(y)
+            columns = self._output_curvature.columns(output, y, generator).double()
+            total = total + torch.einsum("kni,knj->ij", columns, columns)
+        return total
+
+    @property
+    def _output_curvature(self) -> OutputCurvature:
+        fisher_type = (
+            FisherType.EMPIRICAL
+            if isinstance(self.backend, EFInterface)
+            else getattr(self.backend, "_kron_fisher_type", FisherType.TYPE2)
+        )
+        return OutputCurvature(
+            self.backend.lossfunc,
+            FisherType(fisher_type).value,
+            self.options.get("mc_samples", 1) if self.takes_weights else 1,
+            self.fisher_rank,
+        )
+
+    def _checked_batch(self, batch: Any) -> tuple[Inputs, Tensor]:
+        """Move a batch to the parameters' device."""
+        X, y = split_batch(batch, self.backend.dict_key_y)
+        device = self.params[0].device
+        X, y = (X.to(device) if isinstance(X, Tensor) else X), y.to(device)
+        check_finite_inputs(X)
+        return X, y
+
     @property
     def _approximation(self) -> str:
         return self.options.get("kfac_approx", KFACType.EXPAND)
@@ -157,7 +206,7 @@ class CurvatureSource:
 
     def _next_seed(self) -> int:
         self._num_sweeps += 1
-        return _mixed(self.seed, self._num_sweeps)
+        return mixed_seed(self.seed, self._num_sweeps)
 
     def _blocks(self) -> list:
         layers = find_layers(self.backend.model, self.params)
@@ -172,12 +221,6 @@ class CurvatureSource:
         backward: bool = True,
     ) -> SweepSummary:
         layers = list({block.layer.name: block.layer for block in blocks}.values())
-        output_curvature = OutputCurvature(
-            self.backend.lossfunc,
-            FisherType(self.backend._kron_fisher_type).value,
-            self.options.get("mc_samples", 1),
-            self.fisher_rank,
-        )
         data = (split_batch(batch, self.backend.dict_key_y) for batch in loader)
         summary = sweep(
             self.backend.model,
@@ -185,7 +228,7 @@ class CurvatureSource:
             tqdm(
                 data, "[Computing Hessian]", len(loader), disable=not self.progress_bar
             ),
-            output_curvature,
+            self._output_curvature,
             accumulator,
             weights=weights,
             backward=backward,
@@ -210,13 +253,11 @@ class CurvatureSource:
         loss = torch.zeros((), device=device, dtype=dtype)
         num_outputs = 0
         for batch in tqdm(loader, "[Computing Hessian]", disable=not self.progress_bar):
-            X, y = split_batch(batch, backend.dict_key_y)
-            X, y = (X.to(device) if isinstance(X, Tensor) else X), y.to(device)
+            X, y = self._checked_batch(batch)
             if isinstance(X, MutableMapping) and isinstance(backend, BackPackInterface):
                 raise ValueError(
                     "The BackPACK backends do not support dict-like inputs."
                 )
-            check_finite_inputs(X)
             with torch.no_grad():
                 output = backend.model(X)
             y = check_targets(output, y, backend.lossfunc)
@@ -251,11 +292,6 @@ class CurvatureSource:
                 "`requires_grad_(False)`, or use the default backend."
             )
         return kfacs
-
-
-def _mixed(seed: int, index: int) -> int:
-    """Return a seed that neighbouring seeds and indices do not share."""
-    return int(SeedSequence([int(seed) % 2**63, index]).generate_state(1)[0])
 
 
 def reinstall_hooks(backend: CurvatureInterface) -> None:

@@ -1,18 +1,26 @@
 """Debiased curvature that grows with the data.
 
 Each kind of magnitudes keeps what it takes to add further data: ``kfac`` the Kronecker
-factors of each fold, ``ggn`` the eigenbasis and the curvatures measured in it.
+factors of each fold, ``ggn`` the factors that gave the directions, in their eigenbasis,
+and the curvatures measured along it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from laplace_debiased.eigenbasis import EigenbasisMatrix, Factors, decompose, project
+from laplace_debiased.eigenbasis import (
+    EigenbasisMatrix,
+    Factors,
+    decompose,
+    project,
+    to_eigenbasis,
+)
 
 
 def average(
@@ -39,6 +47,25 @@ def average(
     return [
         [mean(tensors) for tensors in zip(*blocks, strict=True)]
         for blocks in zip(*estimates, strict=True)
+    ]
+
+
+def add_data(own: list[Factors], new: list[Factors], share: float) -> list[Factors]:
+    """Add further data: gradient covariances add up, input covariances average.
+
+    Args:
+        own: Factors of each block.
+        new: Those of the further data.
+        share: Number of points that ``own`` stands for, as a share of all.
+
+    Returns:
+        Factors of all data. Blocks that hold the same tensors still do.
+    """
+    total = _remembering(torch.add)
+    mean = _remembering(lambda A, B: share * A + (1 - share) * B)
+    return [
+        [total(G, H), *(mean(A, B) for A, B in zip(As, Bs, strict=True))]
+        for (G, *As), (H, *Bs) in zip(own, new, strict=True)
     ]
 
 
@@ -88,13 +115,8 @@ class KFACCurvature:
                 "Further data must be used as the first data were: in as many folds, "
                 "with `estimator='cross_fit'` both times or not at all."
             )
-
-        def merged(own: list[Factors], new: list[Factors]) -> list[Factors]:
-            means = average([own, new], [share, 1 - share])
-            sums = [G + H for (G, *_), (H, *_) in zip(own, new, strict=True)]
-            return [[G, *As] for G, (_, *As) in zip(sums, means, strict=True)]
-
-        folds = [merged(*pair) for pair in zip(self.folds, other.folds, strict=True)]
+        pairs = zip(self.folds, other.folds, strict=True)
+        folds = [add_data(own, new, share) for own, new in pairs]
         surveyed = self.surveyed and other.surveyed
         return replace(self, folds=folds, surveyed=surveyed)
 
@@ -155,7 +177,8 @@ def _cross_fitted(
         project(fold, held_out_directions(folds, shares, k))
         for k, fold in enumerate(folds)
     ]
-    return directions_of(folds, shares), average(held_out, shares)
+    directions = decompose(average(folds, shares), fast=True)
+    return directions, average(held_out, shares)
 
 
 def _joined(first: list[Factors], second: list[Factors]) -> list[Factors]:
@@ -163,32 +186,8 @@ def _joined(first: list[Factors], second: list[Factors]) -> list[Factors]:
     return [[*a, *b] for a, b in zip(first, second, strict=True)]
 
 
-def directions_of(
-    folds: list[list[Factors]],
-    shares: Sequence[float],
-    inputs: list[Factors] | None = None,
-) -> list[Factors]:
-    """Compute the eigenvectors of several folds together.
-
-    Args:
-        folds: Factors of each block, for each fold.
-        shares: Each fold's share of the points.
-        inputs: Eigenvectors ``[U_A]`` or ``[]`` of each block, if they are known.
-
-    Returns:
-        Eigenvectors of each block.
-    """
-    mean = average(folds, shares)
-    if inputs is None:
-        return decompose(mean, fast=True)
-    return _joined(decompose([[G] for G, *_ in mean], fast=True), inputs)
-
-
 def held_out_directions(
-    folds: list[list[Factors]],
-    shares: Sequence[float],
-    index: int,
-    inputs: list[Factors] | None = None,
+    folds: list[list[Factors]], shares: Sequence[float], index: int
 ) -> list[Factors]:
     """Compute the eigenvectors of all folds but one.
 
@@ -196,12 +195,12 @@ def held_out_directions(
         folds: Factors of each block, for each fold.
         shares: Each fold's share of the points.
         index: The fold to leave out.
-        inputs: As in :func:`directions_of`.
 
     Returns:
         Eigenvectors of each block.
     """
-    return directions_of(without(folds, index), without(shares, index), inputs)
+    others = average(without(folds, index), without(shares, index))
+    return decompose(others, fast=True)
 
 
 def scale_gradients(kfacs: list[Factors], factor: float) -> list[Factors]:
@@ -226,16 +225,59 @@ class GGNCurvature:
         eigenvectors: Directions ``[U_G, U_A]`` or ``[U_G]`` of each block.
         eigenvalues: Curvatures ``[matrix]`` or ``[vector]`` of each block, scaled to
             all data.
+        factor_eigenvalues: Eigenvalues of the factors that gave the directions, G
+            scaled to all data.
     """
 
     eigenvectors: list[Factors]
     eigenvalues: list[Factors]
+    factor_eigenvalues: list[Factors]
 
-    def merge(self, other: GGNCurvature, share: float) -> GGNCurvature:
-        """Add further data, measured in the same eigenbasis: curvatures add up.
+    def factors(self) -> list[Factors]:
+        """Compute the Kronecker factors that gave the directions.
+
+        Returns:
+            Factors ``[G, A]`` or ``[G]`` of each block.
+        """
+        compose = _remembering(lambda vectors, values: (vectors * values) @ vectors.T)
+        return [
+            [compose(*pair) for pair in zip(vectors, values, strict=True)]
+            for vectors, values in zip(
+                self.eigenvectors, self.factor_eigenvalues, strict=True
+            )
+        ]
+
+    def along(self, directions: list[Factors]) -> list[Factors]:
+        r"""Measure the curvature along other directions.
+
+        They are :math:`\lambda'_{ij} = \sum_{kl} (u'_i \cdot u_k)^2 (v'_j \cdot v_l)^2
+        \lambda_{kl}`. Their sum is that of the eigenvalues.
 
         Args:
-            other: Curvature of the further data.
+            directions: Directions ``[U_G, U_A]`` or ``[U_G]`` of each block.
+
+        Returns:
+            Curvatures ``[matrix]`` or ``[vector]`` of each block.
+        """
+        overlaps = _remembering(lambda own, new: (own.T @ new) ** 2)
+        bases = zip(self.eigenvectors, directions, self.eigenvalues, strict=True)
+        return [
+            [
+                to_eigenbasis(
+                    values,
+                    [overlaps(*pair) for pair in zip(vectors, others, strict=True)],
+                )
+            ]
+            for vectors, others, (values,) in bases
+        ]
+
+    def merge(self, other: GGNCurvature, share: float) -> GGNCurvature:
+        """Add further data, whose directions are those of all data.
+
+        Args:
+            other: Curvature of the further data along the directions of all data, and
+                the factors that gave these (:func:`add_data` of the earlier factors
+                and the new ones).
             share: Not needed, since curvatures are sums.
 
         Returns:
@@ -243,14 +285,18 @@ class GGNCurvature:
         """
         eigenvalues = [
             [value + further for value, further in zip(own, new, strict=True)]
-            for own, new in zip(self.eigenvalues, other.eigenvalues, strict=True)
+            for own, new in zip(
+                self.along(other.eigenvectors), other.eigenvalues, strict=True
+            )
         ]
-        return GGNCurvature(self.eigenvectors, eigenvalues)
+        return replace(other, eigenvalues=eigenvalues)
 
     def scaled(self, factor: float) -> GGNCurvature:
         """Scale the curvature."""
         return GGNCurvature(
-            self.eigenvectors, scale_gradients(self.eigenvalues, factor)
+            self.eigenvectors,
+            scale_gradients(self.eigenvalues, factor),
+            scale_gradients(self.factor_eigenvalues, factor),
         )
 
     def decompose(self, damping: bool = False) -> EigenbasisMatrix:
@@ -271,6 +317,22 @@ class GGNCurvature:
     def state_dict(self) -> dict[str, Any]:
         """Return what the curvature is built from."""
         return dict(vars(self))
+
+
+def _remembering(function: Callable[[Tensor, Tensor], Tensor]) -> Callable:
+    """Compute a function of two tensors once for the same two.
+
+    A weight and its bias hold the same tensors.
+    """
+    known: dict[tuple[int, int], Tensor] = {}
+
+    def computed(first: Tensor, second: Tensor) -> Tensor:
+        key = id(first), id(second)
+        if key not in known:
+            known[key] = function(first, second)
+        return known[key]
+
+    return computed
 
 
 CURVATURES = {"kfac": KFACCurvature, "ggn": GGNCurvature}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from laplace_debiased.holdout import best_share
 from laplace_debiased.operator import check_magnitudes
 
 MIN_BUDGET = 8
@@ -85,21 +83,23 @@ class Debiasing:
         """Whether each fold gives directions and magnitudes."""
         return self.estimator == "cross_fit"
 
-    def shares(self, num_points: int, dimensions: Iterable[int]) -> list[float]:
-        """Compute the share of the points in each fold.
+    @property
+    def finds_share(self) -> bool:
+        """Whether the share of the points that give directions is to be found."""
+        return not self.cross_fit and self.direction_fraction == "auto"
+
+    def shares(self, best: float | None = None) -> list[float]:
+        """Return the share of the points in each fold.
 
         Args:
-            num_points: Number of points that get backward passes.
-            dimensions: Dimensions of the gradient covariances.
+            best: The share that ``"auto"`` stands for; needed only then.
 
         Returns:
             The shares.
         """
         if self.cross_fit:
             return [1 / self.num_folds] * self.num_folds
-        fraction = self.direction_fraction
-        if fraction == "auto":
-            fraction = best_share(num_points, dimensions)
+        fraction = best if self.finds_share else self.direction_fraction
         return [fraction, 1 - fraction]
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 Factors = list[Tensor]
 
 
-def symmetric_eigenvectors(matrix: Tensor, fast: bool = False) -> Tensor:
-    """Compute the eigenvectors of a symmetric matrix.
+def symmetric_eigh(matrix: Tensor, fast: bool = False) -> tuple[Tensor, Tensor]:
+    """Decompose a symmetric matrix.
 
     In double precision: single precision is two times faster, but leaves errors of 1e-6
     times the largest eigenvalue in the reconstruction.
@@ -32,14 +32,18 @@ def symmetric_eigenvectors(matrix: Tensor, fast: bool = False) -> Tensor:
         fast: Whether to use the matrix's own precision.
 
     Returns:
-        Eigenvectors ``[d, d]`` as columns, in the matrix's dtype.
+        Eigenvalues ``[d]``, and eigenvectors ``[d, d]`` as columns, in the matrix's
+        dtype.
     """
     precise = matrix if fast and matrix.dtype.itemsize >= 4 else matrix.double()
-    return torch.linalg.eigh(precise).eigenvectors.to(matrix.dtype)
+    values, vectors = torch.linalg.eigh(precise)
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
-def decompose(kfacs: list[Factors], fast: bool = False) -> list[Factors]:
-    """Compute the eigenvectors of Kronecker factors.
+def eigendecompose(
+    kfacs: list[Factors], fast: bool = False
+) -> tuple[list[Factors], list[Factors]]:
+    """Compute eigenvectors and eigenvalues of Kronecker factors.
 
     Args:
         kfacs: Factors of each block. A weight and its bias may hold the same tensor,
@@ -48,16 +52,33 @@ def decompose(kfacs: list[Factors], fast: bool = False) -> list[Factors]:
             magnitudes: there the errors of the eigenvectors enter squared.
 
     Returns:
-        Eigenvectors of each factor of each block.
+        Eigenvectors, and eigenvalues, of each factor of each block.
     """
-    known: dict[int, Tensor] = {}
+    known: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def eigenvectors(factor: Tensor) -> Tensor:
+    def decomposed(factor: Tensor) -> tuple[Tensor, Tensor]:
         if id(factor) not in known:
-            known[id(factor)] = symmetric_eigenvectors(factor, fast)
+            known[id(factor)] = symmetric_eigh(factor, fast)
         return known[id(factor)]
 
-    return [[eigenvectors(factor) for factor in factors] for factors in kfacs]
+    parts = [[decomposed(factor) for factor in factors] for factors in kfacs]
+    return (
+        [[vectors for _, vectors in block] for block in parts],
+        [[values for values, _ in block] for block in parts],
+    )
+
+
+def decompose(kfacs: list[Factors], fast: bool = False) -> list[Factors]:
+    """Compute the eigenvectors alone, as :func:`eigendecompose` does.
+
+    Args:
+        kfacs: Factors of each block.
+        fast: Whether the factors' own precision is enough.
+
+    Returns:
+        Eigenvectors of each factor of each block.
+    """
+    return eigendecompose(kfacs, fast)[0]
 
 
 def project(kfacs: list[Factors], eigenvectors: list[Factors]) -> list[Factors]:

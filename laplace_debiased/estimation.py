@@ -11,13 +11,14 @@ from laplace_debiased.backends import CurvatureSource
 from laplace_debiased.curvature import (
     GGNCurvature,
     KFACCurvature,
+    add_data,
     average,
-    directions_of,
-    held_out_directions,
     scale_gradients,
+    without,
 )
-from laplace_debiased.eigenbasis import Factors, decompose
+from laplace_debiased.eigenbasis import Factors, decompose, eigendecompose
 from laplace_debiased.sampling import Fold, Folds, draw, fold_sizes, subset_of
+from laplace_debiased.seeds import mixed_seed
 from laplace_debiased.sweep import SweepSummary
 from laplace_debiased.uncertainty import SamplingError
 
@@ -55,14 +56,35 @@ class Estimate:
             self.error and other.error and self.error.merge(other.error),
         )
 
-    def scaled(self, factor: float) -> Estimate:
-        """Scale curvature and loss."""
+    def scaled(self, factor: float, decay: float = 1.0) -> Estimate:
+        """Scale curvature and loss to more or fewer data.
+
+        Args:
+            factor: The factor.
+            decay: Factor on the number of points seen.
+
+        Returns:
+            The scaled estimate.
+        """
         return Estimate(
             self.curvature.scaled(factor),
             factor * self.loss,
             self.num_outputs,
-            self.error and self.error.scaled(factor),
+            self.error and self.error.scaled(factor, decay),
         )
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What earlier points contribute to the directions of all.
+
+    Args:
+        factors: Their Kronecker factors, G scaled to their number.
+        share: Their number, as a share of all.
+    """
+
+    factors: list[Factors]
+    share: float
 
 
 class Estimator:
@@ -82,6 +104,7 @@ class Estimator:
         self._surveyed: list[list[Factors]] | None = None
         self._surveys: list[SweepSummary] = []
         self._summaries: list[SweepSummary] = []
+        self._earlier: Earlier | None = None
 
     def draw(self, num_points: int, seed: int) -> None:
         """Draw points from the folds with probabilities that grow with their curvature.
@@ -100,7 +123,10 @@ class Estimator:
             factors, summary = self._source.survey(pool.loader)
             scale = self._num_data / pool.num_points
             positions, weights = draw(
-                summary.traces, size, seed=seed + k, strata=summary.classes
+                summary.traces,
+                size,
+                seed=mixed_seed(seed, k),
+                strata=summary.classes,
             )
             loader = subset_of(pool.loader, positions)
             drawn.append(Fold(loader, size, scale * weights))
@@ -116,48 +142,61 @@ class Estimator:
             KFACCurvature(folds, self._shares, self._cross_fit, surveyed)
         )
 
-    def ggn(self, eigenvectors: list[Factors] | None = None) -> Estimate:
+    def ggn(self, earlier: Earlier | None = None) -> Estimate:
         """Measure curvature with ``ggn`` magnitudes.
 
         Args:
-            eigenvectors: Directions in hand, which other points gave; None for those of
-                the folds.
+            earlier: What earlier points contribute to the directions.
+
+        Returns:
+            The estimate of these points alone, along directions of all.
         """
+        self._earlier = earlier
         return self._estimate(
-            self._cross_fit_ggn(eigenvectors)
-            if self._cross_fit
-            else self._two_batch_ggn(eigenvectors)
+            self._cross_fit_ggn() if self._cross_fit else self._two_batch_ggn()
         )
 
-    def _two_batch_ggn(self, eigenvectors: list[Factors] | None) -> GGNCurvature:
-        if eigenvectors is None:
-            eigenvectors = decompose(self._kfacs(0))
-        else:
-            self._note(self._source.loss(self._folds[0]), self._folds[0])
-        return GGNCurvature(eigenvectors, self._curvatures(1, eigenvectors))
+    def _two_batch_ggn(self) -> GGNCurvature:
+        directions = self._with_earlier(self._kfacs(0))
+        eigenvectors, factor_eigenvalues = eigendecompose(directions)
+        curvatures = self._curvatures(1, eigenvectors)
+        return GGNCurvature(eigenvectors, curvatures, factor_eigenvalues)
 
-    def _cross_fit_ggn(self, eigenvectors: list[Factors] | None) -> GGNCurvature:
-        """Measure each fold along the directions of the others.
+    def _cross_fit_ggn(self) -> GGNCurvature:
+        """Measure each fold along the directions of the others."""
+        indices = range(len(self._folds))
+        kfacs = [self._kfacs(k) for k in indices]
+        self._summaries.clear()  # the same points again
+        mean = self._with_earlier(average(kfacs, self._shares))
+        eigenvectors, factor_eigenvalues = eigendecompose(mean, fast=True)
+        measured = [
+            self._curvatures(k, self._held_out_directions(kfacs, k, eigenvectors))
+            for k in indices
+        ]
+        curvatures = average(measured, self._shares)
+        return GGNCurvature(eigenvectors, curvatures, factor_eigenvalues)
+
+    def _held_out_directions(
+        self, kfacs: list[list[Factors]], index: int, eigenvectors: list[Factors]
+    ) -> list[Factors]:
+        """Compute the directions of all points but those of a fold.
 
         Input directions that a pool gave are those of all its points, of which the
         measured ones are a small part.
         """
-        indices = range(len(self._folds))
-        if eigenvectors is not None:
-            measured = [self._curvatures(k, eigenvectors) for k in indices]
-            return GGNCurvature(eigenvectors, average(measured, self._shares))
-        kfacs = [self._kfacs(k) for k in indices]
-        self._summaries.clear()  # the same points again
-        inputs = None
-        if self._surveyed is not None:
-            pools = [[As for _, *As in factors] for factors in self._surveyed]
-            inputs = directions_of(pools, self._shares)
-        measured = [
-            self._curvatures(k, held_out_directions(kfacs, self._shares, k, inputs))
-            for k in indices
-        ]
-        eigenvectors = directions_of(kfacs, self._shares, inputs)
-        return GGNCurvature(eigenvectors, average(measured, self._shares))
+        others = average(without(kfacs, index), without(self._shares, index))
+        others = self._with_earlier(others)
+        if self._surveyed is None:
+            return decompose(others, fast=True)
+        gradients = decompose([[G] for G, *_ in others], fast=True)
+        pairs = zip(gradients, eigenvectors, strict=True)
+        return [[U, *inputs] for (U,), (_, *inputs) in pairs]
+
+    def _with_earlier(self, factors: list[Factors]) -> list[Factors]:
+        """Add the factors of earlier points."""
+        if self._earlier is None:
+            return factors
+        return add_data(self._earlier.factors, factors, self._earlier.share)
 
     def _kfacs(self, index: int) -> list[Factors]:
         """Compute the factors of a fold, scaled to all data."""

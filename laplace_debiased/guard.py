@@ -97,6 +97,26 @@ def _varies(module: nn.Module) -> bool:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode, and restore each module's own mode afterwards.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def frozen(parameters: list[Tensor]) -> Iterator[None]:
     """Let parameters require no gradients while a block of code runs.
 

@@ -8,31 +8,31 @@ eigenvectors from some of the training points and eigenvalues measured on others
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from dataclasses import replace
 from inspect import signature
-from math import pi
 from typing import Any
 from warnings import warn
 
 import torch
 from laplace import KronLaplace, KronLLLaplace, ParametricLaplace
-from laplace.curvature import CurvatureInterface
+from laplace.curvature import CurvatureInterface, EFInterface
 from laplace.curvature.curvlinops import CurvlinopsInterface
-from laplace.utils import batch_size, select_rows, split_batch
-from laplace.utils.enums import Likelihood, LinkApprox
+from laplace.utils import select_rows, split_batch
+from laplace.utils.enums import Likelihood
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from laplace_debiased.backends import CurvatureSource
-from laplace_debiased.bias import BiasReport, kfac_bias
-from laplace_debiased.curvature import CURVATURES, KFACCurvature
+from laplace_debiased.curvature import CURVATURES
 from laplace_debiased.debiasing import Debiasing, check_integer
-from laplace_debiased.estimation import Estimate, Estimator
+from laplace_debiased.diagnostics import Diagnostics
+from laplace_debiased.estimation import Earlier, Estimate, Estimator
 from laplace_debiased.guard import frozen, preserved
+from laplace_debiased.holdout import best_share, effective_rank
+from laplace_debiased.last_layer import LastLayer
 from laplace_debiased.layers import Block, curvature_blocks
-from laplace_debiased.predictive import LinearizedPredictive, last_layer_covariance
+from laplace_debiased.prediction import Prediction
 from laplace_debiased.sampling import (
     Folds,
     Points,
@@ -51,7 +51,7 @@ from laplace_debiased.selection import (
 from laplace_debiased.uncertainty import SamplingError
 
 
-class KronDebiasedLaplace(KronLaplace):
+class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
     """Laplace approximation with debiased K-FAC over all weights.
 
     Has the interface of laplace-torch's ``KronLaplace`` and its keywords. Parameters in
@@ -72,8 +72,9 @@ class KronDebiasedLaplace(KronLaplace):
             directions, the others magnitudes: the paper's).
         num_folds: Number of folds of ``"cross_fit"``.
         direction_fraction: Share of the points that give directions with
-            ``"two_batch"``; ``"auto"`` for the best share by theory for Gaussian data
-            (:mod:`laplace_debiased.holdout`), measured worse than a half.
+            ``"two_batch"``; ``"auto"`` for the best share by theory for Gaussian data,
+            to which a forward pass over ``budget`` points gives the effective rank of
+            the output curvature (:mod:`laplace_debiased.holdout`).
         sampling: How the budget is drawn: ``"curvature"`` (from a pool of points, with
             probabilities that grow with the curvature of the loss in the network's
             output, which takes forward passes; the pool also gives input covariances
@@ -84,7 +85,8 @@ class KronDebiasedLaplace(KronLaplace):
         fisher_rank: Number of columns of the output curvature's square root that are
             kept for each point, the largest ones; one more column stands for the
             others, without bias. A point then takes ``fisher_rank + 1`` backward passes
-            instead of one for each output. None for all; needs ``CurvlinopsGGN``.
+            instead of one for each output. None for all; needs ``CurvlinopsGGN``, not
+            ``stochastic``.
         seed: Makes draw and assignment of the points reproducible.
         memory_limit: Bytes that a GLM prediction may take for a chunk of examples; may
             be changed at any time.
@@ -131,7 +133,7 @@ class KronDebiasedLaplace(KronLaplace):
         self.memory_limit = memory_limit
         self._strict = strict
         self._generator: torch.Generator | None = None
-        self._num_points, self._num_batches = 0, 0
+        self._weight, self._num_points, self._num_batches = 0, 0, 0
         self.sampling_error: SamplingError | None = None
         self._left_out = self._find_left_out(model)
         with frozen([param for entry in self._left_out for param in entry.params]):
@@ -141,6 +143,7 @@ class KronDebiasedLaplace(KronLaplace):
         self.damping = arguments.arguments.get("damping", False)
         self._check_ggn_support(self.damping, self._backend_cls)
         self._check_sampling_support(self._backend_cls)
+        self._check_fisher_rank_support(self._backend_cls)
 
     def _check_ggn_support(
         self, damping: bool, backend: type[CurvatureInterface]
@@ -158,16 +161,27 @@ class KronDebiasedLaplace(KronLaplace):
             )
 
     def _check_sampling_support(self, backend: type[CurvatureInterface]) -> None:
-        if issubclass(backend, CurvlinopsInterface):
-            return
-        if self.debiasing.sampling == "curvature":
+        if self.debiasing.sampling == "curvature" and not issubclass(
+            backend, CurvlinopsInterface
+        ):
             raise ValueError(
                 "`sampling='curvature'` needs a curvlinops backend, got "
                 f"{backend.__name__}: use `CurvlinopsGGN` or `sampling='uniform'`."
             )
-        if self.debiasing.fisher_rank is not None:
+
+    def _check_fisher_rank_support(self, backend: type[CurvatureInterface]) -> None:
+        if self.debiasing.fisher_rank is None:
+            return
+        if not issubclass(backend, CurvlinopsInterface) or issubclass(
+            backend, EFInterface
+        ):
             raise ValueError(
                 f"`fisher_rank` needs `CurvlinopsGGN`, got {backend.__name__}."
+            )
+        if self._backend_kwargs.get("stochastic"):
+            raise ValueError(
+                "`fisher_rank` needs exact output curvature: it does not go with "
+                "`stochastic=True`, which samples labels."
             )
 
     def _find_left_out(self, model: nn.Module) -> list[LeftOut]:
@@ -223,8 +237,8 @@ class KronDebiasedLaplace(KronLaplace):
                 ``train_loader`` yields those that give directions.
             override: Whether to forget the last fit. Otherwise the data count as
                 further data: with ``kfac`` magnitudes, the factors of both roles add
-                up; with ``ggn``, the new magnitudes are measured in the eigenbasis in
-                hand and add up.
+                up; with ``ggn``, the factors that give directions, and the magnitudes,
+                for which the earlier ones are expressed in the new directions.
             progress_bar: Whether to show progress bars.
 
         Raises:
@@ -234,140 +248,13 @@ class KronDebiasedLaplace(KronLaplace):
             raise ValueError(
                 "Last-layer Laplace approximations do not support `override=False`."
             )
-        online = not override and self.H_facs is not None
-        explicit = magnitude_loader is not None
-        if explicit:
-            folds = self._explicit_folds(train_loader, magnitude_loader, online)
-        else:
-            folds = self._folds(train_loader, online)
-        estimate = self._guarded_estimate(folds, explicit, online, progress_bar)
-
-        num_data, num_used = folds.num_data, self._num_used(folds, explicit)
-        if online:
-            num_data += self.n_data
-            estimate = self._last_estimate().merge(estimate, self.n_data / num_data)
-            num_used += self._num_points
-        self._take_over(estimate, num_data, num_used)
-        self._warn_of_small_budget(explicit)
-
-    def _take_over(self, estimate: Estimate, num_data: int, num_points: int) -> None:
-        """Make an estimate the posterior, at the model's parameters."""
-        H = estimate.curvature.decompose(self.damping)
-        mean = parameters_to_vector(self._fitted_params)
-        self.H_facs, self.H = estimate.curvature, H
-        self.mean = mean if self.enable_backprop else mean.detach()
-        self.loss, self.n_outputs = estimate.loss, estimate.num_outputs
-        self.n_data, self._num_points = num_data, num_points
-        self.sampling_error = estimate.error
-        self.model.output_size = estimate.num_outputs
+        decay = 0 if override else 1
+        folds = self._folds(train_loader, magnitude_loader, decay)
+        self._update(folds, decay, progress_bar=progress_bar)
         self.model.eval()
-
-    def _last_estimate(self) -> Estimate:
-        return Estimate(self.H_facs, self.loss, self.n_outputs, self.sampling_error)
-
-    def _num_used(self, folds: Folds, explicit: bool) -> int:
-        """Number of points that get backward passes."""
-        if explicit or self.debiasing.budget is None:
-            return folds.num_points
-        return min(self.debiasing.budget, folds.num_points)
-
-    def _warn_of_small_budget(self, explicit: bool) -> None:
-        if explicit or self.debiasing.budget is None or self.sampling_error is None:
-            return
-        message = self.sampling_error.warning(self._num_points)
-        if message:
-            warn(message, stacklevel=3)
-
-    @property
-    def curvature_standard_errors(self) -> dict[str, float]:
-        """Relative standard error of the curvature's scale in each layer.
-
-        Of the trace of each layer's curvature, over draws of the points.
-
-        Raises:
-            AttributeError: If there is no fit yet.
-            ValueError: If the backend does not tell what each point contributes.
-        """
-        return self._known_sampling_error().relative_errors()
-
-    def log_marginal_likelihood_standard_error(self) -> Tensor:
-        r"""Estimate the standard error of the log marginal likelihood.
-
-        A relative error e of a layer's scale changes it by :math:`\gamma e / 2`, with
-        the layer's effective number of parameters :math:`\gamma = \sum \lambda /
-        (\lambda + \delta)` (MacKay, 1992). The loss is taken as independent.
-
-        Returns:
-            A scalar, at the present prior precision.
-
-        Raises:
-            AttributeError: If there is no fit yet.
-            ValueError: If the backend does not tell what each point contributes.
-        """
-        error = self._known_sampling_error()
-        precisions = self.posterior_precision
-        gamma = error.traces.new_zeros(len(error.layers))
-        for block, values, delta in zip(
-            self._blocks(), precisions.spectra(), precisions.deltas, strict=True
-        ):
-            gamma[error.layers.index(block.layer.name)] += (1 - delta / values).sum()
-        relative = error.relative_covariance()
-        variance = gamma @ relative @ gamma / 4
-        return (variance + self._H_factor**2 * error.loss_variance).sqrt()
-
-    def bias_report(
-        self,
-        train_loader: DataLoader | None = None,
-        magnitude_loader: DataLoader | None = None,
-        num_directions: int = 100,
-    ) -> BiasReport:
-        """Tell how biased the curvature would be without debiasing.
-
-        The K-FAC of some folds is measured along its own eigenvectors, and so is that
-        of the held-out fold.
-
-        Args:
-            train_loader: What the posterior was fitted to: with ``ggn`` magnitudes, the
-                folds' K-FAC is computed again. Not needed with ``kfac``.
-            magnitude_loader: As in :meth:`fit`.
-            num_directions: Number of directions with the largest curvature.
-
-        Returns:
-            The report.
-
-        Raises:
-            AttributeError: If there is no fit yet.
-            ValueError: If ``train_loader`` is needed, but not given.
-        """
-        self._check_H_init()
-        curvature, num_points = self.H_facs, self._num_points
-        if train_loader is not None:
-            explicit = magnitude_loader is not None
-            folds = (
-                self._explicit_folds(train_loader, magnitude_loader, online=True)
-                if explicit
-                else self._folds(train_loader, online=True)
-            )
-            with preserved(self.model, keep_new_hooks=True):
-                self.model.eval()
-                estimator = self._estimator(folds, explicit, progress_bar=False)
-                curvature = estimator.kfac().curvature
-            num_points = self._num_used(folds, explicit)
-        elif not isinstance(curvature, KFACCurvature):
-            raise ValueError(
-                "`train_loader` is needed with `magnitudes='ggn'`: the eigenbasis "
-                "alone does not tell its bias."
-            )
-        return kfac_bias(curvature, num_points, num_directions)
-
-    def _known_sampling_error(self) -> SamplingError:
-        self._check_H_init()
-        if self.sampling_error is None:
-            raise ValueError(
-                f"{self._backend_cls.__name__} does not tell what each point "
-                "contributes: use `CurvlinopsGGN`."
-            )
-        return self.sampling_error
+        if override:
+            self._num_batches = 0
+        self._warn_of_small_budget(folds.explicit)
 
     def partial_fit(
         self,
@@ -378,15 +265,19 @@ class KronDebiasedLaplace(KronLaplace):
     ) -> None:
         """Bring the posterior up to date with a mini-batch, at the model's parameters.
 
+        The model keeps its mode.
+
         Curvature and loss are averages over all points so far, in which the points of
         a batch lose the share ``1 - decay`` of their weight with each further batch.
-        Without decay, and with as many points for directions in each, batches one by
-        one equal a fit to all of them. With ``ggn`` magnitudes, the eigenbasis stays
-        that of the first batch.
+        After :meth:`fit`, these are all N. With ``kfac`` magnitudes, without decay, and
+        with as many points for directions in each, batches one by one equal a fit to
+        all of them. With ``ggn``, directions are those of all points so far, along
+        which earlier curvature is known by its eigenvalues in the last directions.
 
         Args:
             batch: A batch ``(X, y)``, or a mapping. Without ``magnitude_batch``, its
-                points are assigned to the folds at random.
+                points are assigned to the folds at random; if they are more than
+                ``budget``, as many of them are drawn as in :meth:`fit`.
             magnitude_batch: A batch that gives magnitudes; then ``batch`` gives
                 directions.
             decay: Factor on the weight of earlier points, in (0, 1].
@@ -405,59 +296,112 @@ class KronDebiasedLaplace(KronLaplace):
             raise ValueError(
                 "Last-layer Laplace approximations do not support `partial_fit`."
             )
-        online = self.H_facs is not None
-        explicit = magnitude_batch is not None
-        if explicit:
-            loaders = loader_of_batch(batch), loader_of_batch(magnitude_batch)
-            folds = self._explicit_folds(*loaders, online)
-        else:
-            seed = self.debiasing.seed + self._num_batches
-            points = draw_uniformly(loader_of_batch(batch), None, seed)
-            folds = self._split(points, online)
-        estimate = self._guarded_estimate(folds, explicit, online, False)
-
-        num_new = num_all = folds.num_points
-        estimate = estimate.scaled(num_new / folds.num_data)
-        num_target = num_new if num_data is None else num_data
-        if online:
-            remembered = decay * self._num_points
-            num_all = remembered + num_new
-            if num_data is None:
-                num_target = decay * self.n_data + num_new
-            old = self._last_estimate().scaled(remembered / self.n_data)
-            estimate = old.merge(estimate, remembered / num_all)
-        self._take_over(estimate.scaled(num_target / num_all), num_target, num_all)
+        loader, magnitude_loader = loader_of_batch(batch), None
+        if magnitude_batch is not None:
+            magnitude_loader = loader_of_batch(magnitude_batch, "magnitude_batch")
+        folds = self._folds(loader, magnitude_loader, decay, "batch")
+        if folds.explicit:
+            folds = replace(folds, num_data=folds.num_points)
+        self._update(folds, decay, num_data)
         self._num_batches += 1
 
-    def _guarded_estimate(
-        self, folds: Folds, explicit: bool, online: bool, progress_bar: bool
-    ) -> Estimate:
-        """Measure curvature and loss, and leave the model as it was."""
+    def _update(
+        self,
+        folds: Folds,
+        decay: float,
+        num_data: int | None = None,
+        progress_bar: bool = False,
+    ) -> None:
+        """Add new points to the earlier ones, at the model's parameters.
+
+        Args:
+            folds: The new points, which stand for ``folds.num_data``.
+            decay: Factor on the weight of earlier points, zero to forget them.
+            num_data: Number of points that curvature and loss are scaled to; None for
+                the weight of all.
+            progress_bar: Whether to show progress bars.
+        """
+        remembered = decay * self._weight
+        weight = remembered + folds.num_data
+        share = remembered / weight
+        earlier = None
+        if remembered:
+            earlier = Estimate(
+                self.H_facs, self.loss, self.n_outputs, self.sampling_error
+            ).scaled(remembered / self.n_data, decay)
         with preserved(self.model, keep_new_hooks=True):
             self.model.eval()
-            return self._estimate(folds, explicit, online, progress_bar)
+            estimator = self._estimator(folds, self._seed(decay), progress_bar)
+            estimate = self._estimate(estimator, earlier, share)
+        if earlier is not None:
+            estimate = earlier.merge(estimate, share)
+        num_data = weight if num_data is None else num_data
+        self._take_over(estimate.scaled(num_data / weight), num_data)
+        self._weight = weight
+        self._num_points = decay * self._num_points + self._num_used(folds)
 
-    def _explicit_folds(
-        self, direction_loader: DataLoader, magnitude_loader: DataLoader, online: bool
+    def _take_over(self, estimate: Estimate, num_data: float) -> None:
+        """Make an estimate the posterior, at the model's parameters."""
+        H = estimate.curvature.decompose(self.damping)
+        mean = parameters_to_vector(self._fitted_params)
+        self.H_facs, self.H = estimate.curvature, H
+        self.mean = mean if self.enable_backprop else mean.detach()
+        self.loss, self.n_outputs = estimate.loss, estimate.num_outputs
+        self.n_data = num_data
+        self.sampling_error = estimate.error
+        self.model.output_size = estimate.num_outputs
+
+    def _num_used(self, folds: Folds) -> int:
+        """Number of points that get backward passes."""
+        if folds.explicit or self.debiasing.budget is None:
+            return folds.num_points
+        return min(self.debiasing.budget, folds.num_points)
+
+    def _seed(self, decay: float) -> int:
+        """Seed of the draws: each batch of a stream has its own."""
+        return self.debiasing.seed + (self._num_batches if decay else 0)
+
+    def _folds(
+        self,
+        loader: DataLoader,
+        magnitude_loader: DataLoader | None,
+        decay: float = 1.0,
+        name: str = "train_loader",
     ) -> Folds:
-        """Take the folds from two loaders."""
-        folds = explicit_folds(direction_loader, magnitude_loader)
-        if not online:
-            self._prepare(folds.first_batch())
-        return folds
+        """Assign points to folds: those to use, or those to draw from.
 
-    def _folds(self, train_loader: DataLoader, online: bool) -> Folds:
-        """Assign points to folds: those to use, or those to draw from."""
+        Args:
+            loader: Yields the points, or those that give directions.
+            magnitude_loader: Yields those that give magnitudes.
+            decay: Factor on the weight of earlier points.
+            name: The loader's name in messages.
+
+        Returns:
+            The folds.
+        """
+        is_first = not decay * self._weight
+        if magnitude_loader is not None:
+            folds = explicit_folds(loader, magnitude_loader)
+            if is_first:
+                self._prepare(folds.first_batch())
+            return folds
         d = self.debiasing
         num_points = d.num_candidates if self._draws else d.budget
-        return self._split(draw_uniformly(train_loader, num_points, d.seed), online)
-
-    def _split(self, points: Points, online: bool) -> Folds:
-        if not online:
+        points = draw_uniformly(loader, num_points, self._seed(decay), name)
+        if is_first:
             self._prepare(points.first_batch())
-        num_points = min(self.debiasing.budget or len(points), len(points))
+        best = self._best_share(points) if d.finds_share else None
+        return points.split(d.shares(best))
+
+    def _best_share(self, points: Points) -> float:
+        """Find out, by a forward pass, which share should give directions."""
+        num_used = min(self.debiasing.budget or len(points), len(points))
+        with preserved(self.model, keep_new_hooks=True):
+            self.model.eval()
+            source = self._source(self.debiasing.seed)
+            curvature = source.output_curvature(points.some(num_used))
         dimensions = [block.shape[0] for block in self._blocks()]
-        return points.split(self.debiasing.shares(num_points, dimensions))
+        return best_share(num_used, dimensions, effective_rank(curvature))
 
     def _blocks(self) -> list[Block]:
         """The blocks of the fitted parameters."""
@@ -516,155 +460,34 @@ class KronDebiasedLaplace(KronLaplace):
         self.prior_mean = self._prior_mean
 
     def _estimate(
-        self, folds: Folds, explicit: bool, online: bool, progress_bar: bool
+        self, estimator: Estimator, earlier: Estimate | None, share: float
     ) -> Estimate:
-        """Measure curvature and loss, scaled to all data."""
-        estimator = self._estimator(folds, explicit, progress_bar)
-        if self.debiasing.magnitudes == "ggn":
-            return estimator.ggn(self.H.eigenvectors if online else None)
-        return estimator.kfac()
+        """Measure curvature and loss of new points, along directions of all."""
+        if self.debiasing.magnitudes == "kfac":
+            return estimator.kfac()
+        if earlier is None:
+            return estimator.ggn()
+        return estimator.ggn(Earlier(earlier.curvature.factors(), share))
 
-    def _estimator(self, folds: Folds, explicit: bool, progress_bar: bool) -> Estimator:
+    def _estimator(
+        self, folds: Folds, seed: int, progress_bar: bool = False
+    ) -> Estimator:
         d = self.debiasing
-        source = CurvatureSource(
+        source = self._source(seed, progress_bar)
+        estimator = Estimator(source, folds, d.cross_fit and not folds.explicit)
+        if self._num_used(folds) < folds.num_points:
+            estimator.draw(d.budget, seed)
+        return estimator
+
+    def _source(self, seed: int, progress_bar: bool = False) -> CurvatureSource:
+        return CurvatureSource(
             self.backend,
             self._fitted_params,
             self._asdl_fisher_kwargs,
-            d.seed,
-            d.fisher_rank,
+            seed,
+            self.debiasing.fisher_rank,
             progress_bar,
         )
-        estimator = Estimator(source, folds, d.cross_fit and not explicit)
-        if not explicit and d.budget is not None and folds.num_points > d.budget:
-            estimator.draw(d.budget, d.seed)
-        return estimator
-
-    def __call__(
-        self, *args: Any, generator: torch.Generator | None = None, **kwargs: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Predict as laplace-torch does, where sampling ignores ``generator``.
-
-        Args:
-            *args: Arguments of ``KronLaplace.__call__``.
-            generator: Random numbers for sampling.
-            **kwargs: Further keywords of ``KronLaplace.__call__``.
-
-        Returns:
-            As ``KronLaplace.__call__``.
-        """
-        self._generator = generator
-        try:
-            return super().__call__(*args, generator=generator, **kwargs)
-        finally:
-            self._generator = None
-
-    def sample(
-        self, n_samples: int = 100, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Sample from the posterior.
-
-        Args:
-            n_samples: Number of samples.
-            generator: Random numbers.
-
-        Returns:
-            Samples ``[n_samples, params]``.
-        """
-        return super().sample(n_samples, generator or self._generator)
-
-    def _glm_functional_samples(
-        self,
-        f_mu: Tensor,
-        f_var: Tensor,
-        n_samples: int,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        return super()._glm_functional_samples(
-            f_mu, f_var, n_samples, diagonal_output, generator or self._generator
-        )
-
-    def _glm_predictive_distribution(
-        self,
-        X: Tensor | MutableMapping[str, Any],
-        joint: bool = False,
-        diagonal_output: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        X = X.to(self._device) if isinstance(X, Tensor) else X
-        kind = "joint" if joint else "diagonal" if diagonal_output else "full"
-        f_mu, f_var = self._output_moments(X, kind)
-        return (f_mu.flatten() if joint else f_mu), f_var
-
-    def _output_moments(
-        self, X: Tensor | MutableMapping[str, Any], kind: str
-    ) -> tuple[Tensor, Tensor]:
-        """Compute mean and covariance of the linearized network's output."""
-        predictive = LinearizedPredictive(
-            self.model,
-            self._fitted_params,
-            self.posterior_precision,
-            self.memory_limit,
-            self.enable_backprop,
-        )
-        return predictive.moments(X, batch_size(X, self.dict_key_x), kind)
-
-    def _glm_forward_call(
-        self,
-        x: Tensor | MutableMapping[str, Any],
-        likelihood: Likelihood | str,
-        joint: bool = False,
-        link_approx: LinkApprox | str = LinkApprox.PROBIT,
-        n_samples: int = 100,
-        diagonal_output: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        # laplace-torch computes the covariance of all outputs here, too
-        if likelihood == Likelihood.REGRESSION:
-            if diagonal_output and not joint:
-                return self._glm_predictive_distribution(x, diagonal_output=True)
-        elif link_approx == LinkApprox.PROBIT:
-            f_mu, f_var = self._glm_predictive_distribution(x, diagonal_output=True)
-            return torch.softmax(f_mu / torch.sqrt(1 + pi / 8 * f_var), dim=-1)
-        return super()._glm_forward_call(
-            x, likelihood, joint, link_approx, n_samples, diagonal_output
-        )
-
-    def _sampled_outputs(
-        self,
-        X: Tensor | MutableMapping[str, Any],
-        n_samples: int,
-        generator: torch.Generator | None = None,
-        **model_kwargs: Any,
-    ) -> Iterator[Tensor]:
-        """Yield the network's output for each posterior sample.
-
-        laplace-torch writes the samples into the model; here it is called functionally.
-        """
-        X = X.to(self._device) if isinstance(X, Tensor) else X
-        names = self._fitted_names
-        shapes = [param.shape for param in self._fitted_params]
-        for sample in self.sample(n_samples, generator):
-            parts = sample.split([shape.numel() for shape in shapes])
-            params = {
-                name: part.view(shape)
-                for name, part, shape in zip(names, parts, shapes, strict=True)
-            }
-            output = functional_call(self.model, params, (X,), model_kwargs)
-            yield output if self.enable_backprop else output.detach()
-
-    def _nn_functional_samples(self, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.stack(list(self._sampled_outputs(*args, **kwargs)))
-
-    def _nn_predictive_samples(self, *args: Any, **kwargs: Any) -> Tensor:
-        samples = self._nn_functional_samples(*args, **kwargs)
-        if self.likelihood == Likelihood.CLASSIFICATION:
-            return samples.softmax(-1)
-        return samples
-
-    def _nn_predictive_classification(
-        self, X: Tensor | MutableMapping[str, Any], n_samples: int, **kwargs: Any
-    ) -> Tensor:
-        outputs = self._sampled_outputs(X, n_samples, **kwargs)
-        return sum(output.softmax(-1) for output in outputs) / n_samples
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fitted posterior.
@@ -678,7 +501,9 @@ class KronDebiasedLaplace(KronLaplace):
         """
         state_dict = ParametricLaplace.state_dict(self)
         state_dict["H"] = self.H_facs.state_dict()
+        state_dict["weight"] = self._weight
         state_dict["num_points"] = self._num_points
+        state_dict["num_batches"] = self._num_batches
         error = self.sampling_error
         state_dict["sampling_error"] = error and error.state_dict()
         state_dict["magnitudes"] = self.debiasing.magnitudes
@@ -705,9 +530,11 @@ class KronDebiasedLaplace(KronLaplace):
             self._load_parameters(state_dict["parameters"])
         ParametricLaplace.load_state_dict(self, state_dict)
         self.H_facs = CURVATURES[own](**state_dict["H"])
+        self._weight = state_dict["weight"]
         self._num_points = state_dict["num_points"]
+        self._num_batches = state_dict["num_batches"]
         error = state_dict["sampling_error"]
-        self.sampling_error = error and SamplingError(**error)
+        self.sampling_error = error and SamplingError.from_state_dict(error)
         self.H = self.H_facs.decompose(self.damping)
 
     def _load_parameters(self, names: list[str]) -> None:
@@ -722,7 +549,7 @@ class KronDebiasedLaplace(KronLaplace):
         self._fit_only([named[name] for name in names])
 
 
-class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
+class KronDebiasedLLLaplace(LastLayer, KronDebiasedLaplace, KronLLLaplace):
     """Laplace approximation with debiased K-FAC over the last layer.
 
     Has the interface of laplace-torch's ``KronLLLaplace``, its keywords, and those of
@@ -730,65 +557,3 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     """
 
     _key = ("last_layer", "kron_debiased")
-    _accumulates = False
-
-    def _find_left_out(self, model: nn.Module) -> list[LeftOut]:
-        return []
-
-    @property
-    def _fitted_params(self) -> list[Tensor]:
-        return list(self.model.last_layer.parameters())
-
-    def _prepare(self, batch: Any) -> None:
-        if self.model.last_layer is None:
-            with preserved(self.model, keep_new_hooks=True):
-                self.model.eval()
-                self._find_last_layer(batch)
-            self._count_params()
-
-    def _output_moments(
-        self, X: Tensor | MutableMapping[str, Any], kind: str
-    ) -> tuple[Tensor, Tensor]:
-        with torch.set_grad_enabled(self.enable_backprop):
-            f_mu, features = self.model.forward_with_features(X)
-        # in a network that works on the last layer's output, its input is no feature
-        if features.ndim != 2 or f_mu.shape[1] != self.model.last_layer.out_features:
-            return super()._output_moments(X, kind)
-        return f_mu, last_layer_covariance(features, self.posterior_precision, kind)
-
-    def _sampled_outputs(
-        self,
-        X: Tensor | MutableMapping[str, Any],
-        n_samples: int,
-        generator: torch.Generator | None = None,
-        **model_kwargs: Any,
-    ) -> Iterator[Tensor]:
-        X = X.to(self._device) if isinstance(X, Tensor) else X
-        _, features = self.model.forward_with_features(X, **model_kwargs)
-        layer = self.model.last_layer
-        samples = self.sample(n_samples, generator)
-        weights = samples[:, : layer.weight.numel()].unflatten(1, layer.weight.shape)
-        outputs = features @ weights.mT  # one matrix product for all samples
-        if layer.bias is not None:
-            outputs = outputs + samples[:, layer.weight.numel() :].unsqueeze(1)
-        yield from outputs if self.enable_backprop else outputs.detach()
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :meth:`KronDebiasedLaplace.state_dict`."""
-        state_dict = super().state_dict()
-        state_dict["_last_layer_name"] = self._last_layer_name
-        state_dict["found_last_layer"] = self.model._last_layer_name
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :meth:`KronDebiasedLaplace.load_state_dict`."""
-        if self._last_layer_name != state_dict.get("_last_layer_name"):
-            raise ValueError(
-                f"`state_dict` has last_layer_name {state_dict['_last_layer_name']!r}, "
-                f"this object {self._last_layer_name!r}."
-            )
-        if self.model.last_layer is None and "found_last_layer" in state_dict:
-            # laplace-torch saves a training batch instead, and searches again
-            self.model.set_last_layer(state_dict["found_last_layer"])
-            self._count_params()
-        super().load_state_dict(state_dict)

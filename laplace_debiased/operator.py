@@ -29,6 +29,7 @@ from laplace_debiased.eigenbasis import (
 from laplace_debiased.factors import DirectionalCurvatures, KroneckerFactors
 from laplace_debiased.layers import Block, curvature_blocks
 from laplace_debiased.output_curvature import Loss, OutputCurvature
+from laplace_debiased.seeds import mixed_seed
 from laplace_debiased.selection import find_layers
 from laplace_debiased.sweep import Inputs, sweep
 
@@ -155,7 +156,7 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
         direction_weights: A weight for each direction example ``[examples]``, in the
             order of the data. A weight of two counts an example twice.
         magnitude_weights: A weight for each magnitude example.
-        seed: Seed for sampled labels.
+        seed: Seed for sampled labels, which differ between the two sources.
         progressbar: Whether to show progress bars.
 
     Raises:
@@ -218,7 +219,7 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
         """
         directions = KroneckerFactors(self._blocks, self._kfac_approx)
         self._sweep(
-            self._direction_data, directions, self._direction_weights, "Directions"
+            self._direction_data, directions, self._direction_weights, "Directions", 0
         )
         eigenvectors = decompose(directions.kfacs(self.dtype))
 
@@ -227,7 +228,7 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
         else:
             magnitudes = DirectionalCurvatures(self._blocks, eigenvectors)
         summary = self._sweep(
-            self._data, magnitudes, self._magnitude_weights, "Magnitudes"
+            self._data, magnitudes, self._magnitude_weights, "Magnitudes", 1
         )
         if self._magnitudes == "kfac":
             eigenvalues = project(magnitudes.kfacs(self.dtype), eigenvectors)
@@ -240,7 +241,7 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
         self._eigenvectors, self._eigenvalues = eigenvectors, eigenvalues
         self._num_data = summary.num_data
 
-    def _sweep(self, data, accumulator, weights, description):
+    def _sweep(self, data, accumulator, weights, description, index):
         return sweep(
             self._model_func,
             self._layers,
@@ -248,7 +249,7 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
             self._output_curvature,
             accumulator,
             weights=weights,
-            seed=self._seed,
+            seed=mixed_seed(self._seed, index),
             progress_bar=self._progressbar,
             description=description,
         )

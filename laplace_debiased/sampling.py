@@ -42,10 +42,13 @@ class Folds:
     Args:
         folds: The folds.
         num_data: Number of points that the curvature is scaled to.
+        explicit: Whether the user chose the points of each role: the first of two folds
+            gives directions, the second magnitudes.
     """
 
     folds: tuple[Fold, ...]
     num_data: int
+    explicit: bool = False
 
     @property
     def num_points(self) -> int:
@@ -70,19 +73,24 @@ class Points:
         loader: Yields them and others.
         indices: Their dataset indices.
         num_data: Number of points that the curvature is scaled to.
+        name: The loader's name in messages.
     """
 
     loader: DataLoader
     indices: Tensor
     num_data: int
+    name: str = "train_loader"
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def first_batch(self) -> Any:
         """Return a batch of some of the points."""
-        size = self.loader.batch_size or 1
-        return next(iter(loader_over(self.loader, self.indices[:size].sort()[0])))
+        return next(iter(self.some(self.loader.batch_size or 1)))
+
+    def some(self, num_points: int) -> DataLoader:
+        """Return a loader over some of the points, at random."""
+        return loader_over(self.loader, self.indices[:num_points].sort()[0])
 
     def split(self, shares: Sequence[float]) -> Folds:
         """Assign each point to a fold.
@@ -99,8 +107,8 @@ class Points:
         needed = max(MIN_POINTS, len(shares))
         if len(self) < needed:
             raise ValueError(
-                f"`train_loader` yields {len(self)} point, but at least {needed} are "
-                "needed: one gives directions, another magnitudes."
+                f"`{self.name}` has too few points, {len(self)}: at least {needed} are "
+                "needed, since some give directions, others magnitudes."
             )
         parts = self.indices.split(fold_sizes(len(self), shares))
         folds = [
@@ -109,13 +117,16 @@ class Points:
         return Folds(tuple(folds), self.num_data)
 
 
-def draw_uniformly(loader: DataLoader, num_points: int | None, seed: int) -> Points:
+def draw_uniformly(
+    loader: DataLoader, num_points: int | None, seed: int, name: str = "train_loader"
+) -> Points:
     """Draw points of a loader without replacement.
 
     Args:
         loader: Yields the training points.
         num_points: Number of points to draw; None for all.
         seed: Seed of draw and order.
+        name: The loader's name in messages.
 
     Returns:
         The points.
@@ -123,12 +134,12 @@ def draw_uniformly(loader: DataLoader, num_points: int | None, seed: int) -> Poi
     Raises:
         ValueError: If the loader is empty or has no dataset of known size.
     """
-    num_data = dataset_size(loader, "train_loader")
+    num_data = dataset_size(loader, name)
     loader = _indexable(loader)
-    points = loader_indices(loader, "train_loader").unique()
+    points = loader_indices(loader, name).unique()
     generator = torch.Generator().manual_seed(int(seed))
     drawn = points[torch.randperm(len(points), generator=generator)][:num_points]
-    return Points(loader, drawn, num_data)
+    return Points(loader, drawn, num_data, name)
 
 
 def fold_sizes(num_points: int, shares: Sequence[float]) -> list[int]:
@@ -271,6 +282,7 @@ def explicit_folds(direction_loader: DataLoader, magnitude_loader: DataLoader) -
             Fold(loader_over(magnitude_loader, magnitudes), len(magnitudes)),
         ),
         num_data,
+        explicit=True,
     )
 
 
@@ -382,23 +394,27 @@ def _indexable(loader: DataLoader) -> DataLoader:
     return DataLoader(batches, batch_size=batches.largest, collate_fn=batches.collate)
 
 
-def loader_of_batch(batch: Any) -> DataLoader:
+def loader_of_batch(batch: Any, name: str = "batch") -> DataLoader:
     """Return a loader over the points of one batch.
 
     Args:
         batch: A pair ``(X, y)``, or a mapping of tensors.
+        name: Its name in messages.
 
     Returns:
         A loader that yields them in one batch.
 
     Raises:
-        TypeError: If it is neither, or holds no tensors.
+        TypeError: If it is neither.
+        ValueError: If it has no points.
     """
     if not isinstance(batch, MutableMapping | tuple | list):
         raise TypeError(
-            f"`batch` must be a pair (X, y) or a mapping, got {type(batch).__name__}."
+            f"`{name}` must be a pair (X, y) or a mapping, got {type(batch).__name__}."
         )
     points = _Batches([batch])
+    if len(points) == 0:
+        raise ValueError(f"`{name}` is empty: it has no points.")
     return DataLoader(points, batch_size=len(points), collate_fn=points.collate)
 
 

@@ -123,10 +123,11 @@ def sweep(
         ):
             output = functional_call(model, detached, (X,))
         y = check_targets(output, y, output_curvature.loss_func)
-        losses = example_losses(output_curvature.loss_func, output.detach(), y)
+        precise, target = at_least_single(output.detach()), at_least_single(y)
+        losses = example_losses(output_curvature.loss_func, precise, target)
         all_losses.append(losses)
         targets.append(y)
-        traces.append(output_curvature.traces(output.detach(), y))
+        traces.append(output_curvature.traces(precise, target))
         columns = []
         if layers and backward:
             if num_data == 0:
@@ -159,6 +160,19 @@ def sweep(
         torch.cat(traces),
         None if y.is_floating_point() else torch.cat(targets),
     )
+
+
+def at_least_single(tensor: Tensor) -> Tensor:
+    """Turn half precision, in which a confident model's curvature is lost, into single.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        The tensor in single precision if it was in half, otherwise itself.
+    """
+    is_half = tensor.is_floating_point() and tensor.dtype.itemsize < 4
+    return tensor.float() if is_half else tensor
 
 
 def _batch_weights(weights: Tensor | None, start: int, batch_size: int) -> Tensor:

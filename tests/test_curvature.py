@@ -1,7 +1,8 @@
 import torch
+from torch import kron
 
 from laplace_debiased.curvature import CURVATURES, GGNCurvature, KFACCurvature
-from laplace_debiased.eigenbasis import decompose, project
+from laplace_debiased.eigenbasis import decompose, eigendecompose, project
 from tests.dense import relative_error
 from tests.test_eigenbasis import SIZES, positive_definite
 
@@ -31,12 +32,41 @@ def test_kfac_merge_of_the_same_data_doubles_the_curvature():
     assert relative_error(merged.to_matrix(), 2 * curvature.to_matrix()) < 1e-10
 
 
-def test_ggn_merge_adds_up_in_the_same_eigenbasis():
-    vectors = decompose(kfacs())
-    first = GGNCurvature(vectors, [[torch.rand(*block)] for block in SIZES])
-    second = GGNCurvature(vectors, [[torch.rand(*block)] for block in SIZES])
-    expected = first.to_matrix() + second.to_matrix()
-    assert relative_error(first.merge(second, 0.1).to_matrix(), expected) < 1e-6
+def ggn():
+    values = [[torch.rand(*block).double()] for block in SIZES]
+    vectors, factor_values = eigendecompose(kfacs())
+    return GGNCurvature(vectors, values, factor_values)
+
+
+def test_factors_are_those_that_gave_the_directions():
+    factors = kfacs()
+    vectors, values = eigendecompose(factors)
+    rebuilt = GGNCurvature(vectors, [], values).factors()
+    for own, expected in zip(rebuilt, factors, strict=True):
+        assert all(torch.allclose(*pair) for pair in zip(own, expected, strict=True))
+
+
+def test_curvature_along_other_directions_equals_dense_algebra():
+    curvature, directions = ggn(), decompose(kfacs())
+    values = curvature.along(directions)
+    bases = [kron(*each) if len(each) == 2 else each[0] for each in directions]
+    V = torch.block_diag(*bases)
+    expected = (V.T @ curvature.to_matrix() @ V).diagonal()
+    actual = torch.cat([value.flatten() for (value,) in values])
+    assert relative_error(actual, expected) < 1e-10
+    for (own,), (measured,) in zip(curvature.eigenvalues, values, strict=True):
+        assert torch.allclose(own.sum(), measured.sum())
+
+
+def test_ggn_merge_adds_up_along_the_directions_of_all():
+    first, second = ggn(), ggn()
+    merged = first.merge(second, share=0.25)
+    moved = GGNCurvature(second.eigenvectors, first.along(second.eigenvectors), [])
+    expected = moved.to_matrix() + second.to_matrix()
+    assert relative_error(merged.to_matrix(), expected) < 1e-10
+    assert merged.factor_eigenvalues is second.factor_eigenvalues
+    again = first.merge(first, share=0.5)
+    assert relative_error(again.to_matrix(), 2 * first.to_matrix()) < 1e-10
 
 
 def test_magnitudes_are_measured_along_the_directions():
@@ -52,8 +82,10 @@ def test_magnitudes_are_measured_along_the_directions():
 def test_state_dicts_rebuild_the_curvature():
     for curvature in (
         two_batch(),
-        GGNCurvature(decompose(kfacs()), [[torch.rand(*b).double()] for b in SIZES]),
+        ggn(),
     ):
         (kind,) = [k for k in CURVATURES.values() if isinstance(curvature, k)]
         rebuilt = kind(**curvature.state_dict())
         assert torch.equal(rebuilt.to_matrix(), curvature.to_matrix())
+        merged = rebuilt.merge(rebuilt, share=0.5).to_matrix()
+        assert relative_error(merged, 2 * curvature.to_matrix()) < 1e-10

@@ -1,12 +1,18 @@
 """Curvature sampling and cross-fit, through the Laplace class."""
 
+from unittest import mock
+
 import pytest
 import torch
+from laplace.curvature import BackPackGGN
+from laplace.curvature.asdl import AsdlGGN
+from laplace.curvature.curvlinops import CurvlinopsEF
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased.holdout import best_share
+from laplace_debiased.holdout import best_share, effective_rank
 from laplace_debiased.sampling import draw, draw_uniformly
+from laplace_debiased.seeds import mixed_seed
 from tests import dense
 from tests.cases import batch, network
 from tests.fits import SIZE, SUBSETS, TWO_BATCH, debiased, loader, posterior
@@ -111,7 +117,9 @@ def drawn_folds(model, train, pool_size, budget):
     for k, pool in enumerate(pools):
         X, y = points(pool.loader)
         traces = 1 - model(X).softmax(1).square().sum(1)
-        drawn, weights = draw(traces.detach(), budget // 2, seed=k, strata=y)
+        drawn, weights = draw(
+            traces.detach(), budget // 2, seed=mixed_seed(0, k), strata=y
+        )
         yield X, y, drawn, weights * SIZE / len(X)
 
 
@@ -264,14 +272,32 @@ def test_a_pool_of_all_points_needs_no_draw():
 
 def test_regression_draws_uniformly():
     model, train = network("mlp"), loader(likelihood="regression")
-    la = debiased(model, "regression", sampling="curvature", budget=12, pool_size=60)
+    la = debiased(model, "regression", sampling="curvature", budget=12, pool_size=40)
     la.fit(train)
-    pools = draw_uniformly(train, 60, 0).split([0.5, 0.5]).folds
-    X, _ = points(pools[1].loader)
-    _, weights = draw(torch.ones(len(X)), 6, seed=1)
-    assert torch.allclose(weights, torch.full((6,), 5.0).double())
-    # the last layer's gradient covariance is the same for all points
-    assert torch.allclose(la.H_facs.folds[1][2][0], SIZE * torch.eye(3).double())
+
+    def loss(f, y):
+        return 0.5 * (f - y).square().sum()
+
+    pools = draw_uniformly(train, 40, 0).split([0.5, 0.5]).folds
+    for k, (pool, own) in enumerate(zip(pools, la.H_facs.folds, strict=True)):
+        X, y = points(pool.loader)
+        drawn, _ = draw(torch.ones(len(X)), 6, seed=mixed_seed(0, k))
+        weights = torch.full((6,), SIZE / 6).double()
+        data = X[drawn], y[drawn]
+        factors = dense.kronecker_factors(model, *data, loss, weights=weights)
+        for actual, (expected, _) in zip(own[::2], factors.values(), strict=True):
+            assert torch.allclose(actual[0], expected)
+
+
+def test_neighbouring_seeds_do_not_share_a_draw():
+    model, train = network("mlp"), loader(size=400)
+    drawn = []
+    for seed in range(3):
+        la = debiased(model, budget=20, seed=seed)
+        with mock.patch("laplace_debiased.estimation.draw", wraps=draw) as drawing:
+            la.fit(train)
+        drawn += [call.kwargs["seed"] for call in drawing.call_args_list]
+    assert len(set(drawn)) == len(drawn) == 6
 
 
 @pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
@@ -281,8 +307,7 @@ def test_further_data_of_cross_fit_accumulate(magnitudes):
     la.fit(first)
     trace, loss = la.H.diag().sum(), la.loss
     la.fit(first, override=False)
-    if magnitudes == "kfac":
-        assert torch.allclose(la.H.diag().sum(), 2 * trace)
+    assert torch.allclose(la.H.diag().sum(), 2 * trace)
     assert torch.allclose(la.loss, 2 * loss) and la.n_data == 2 * SIZE
 
 
@@ -326,17 +351,76 @@ def test_fewer_backward_passes_for_many_outputs():
         assert torch.allclose(own[2][0].trace(), other[2][0].trace())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": AsdlGGN},
+        {"backend": CurvlinopsEF},
+        {"backend_kwargs": {"stochastic": True}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_fewer_backward_passes_need_exact_output_curvature(subset, options):
+    with pytest.raises(ValueError, match="`fisher_rank` needs"):
+        debiased(network("mlp"), subset=subset, fisher_rank=1, **options)
+
+
 @pytest.mark.parametrize("subset", SUBSETS)
 def test_share_of_directions_by_theory(subset):
-    options = TWO_BATCH | {"direction_fraction": "auto"}
-    la = debiased(network("mlp"), subset=subset, budget=40, **options)
-    la.fit(loader())
+    model, train = network("mlp"), loader()
+    options = TWO_BATCH | {"subset": subset, "budget": 40}
+    la = debiased(model, direction_fraction="auto", **options)
+    la.fit(train)
+    X, _ = points(draw_uniformly(train, 40, 0).some(40))
+    p = model(X).softmax(1).detach()
+    mean = torch.diag(p.mean(0)) - p.T @ p / len(X)
     sizes = [block.shape[0] for block in la._blocks()]
-    share = best_share(40, sizes)
     assert sizes == [5, 5, 3, 3] if subset == "all" else [3, 3]
-    expected = debiased(
-        network("mlp"), subset=subset, budget=40, **TWO_BATCH, direction_fraction=share
-    )
-    expected.fit(loader())
-    assert share != 0.5
+    share = best_share(40, sizes, effective_rank(mean))
+    expected = debiased(model, direction_fraction=share, **options)
+    expected.fit(train)
+    assert 0.1 < share < 0.7 and share != 0.5
     assert torch.equal(posterior(la), posterior(expected))
+
+
+def test_mean_output_curvature_equals_dense_reference():
+    model, train = network("mlp"), loader()
+    la = debiased(model)
+    la.fit(train)
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    for x, y in zip(*train.dataset.tensors, strict=True):
+        f = model(x[None]).detach()
+        for column in dense.output_columns(f, y[None], LOSS):
+            expected += torch.outer(column[0], column[0])
+    assert torch.allclose(la._source(0).output_curvature(train), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": AsdlGGN},
+        {"backend": BackPackGGN},
+        {"backend": CurvlinopsEF},
+        {"backend_kwargs": {"stochastic": True}},
+        {"fisher_rank": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_a_share_is_found_with_all_backends(likelihood, options):
+    model = network("mlp", dtype=torch.float32)
+    train = loader(likelihood=likelihood, dtype=torch.float32)
+    auto = {"estimator": "two_batch", "direction_fraction": "auto", "budget": 40}
+    la = debiased(model, likelihood, **auto, **options)
+    la.fit(train)
+    assert 0.1 < la._folds(train, None).shares[0] < 0.7
+    assert posterior(la).isfinite().all()
+
+
+def test_each_batch_of_a_stream_has_its_own_share():
+    model, (X, y) = network("mlp").train(), batch("mlp", 40)
+    la = debiased(model, estimator="two_batch", direction_fraction="auto")
+    for rows in (slice(20), slice(20, 40)):
+        la.partial_fit((X[rows], y[rows]))
+    assert la.n_data == 40 and all(m.training for m in model.modules())

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_debiased.guard import check_repeatable, preserved
+from laplace_debiased.guard import check_repeatable, evaluating, preserved
 
 
 def test_gradients_and_modes_are_restored():
@@ -77,3 +77,13 @@ def test_modules_that_vary_are_refused(module):
 )
 def test_modules_that_do_not_vary_are_accepted(module):
     check_repeatable(nn.Sequential(nn.Linear(4, 4), module))
+
+
+def test_modes_differ_while_evaluating_only():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(nn.Dropout())).eval()
+    model[1].train()  # a part of a model in eval mode
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(KeyboardInterrupt), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise KeyboardInterrupt
+    assert [module.training for module in model.modules()] == modes

@@ -186,3 +186,37 @@ def test_invalid_generators_are_refused():
     with pytest.raises(ValueError, match="Invalid random generator"):
         la(X, link_approx="mc", generator=0)
     assert not torch.equal(la(X, link_approx="mc"), la(X, link_approx="mc"))
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_predictions_of_a_model_in_train_mode_leave_it_alone(likelihood, subset):
+    model = nn.Sequential(network("batch-norm-1d"), nn.Dropout(), nn.Linear(3, 3))
+    model = model.double().eval()
+    train = loader("batch-norm-1d", likelihood)
+    la = debiased(model, likelihood, subset)
+    la.fit(train)
+    X = train.dataset.tensors[0][:5]
+
+    def predictions():
+        torch.manual_seed(0)
+        nn_options = {"pred_type": "nn", "link_approx": "mc", "n_samples": 3}
+        yield la(X)
+        yield la(X, **nn_options)
+        for method in (la.functional_samples, la.predictive_samples):
+            for kind in ("glm", "nn"):
+                yield method(X, pred_type=kind, n_samples=3)
+        yield la.log_marginal_likelihood()
+        la.optimize_prior_precision(method="gridsearch", val_loader=train, grid_size=3)
+        yield la.prior_precision
+
+    expected = list(predictions())
+    model.train()
+    model[0][0].eval()
+    la.prior_precision = 1.0
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    for actual, wanted in zip(predictions(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+    assert [module.training for module in model.modules()] == modes
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)

@@ -1,9 +1,12 @@
+from unittest import mock
+
 import pytest
 import torch
 from curvlinops import EKFACLinearOperator, KFACLinearOperator
 from torch import nn
 
 from laplace_debiased import DebiasedKFACLinearOperator
+from laplace_debiased.sweep import sweep
 from tests import dense
 from tests.cases import LOSSES, NETWORKS, batch, network, split
 
@@ -159,6 +162,15 @@ def test_same_seed_gives_the_same_operator(fisher_type):
     )
     assert torch.equal(matrix(first), matrix(second))
     assert torch.equal(matrix(first), matrix(third)) == (fisher_type == "type-2")
+
+
+def test_the_roles_do_not_share_the_noise_of_sampled_labels():
+    model, seeds = network("mlp"), []
+    for seed in range(3):
+        with mock.patch("laplace_debiased.operator.sweep", wraps=sweep) as sweeping:
+            operator(model, *sources("mlp"), fisher_type="mc", seed=seed).compute()
+        seeds += [call.kwargs["seed"] for call in sweeping.call_args_list]
+    assert len(set(seeds)) == len(seeds) == 6
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])

@@ -157,7 +157,10 @@ def test_empty_and_sizeless_loaders_are_refused(dataset):
         (DataLoader(dataset, SIZE + 1, drop_last=True), "it yields no batch"),
         (DataLoader(Endless()), "must have a `dataset` with a length"),
         ([(torch.ones(2, 1), torch.ones(2))], "must have a `dataset` with a length"),
-        (DataLoader(Subset(dataset, [0])), "yields 1 point, but at least 2"),
+        (
+            DataLoader(Subset(dataset, [0])),
+            "`train_loader` has too few points, 1",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             draw_uniformly(loader, None, 0).split(HALVES)

@@ -4,9 +4,18 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from laplace_debiased.sampling import draw_uniformly, loader_of_batch
 from tests import dense
 from tests.cases import batch, network
 from tests.fits import debiased, posterior
+from tests.test_estimation import (
+    LOSS,
+    eigenvectors,
+    fold_factors,
+    kron,
+    mean_factors,
+    points,
+)
 
 SIZE = 16
 
@@ -37,13 +46,35 @@ def test_batches_one_by_one_equal_a_fit_to_all():
     assert torch.allclose(la.loss, 2 * expected.loss)
 
 
-def test_magnitudes_of_the_exact_ggn_add_up_in_the_eigenbasis_of_the_first():
-    model, (a, b, c, d) = network("mlp"), batches(4)
+def test_the_same_pair_again_changes_the_scale_only():
+    model, (a, b) = network("mlp"), batches(2)
+    la, once = (debiased(model, magnitudes="ggn") for _ in range(2))
+    once.partial_fit(a, magnitude_batch=b)
+    for _ in range(3):
+        la.partial_fit(a, magnitude_batch=b, decay=0.5)
+    expected = (1 + 0.5 + 0.25) * curvature(once)
+    assert dense.relative_error(curvature(la), expected) < 1e-10
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_streamed_ggn_approaches_the_fit_to_all(explicit):
+    model, parts = network("mlp"), batches(8)
     la, expected = (debiased(model, magnitudes="ggn") for _ in range(2))
-    la.partial_fit(a, magnitude_batch=b)
-    la.partial_fit(c, magnitude_batch=d)
-    expected.fit(loader_over(a), magnitude_loader=loader_over(b, d))
-    assert dense.relative_error(curvature(la), 4 * curvature(expected)) < 1e-10
+    errors = []
+    if explicit:
+        steps = list(zip(parts[::2], parts[1::2], strict=True))
+        directions, magnitudes = (loader_over(*own) for own in zip(*steps, strict=True))
+        expected.fit(directions, magnitude_loader=magnitudes)
+    else:
+        steps = [(part,) for part in parts]
+        expected.fit(loader_over(*parts))
+    exact = curvature(expected) / expected.n_data
+    for step in steps:
+        la.partial_fit(*step)
+        errors.append(dense.relative_error(curvature(la) / la.n_data, exact))
+    assert errors[-1] < errors[0] / 3
+    trace = curvature(la).trace() / la.n_data
+    assert torch.allclose(trace, exact.trace(), rtol=1e-10)
 
 
 @pytest.mark.parametrize("estimator", ["two_batch", "cross_fit"])
@@ -74,7 +105,67 @@ def test_earlier_points_decay(magnitudes, estimator):
     if magnitudes == "kfac":
         expected = folds.scaled(decay).merge(second.H_facs, decay / (1 + decay))
         expected = expected.to_matrix()
-        assert dense.relative_error(curvature(la), expected) < 1e-10
+    else:
+        expected = decayed_ggn(model, a, b, decay, estimator == "cross_fit")
+    assert dense.relative_error(curvature(la), expected) < 1e-8
+
+
+def folds_of(part, seed):
+    shares = [0.5, 0.5]
+    return draw_uniformly(loader_of_batch(part), None, seed).split(shares).folds
+
+
+def decayed_ggn(model, a, b, decay, cross_fit):
+    """The stream's curvature after two batches, from the formulas."""
+    first, second = (
+        [fold_factors(model, fold.loader, SIZE) for fold in folds_of(part, seed)]
+        for seed, part in enumerate((a, b))
+    )
+    blocks = [
+        [
+            [2 * H for H in dense.ggn_blocks(model, *points(fold.loader), LOSS)]
+            for fold in folds_of(part, seed)
+        ]
+        for seed, part in enumerate((a, b))
+    ]
+
+    def bases(factors):
+        return [kron(vectors) for vectors in eigenvectors(factors)]
+
+    def joint(earlier, new):
+        """G adds up, A averages."""
+        return {
+            owner: [decay * G + H]
+            + [(decay * A + B) / (1 + decay) for A, B in zip(As, Bs, strict=True)]
+            for (owner, (G, *As)), (H, *Bs) in zip(
+                earlier.items(), new.values(), strict=True
+            )
+        }
+
+    def along(each, H):
+        return [(U.T @ h @ U).diagonal() for U, h in zip(each, H, strict=True)]
+
+    if cross_fit:
+        earlier, new = mean_factors(first), mean_factors(second)
+        old = [along(bases(first[1 - k]), blocks[0][k]) for k in range(2)]
+        added = [
+            along(bases(joint(earlier, second[1 - k])), blocks[1][k]) for k in range(2)
+        ]
+        old, added = (
+            [(u + v) / 2 for u, v in zip(*own, strict=True)] for own in (old, added)
+        )
+    else:
+        earlier, new = first[0], second[0]
+        old = along(bases(earlier), blocks[0][1])
+        added = along(bases(joint(earlier, new)), blocks[1][1])
+    result = []
+    for U, V, own, further in zip(
+        bases(earlier), bases(joint(earlier, new)), old, added, strict=True
+    ):
+        M = U @ torch.diag(own) @ U.T
+        values = decay * (V.T @ M @ V).diagonal() + further
+        result.append(V @ torch.diag(values) @ V.T)
+    return torch.block_diag(*result)
 
 
 def test_curvature_is_scaled_to_the_data_asked_for():
@@ -102,14 +193,77 @@ def test_the_posterior_follows_the_model():
 
 def test_batches_after_a_fit_with_a_budget_count_by_their_points():
     model, (a, b, c) = network("mlp"), batches(3)
-    la = debiased(model, budget=SIZE)
+    la, new = debiased(model, budget=SIZE), debiased(model)
     la.fit(loader_over(a, b))
-    before = la.loss
-    la.partial_fit(c, num_data=2 * SIZE)
-    new = debiased(model)
+    before, folds = la.loss, la.H_facs
+    la.partial_fit(c, decay=0.5)
     new.partial_fit(c)
-    # 16 points stood for 32, and 16 more came
-    assert torch.allclose(la.loss, (before + 2 * new.loss) / 2)
+    # a fit stands for all of its 32 points, whatever its budget; 16 more came
+    assert la.n_data == 2 * SIZE and la._num_points == 0.5 * SIZE + SIZE
+    assert torch.allclose(la.loss, 0.5 * before + new.loss)
+    expected = folds.scaled(0.5).merge(new.H_facs, 0.5).to_matrix()
+    assert dense.relative_error(curvature(la), expected) < 1e-10
+
+
+def test_the_scale_asked_for_is_no_weight():
+    model, (a, b, c) = network("mlp"), batches(3)
+    la, expected = debiased(model), debiased(model)
+    la.partial_fit(a, num_data=1000)
+    la.partial_fit(b, decay=0.5, num_data=10)
+    la.partial_fit(c, decay=0.5)
+    for part, decay in ((a, 1.0), (b, 0.5), (c, 0.5)):
+        expected.partial_fit(part, decay=decay)
+    assert la.n_data == expected.n_data == 1.75 * SIZE
+    assert dense.relative_error(curvature(la), curvature(expected)) < 1e-10
+
+
+@pytest.mark.parametrize("sampling", ["curvature", "uniform"])
+def test_a_batch_above_the_budget_is_drawn_from(sampling):
+    model, parts = network("mlp"), batches(4)
+    options = {"budget": 12, "sampling": sampling, "pool_size": 40}
+    la, expected = debiased(model, **options), debiased(model, **options)
+    batch_of_all = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    la.partial_fit(batch_of_all)
+    expected.fit(loader_over(*parts))
+    assert dense.relative_error(posterior(la), posterior(expected)) < 1e-10
+    assert la._num_points == 12 and la.n_data == 4 * SIZE
+    la.partial_fit(batch_of_all)
+    assert la._num_points == 24 and la.n_data == 8 * SIZE
+
+
+def test_the_model_keeps_its_mode():
+    model, (a, b) = network("mlp").train(), batches(2)
+    model[1].eval()
+    la = debiased(model)
+    for part in (a, b):
+        la.partial_fit(part)
+        assert [m.training for m in model.modules()] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_a_saved_stream_goes_on(magnitudes, tmp_path):
+    model, parts = network("mlp"), batches(3)
+    options = {"magnitudes": magnitudes}
+    la, other = debiased(model, **options), debiased(model, **options)
+    for part in parts[:2]:
+        la.partial_fit(part, num_data=100)
+    torch.save(la.state_dict(), tmp_path / "la.pt")
+    other.load_state_dict(torch.load(tmp_path / "la.pt", weights_only=True))
+    for own in (la, other):
+        own.partial_fit(parts[2], decay=0.5)
+    assert torch.equal(posterior(la), posterior(other))
+    assert la.n_data == other.n_data and la._num_batches == other._num_batches == 3
+    assert la.curvature_standard_errors == other.curvature_standard_errors
+
+
+def test_a_fit_forgets_the_stream():
+    model, (a, b) = network("mlp"), batches(2)
+    la, expected = debiased(model), debiased(model)
+    la.partial_fit(a)
+    for own in (la, expected):
+        own.fit(loader_over(a))
+        own.partial_fit(b)
+    assert torch.equal(posterior(la), posterior(expected))
 
 
 def test_mappings_are_batches():
@@ -136,7 +290,17 @@ def test_mappings_are_batches():
         ({"num_data": 0}, ValueError, "`num_data` must be at least 1"),
         ({"num_data": 2.5}, TypeError, "`num_data` must be an int"),
         ({"batch": "all"}, TypeError, "`batch` must be a pair"),
-        ({"batch": (torch.zeros(1, 4), torch.zeros(1))}, ValueError, "yields 1 point"),
+        (
+            {"batch": (torch.zeros(1, 4), torch.zeros(1))},
+            ValueError,
+            "`batch` has too few points, 1",
+        ),
+        (
+            {"batch": (torch.zeros(0, 4), torch.zeros(0))},
+            ValueError,
+            "`batch` is empty",
+        ),
+        ({"magnitude_batch": 1}, TypeError, "`magnitude_batch` must be a pair"),
     ],
 )
 def test_bad_arguments_leave_the_posterior(options, error, message):

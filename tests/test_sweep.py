@@ -35,6 +35,26 @@ def test_summary_tells_what_was_seen(loss_name):
     assert torch.allclose(summary.loss, sum(losses))
 
 
+@pytest.mark.parametrize("loss_name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_confident_model_in_half_precision_has_losses_and_traces(dtype, loss_name):
+    model = nn.Linear(NUM_OUTPUTS, NUM_OUTPUTS, bias=False)
+    nn.init.eye_(model.weight)
+    X = torch.tensor([[9.0, 0, 0], [0, 7.0, 1.0]])
+    y = torch.tensor([0, 1])
+    y = y if loss_name == "cross-entropy" else nn.functional.one_hot(y, 3).double()
+    summaries = []
+    for own in (torch.float64, dtype):
+        target = y.to(own) if y.is_floating_point() else y
+        data = [(X.to(own), target)]
+        loss = LOSSES[loss_name](reduction="sum")
+        summaries.append(run(model.to(own), data, loss, backward=False))
+    exact, half = summaries
+    for actual, expected in ((half.losses, exact.losses), (half.traces, exact.traces)):
+        assert actual.dtype == torch.float32 and (expected > 0).all()
+        assert torch.allclose(actual.double(), expected, rtol=1e-3)
+
+
 def test_without_layers_only_the_loss_is_computed():
     model = network("mlp")
     X, y = batch("mlp", 10)

@@ -1,13 +1,15 @@
 """Standard errors over draws, and the warning of too small a budget."""
 
 import warnings
+from math import isnan
 
 import pytest
 import torch
 from laplace.curvature.asdl import AsdlGGN
+from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased.uncertainty import TRUSTED_ERROR, SamplingError
-from tests.cases import network
+from tests.cases import batch, network
 from tests.fits import SIZE, debiased, loader
 
 LAYERS = ["0", "2"]
@@ -60,10 +62,61 @@ def test_further_data_add_variances():
     first, second = (error_of(torch.rand(20, 2).double()) for _ in range(2))
     both = first.merge(second)
     assert torch.equal(both.traces, first.traces + second.traces)
-    assert torch.equal(both.covariance, first.covariance + second.covariance)
+    torch.testing.assert_close(both.covariance, first.covariance + second.covariance)
     tripled = first.scaled(3.0)
     assert tripled.relative_errors() == pytest.approx(first.relative_errors())
-    assert tripled.loss_variance == 9 * first.loss_variance
+    assert tripled.loss_variance == pytest.approx(9 * first.loss_variance)
+
+
+def test_points_scaled_to_more_data_are_a_part_of_them():
+    contributions, losses = torch.rand(20, 2).double(), torch.rand(20).double()
+    seen = error_of(contributions, 20, losses)
+    part = error_of(10 * contributions, 200, losses)
+    scaled = seen.scaled(10.0)
+    assert seen.loss_variance == 0
+    torch.testing.assert_close(scaled.covariance, part.covariance)
+    torch.testing.assert_close(scaled.loss_variance, part.loss_variance)
+    # half of the points' weight is forgotten, and they are still all there is
+    assert seen.scaled(0.5, decay=0.5).covariance.abs().max() == 0
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_errors_of_a_stream_are_those_of_a_fit_with_as_many_points(size):
+    model, variances = spread_network(), []
+    X, y = batch("mlp", 1000)
+    for seed in range(30):
+        la = debiased(model, budget=32, sampling="uniform", seed=seed)
+        stream = debiased(model, seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            la.fit(DataLoader(TensorDataset(X, y), 500))
+        for k in range(32 // size):
+            rows = slice(32 * seed + size * k, 32 * seed + size * (k + 1))
+            stream.partial_fit((X[rows], y[rows]), num_data=1000)
+        errors = la.sampling_error, stream.sampling_error
+        variances.append([e.relative_covariance().trace() for e in errors])
+    of_fits, of_streams = torch.tensor(variances).mean(0)
+    assert of_streams / of_fits == pytest.approx(1, abs=0.2)
+
+
+def test_a_stream_of_all_data_has_no_error():
+    X, y = batch("mlp", 32)
+    la = debiased(spread_network())
+    for rows in (slice(16), slice(16, 32)):
+        la.partial_fit((X[rows], y[rows]), decay=0.5)
+    assert set(la.curvature_standard_errors.values()) == {0.0}
+    assert la.log_marginal_likelihood_standard_error() == 0
+
+
+def test_a_layer_without_curvature_has_no_relative_error():
+    model = network("mlp")
+    model[2].weight.data.zero_()  # no gradient reaches the first layer
+    la = debiased(model, budget=20)
+    la.fit(loader())
+    errors = la.curvature_standard_errors
+    assert isnan(errors["0"]) and not isnan(errors["2"])
+    assert la.log_marginal_likelihood_standard_error().isfinite()
+    assert error_of(torch.zeros(9, 2).double()).warning(9) is None
 
 
 @pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])

@@ -1,0 +1,80 @@
+"""What differs if the posterior is over the last layer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_debiased.guard import preserved
+from laplace_debiased.predictive import last_layer_covariance
+from laplace_debiased.selection import LeftOut
+
+
+class LastLayer:
+    """Fits and predicts with the last layer, whose inputs are features."""
+
+    _accumulates = False
+
+    def _find_left_out(self, model: nn.Module) -> list[LeftOut]:
+        return []
+
+    @property
+    def _fitted_params(self) -> list[Tensor]:
+        return list(self.model.last_layer.parameters())
+
+    def _prepare(self, batch: Any) -> None:
+        if self.model.last_layer is None:
+            with preserved(self.model, keep_new_hooks=True):
+                self.model.eval()
+                self._find_last_layer(batch)
+            self._count_params()
+
+    def _output_moments(
+        self, X: Tensor | MutableMapping[str, Any], kind: str
+    ) -> tuple[Tensor, Tensor]:
+        with torch.set_grad_enabled(self.enable_backprop):
+            f_mu, features = self.model.forward_with_features(X)
+        # in a network that works on the last layer's output, its input is no feature
+        if features.ndim != 2 or f_mu.shape[1] != self.model.last_layer.out_features:
+            return super()._output_moments(X, kind)
+        return f_mu, last_layer_covariance(features, self.posterior_precision, kind)
+
+    def _sampled_outputs(
+        self,
+        X: Tensor | MutableMapping[str, Any],
+        n_samples: int,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Iterator[Tensor]:
+        X = X.to(self._device) if isinstance(X, Tensor) else X
+        _, features = self.model.forward_with_features(X, **model_kwargs)
+        layer = self.model.last_layer
+        samples = self.sample(n_samples, generator)
+        weights = samples[:, : layer.weight.numel()].unflatten(1, layer.weight.shape)
+        outputs = features @ weights.mT  # one matrix product for all samples
+        if layer.bias is not None:
+            outputs = outputs + samples[:, layer.weight.numel() :].unsqueeze(1)
+        yield from outputs if self.enable_backprop else outputs.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`KronDebiasedLaplace.state_dict`."""
+        state_dict = super().state_dict()
+        state_dict["_last_layer_name"] = self._last_layer_name
+        state_dict["found_last_layer"] = self.model._last_layer_name
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`KronDebiasedLaplace.load_state_dict`."""
+        if self._last_layer_name != state_dict.get("_last_layer_name"):
+            raise ValueError(
+                f"`state_dict` has last_layer_name {state_dict['_last_layer_name']!r}, "
+                f"this object {self._last_layer_name!r}."
+            )
+        if self.model.last_layer is None and "found_last_layer" in state_dict:
+            # laplace-torch saves a training batch instead, and searches again
+            self.model.set_last_layer(state_dict["found_last_layer"])
+            self._count_params()
+        super().load_state_dict(state_dict)
