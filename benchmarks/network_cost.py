@@ -46,7 +46,7 @@ from transformers import (
 from laplace_debiased import Laplace, eigenbasis
 
 NUM_TOKENS = 128
-TIME_LIMIT = 1200.0
+TIME_LIMIT = 1800.0
 
 
 class Logits(nn.Module):
@@ -149,7 +149,6 @@ class Case:
 CASES = [
     Case("ResNet-18", "all", 32, 10, 256, 32, 64),
     Case("ResNet-18", "all", 32, 10, 256, 32, 64, estimator="cross_fit"),
-    Case("ResNet-18", "all", 32, 10, 256, 32, 64, "ggn"),
     Case("ResNet-50", "last_layer", 224, 1000, 32, 16, 8),
     Case("ViT-B/16", "last_layer", 224, 1000, 32, 16, 8),
     Case("EfficientNet-B0", "all", 224, 10, 32, 4, 4),
@@ -251,19 +250,19 @@ def run_case(case: Case) -> dict[str, Any]:
 @contextmanager
 def timed_decompositions() -> Iterator[list[float]]:
     """Note the seconds of each eigendecomposition."""
-    seconds, original = [], eigenbasis.symmetric_eigenvectors
+    seconds, original = [], eigenbasis.symmetric_eigh
 
-    def timed(*args: Any) -> Tensor:
+    def timed(*args: Any) -> tuple[Tensor, Tensor]:
         start = time.perf_counter()
         result = original(*args)
         seconds.append(time.perf_counter() - start)
         return result
 
-    eigenbasis.symmetric_eigenvectors = timed
+    eigenbasis.symmetric_eigh = timed
     try:
         yield seconds
     finally:
-        eigenbasis.symmetric_eigenvectors = original
+        eigenbasis.symmetric_eigh = original
 
 
 def table(rows: list[dict[str, Any]]) -> str:

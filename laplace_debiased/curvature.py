@@ -147,7 +147,7 @@ class KFACCurvature:
         directions = average(inputs[:-1], self.shares[:-1])
         parts = zip(
             _cross_fitted(gradients, self.shares),
-            _two_batches(directions, inputs[-1], fast=True),
+            _two_batches(directions, inputs[-1]),
             strict=True,
         )
         return tuple(_joined(*part) for part in parts)
@@ -162,10 +162,10 @@ class KFACCurvature:
 
 
 def _two_batches(
-    directions: list[Factors], magnitudes: list[Factors], fast: bool = False
+    directions: list[Factors], magnitudes: list[Factors]
 ) -> tuple[list[Factors], list[Factors]]:
     """Measure factors along the eigenvectors of others."""
-    eigenvectors = decompose(directions, fast)
+    eigenvectors = decompose(directions, fast=True)
     return eigenvectors, project(magnitudes, eigenvectors)
 
 

@@ -158,7 +158,7 @@ class Estimator:
 
     def _two_batch_ggn(self) -> GGNCurvature:
         directions = self._with_earlier(self._kfacs(0))
-        eigenvectors, factor_eigenvalues = eigendecompose(directions)
+        eigenvectors, factor_eigenvalues = eigendecompose(directions, fast=True)
         curvatures = self._curvatures(1, eigenvectors)
         return GGNCurvature(eigenvectors, curvatures, factor_eigenvalues)
 
