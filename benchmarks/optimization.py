@@ -326,7 +326,7 @@ def main() -> None:
     )
     settings = parse(parser)
     if settings.quick:
-        settings.epochs, settings.candidates, settings.tuning_seeds = 0.02, 1, 1
+        settings.epochs, settings.candidates, settings.tuning_seeds = 0.005, 1, 1
     warnings.simplefilter("ignore")
     progress = Progress(settings.out / "optimization.partial.json")
     results = run(settings, progress)
