@@ -28,6 +28,7 @@ from laplace_debiased.comparison.environment import default_data_root
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 NUM_TRAIN = 50_000
+NUM_VALIDATION = 10_000
 BATCH_SIZE = 128
 
 
@@ -216,7 +217,8 @@ def problem_data(dataset: str, data_root: Path) -> Data:
         data_root: Folder of torchvision's datasets.
 
     Returns:
-        ``NUM_TRAIN`` training points, and the test points.
+        All training points but the last ``NUM_VALIDATION``, or ``NUM_TRAIN`` pairs,
+        and the test points.
     """
     if dataset == PAIRS:
         train, *test = load("mnist", data_root)
@@ -224,7 +226,7 @@ def problem_data(dataset: str, data_root: Path) -> Data:
         return Data(TensorDataset(X, y), *_pairs(*test, len(test[0])))
     data = load(dataset, data_root)
     X, y = data.train.tensors
-    return data._replace(train=TensorDataset(X[:NUM_TRAIN], y[:NUM_TRAIN]))
+    return data._replace(train=TensorDataset(X[:-NUM_VALIDATION], y[:-NUM_VALIDATION]))
 
 
 def validation_data(dataset: str, data_root: Path) -> tuple[Tensor, Tensor]:
@@ -235,10 +237,10 @@ def validation_data(dataset: str, data_root: Path) -> tuple[Tensor, Tensor]:
         data_root: Folder of torchvision's datasets.
 
     Returns:
-        Images and classes of all training points after the first ``NUM_TRAIN``.
+        Images and classes of the last ``NUM_VALIDATION`` training points.
     """
     X, y = load(dataset, data_root).train.tensors
-    return X[NUM_TRAIN:], y[NUM_TRAIN:]
+    return X[-NUM_VALIDATION:], y[-NUM_VALIDATION:]
 
 
 def _pairs(X: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
