@@ -5,6 +5,7 @@ of two, and of the defaults, at several budgets, with the linearized (``glm``) a
 sampled (``nn``) predictive.
 
     python benchmarks/calibration.py --data-root DATA
+    python benchmarks/calibration.py --networks MLP --dataset mnist --data-root DATA
 
 An interrupted study resumes where it stopped.
 """
@@ -35,7 +36,7 @@ from common import (
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from posteriors import ESTIMATORS, FULL, Problem, full_data, glm_probabilities
+from posteriors import ESTIMATORS, FULL, Problem, full_data, glm_probabilities_of
 from torch import Tensor
 
 from laplace_debiased import KronDebiasedLaplace
@@ -49,15 +50,26 @@ SHOWN_PRIORS = (1.0, 10.0, 100.0, 1000.0)
 
 
 def predictions(
-    la: KronDebiasedLaplace,
+    las: Sequence[KronDebiasedLaplace],
     problem: Problem,
     predictive: str,
     priors: Sequence[float],
-    seed: int,
-) -> Tensor:
-    """Predict at each prior precision: probabilities ``[priors, points, classes]``."""
+) -> list[Tensor]:
+    """Predict by the posterior of each seed, at each prior precision.
+
+    Returns:
+        Probabilities ``[priors, points, classes]`` of each.
+    """
     if predictive == "glm":
-        return glm_probabilities(problem.model, la.H, problem.inputs, priors)
+        posteriors = [(la.H, priors) for la in las]
+        return glm_probabilities_of(posteriors, problem.model, problem.inputs)
+    return [sampled(la, problem, priors, seed) for seed, la in enumerate(las)]
+
+
+def sampled(
+    la: KronDebiasedLaplace, problem: Problem, priors: Sequence[float], seed: int
+) -> Tensor:
+    """Predict by sampled networks: probabilities ``[priors, points, classes]``."""
     chunks = []
     for prior in priors:
         la.prior_precision = prior
@@ -67,18 +79,9 @@ def predictions(
     return torch.stack(chunks)
 
 
-def scores(
-    la: KronDebiasedLaplace,
-    problem: Problem,
-    predictive: str,
-    priors: Sequence[float],
-    seed: int,
-) -> dict[str, list[float]]:
-    """Score a posterior at each prior precision, by each metric."""
-    rows = [
-        asdict(score(p, problem.labels))
-        for p in predictions(la, problem, predictive, priors, seed)
-    ]
+def scores(probabilities: Tensor, problem: Problem) -> dict[str, list[float]]:
+    """Score predictions at each prior precision, by each metric."""
+    rows = [asdict(score(p, problem.labels)) for p in probabilities]
     return {metric: [row[metric] for row in rows] for metric in METRICS}
 
 
@@ -91,9 +94,10 @@ def run_network(
     def measure(
         build: Callable[[int], KronDebiasedLaplace], predictive: str, seeds: int
     ) -> list[dict]:
+        las = [build(seed) for seed in range(seeds)]
         return [
-            scores(build(seed), problem, predictive, settings.priors, seed)
-            for seed in range(seeds)
+            scores(probabilities, problem)
+            for probabilities in predictions(las, problem, predictive, settings.priors)
         ]
 
     results: dict[str, Any] = {}

@@ -5,6 +5,7 @@ images are the network's own, those of another dataset, and corrupted ones in fi
 severities.
 
     python benchmarks/pipeline.py --data-root DATA
+    python benchmarks/pipeline.py --networks MLP --dataset mnist --data-root DATA
 
 An interrupted study resumes where it stopped.
 """
@@ -13,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from posteriors import (
     Problem,
     chosen_prior,
     full_data,
-    glm_probabilities,
+    glm_probabilities_of,
 )
 from torch import Tensor
 from torch.nn.functional import nll_loss
@@ -110,18 +112,21 @@ class TestImages:
 
 
 def by_validation(
-    la: KronDebiasedLaplace, problem: Problem, X: Tensor, y: Tensor
-) -> float:
-    """Choose the prior precision with the lowest NLL of validation images."""
-    predictions = glm_probabilities(problem.model, la.H, X, GRID)
-    losses = [nll_loss(p.log(), y).item() for p in predictions]
-    return GRID[int(np.argmin(losses))]
+    las: Sequence[KronDebiasedLaplace], problem: Problem, X: Tensor, y: Tensor
+) -> list[float]:
+    """Choose the prior precisions with the lowest NLL of validation images."""
+    posteriors = [(la.H, GRID) for la in las]
+    chosen = []
+    for predictions in glm_probabilities_of(posteriors, problem.model, X):
+        losses = [nll_loss(p.log(), y).item() for p in predictions]
+        chosen.append(GRID[int(np.argmin(losses))])
+    return chosen
 
 
 def evaluate(
     predict: Callable[[Tensor], list[Tensor]], images: TestImages
 ) -> list[dict[str, Any]]:
-    """Score predictions; one result for each prior precision that is predicted with."""
+    """Score predictions; one result for each posterior and prior precision."""
     results = []
     pairs = zip(predict(images.own), predict(images.other), strict=True)
     for own, other in pairs:
@@ -154,13 +159,20 @@ def run_network(
     def without_posterior() -> list[dict]:
         return evaluate(lambda X: [problem.model(X).softmax(-1)], images)
 
-    def measure(build: Callable[[int], KronDebiasedLaplace], seed: int) -> list[dict]:
-        la = build(seed)
-        priors = [chosen_prior(la), by_validation(la, problem, *validation)]
-        results = evaluate(
-            lambda X: list(glm_probabilities(problem.model, la.H, X, priors)), images
-        )
-        return [r | {"prior": p} for r, p in zip(results, priors, strict=True)]
+    def measure(
+        build: Callable[[int], KronDebiasedLaplace], seeds: int
+    ) -> list[list[dict]]:
+        las = [build(seed) for seed in range(seeds)]
+        validated = by_validation(las, problem, *validation)
+        priors = [[chosen_prior(la), p] for la, p in zip(las, validated, strict=True)]
+        posteriors = [(la.H, pair) for la, pair in zip(las, priors, strict=True)]
+
+        def predict(X: Tensor) -> list[Tensor]:
+            predictions = glm_probabilities_of(posteriors, problem.model, X)
+            return list(chain(*predictions))
+
+        results = iter(evaluate(predict, images))
+        return [[next(results) | {"prior": p} for p in pair] for pair in priors]
 
     builders: dict[str, Callable[[int], KronDebiasedLaplace]] = {
         FULL: lambda _: full_data(problem, keep=not settings.quick),
@@ -168,10 +180,10 @@ def run_network(
     }
     rows = {MAP: [progress.run(f"{problem}, {MAP}", without_posterior)]}
     for label, build in builders.items():
-        rows[label] = [
-            progress.run(f"{problem}, {label}, {seed}", partial(measure, build, seed))
-            for seed in range(1 if label == FULL else settings.seeds)
-        ]
+        seeds = 1 if label == FULL else settings.seeds
+        rows[label] = progress.run(
+            f"{problem}, {label}", partial(measure, build, seeds)
+        )
         print(f"{problem}, {label}", flush=True)
     return rows
 

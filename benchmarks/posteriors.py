@@ -28,8 +28,8 @@ from laplace_debiased import (
 )
 from laplace_debiased.curvature import average
 from laplace_debiased.eigenbasis import Factors, decompose, project
-from laplace_debiased.layers import curvature_blocks
-from laplace_debiased.linearization import linearize
+from laplace_debiased.layers import Block, curvature_blocks
+from laplace_debiased.linearization import Linearization, linearize
 from laplace_debiased.predictive import rotated_jacobians
 from laplace_debiased.selection import find_layers
 
@@ -85,7 +85,6 @@ class Problem:
         return list(self.model.parameters())
 
 
-@torch.no_grad()
 def glm_probabilities(
     model: nn.Module,
     curvature: EigenbasisMatrix,
@@ -103,49 +102,76 @@ def glm_probabilities(
     Returns:
         Probabilities ``[priors, points, classes]``.
     """
-    params = list(model.parameters())
-    layers = find_layers(model, params)
+    return glm_probabilities_of([(curvature, priors)], model, inputs)[0]
+
+
+@torch.no_grad()
+def glm_probabilities_of(
+    posteriors: Sequence[tuple[EigenbasisMatrix, Sequence[float]]],
+    model: nn.Module,
+    inputs: Tensor,
+) -> list[Tensor]:
+    """Predict by several posteriors of a network, which is linearized only once.
+
+    Args:
+        posteriors: Curvature without prior, and prior precisions of each.
+        model: The network, all parameters of which are in the posteriors.
+        inputs: Test images.
+
+    Returns:
+        Probabilities ``[priors, points, classes]`` of each posterior.
+    """
+    layers = find_layers(model, list(model.parameters()))
     blocks = curvature_blocks(layers, separate_weight_and_bias=True)
     chunks = []
     for X in inputs.split(_TEST_BATCH_SIZE):
         linear = linearize(model, layers, X, len(X))
-        variances = 0
-        for block, vectors, values in zip(
-            blocks, curvature.eigenvectors, curvature.spectra(), strict=True
-        ):
-            inverses = torch.stack([1 / (values + prior) for prior in priors])
-            gradients, rows = linear.gradients[block.layer.name], None
-            if block.has_inputs:
-                rows = linear.inputs[block.layer.name] @ vectors[1]
-            variances += _variances(gradients, rows, vectors[0], inverses)
-        logits = linear.output.detach() / (1 + pi / 8 * variances).sqrt()
-        chunks.append(logits.softmax(-1))
-    return torch.cat(chunks, 1)
+        variances = [
+            sum(
+                _variances(linear, block, vectors, values, priors)
+                for block, vectors, values in zip(
+                    blocks, curvature.eigenvectors, curvature.spectra(), strict=True
+                )
+            )
+            for curvature, priors in posteriors
+        ]
+        logits = linear.output.detach()
+        chunks.append(
+            [(logits / (1 + pi / 8 * v).sqrt()).softmax(-1) for v in variances]
+        )
+    return [torch.cat(parts, 1) for parts in zip(*chunks, strict=True)]
 
 
 def _variances(
-    gradients: Tensor, inputs: Tensor | None, basis: Tensor, inverses: Tensor
+    linear: Linearization,
+    block: Block,
+    vectors: Factors,
+    values: Tensor,
+    priors: Sequence[float],
 ) -> Tensor:
     """Compute a block's share of the output variances.
 
     Args:
-        gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]``.
-        inputs: Rotated input rows ``[batch, S, groups, d_in]``; None for a vector.
-        basis: Eigenvectors for the gradients.
-        inverses: Variances of the coordinates ``[priors, d_out, d_in]`` or ``[priors,
-            d_out]``.
+        linear: The linearized network.
+        block: The block.
+        vectors: Its eigenvectors.
+        values: Its eigenvalues ``[d_out, d_in]`` or ``[d_out]``.
+        priors: Prior precisions.
 
     Returns:
         Variances ``[priors, batch, C]``.
     """
-    if inputs is None:
-        squares = (gradients.flatten(3).sum(2) @ basis) ** 2
+    inverses = torch.stack([1 / (values + prior) for prior in priors])
+    gradients = linear.gradients[block.layer.name]
+    if not block.has_inputs:
+        squares = (gradients.flatten(3).sum(2) @ vectors[0]) ** 2
         return torch.einsum("nco,po->pnc", squares, inverses)
+    inputs = linear.inputs[block.layer.name] @ vectors[1]
     if gradients.shape[2:4] == (1, 1):  # of rank one
-        squares = (gradients.flatten(2) @ basis) ** 2
+        squares = (gradients.flatten(2) @ vectors[0]) ** 2
         weights = inputs.flatten(1) ** 2 @ inverses.mT
         return torch.einsum("nco,pno->pnc", squares, weights)
-    squares = rotated_jacobians(gradients, inputs, basis).flatten(2) ** 2
+    squares = rotated_jacobians(gradients, inputs, vectors[0]).flatten(2) ** 2
     return (squares @ inverses.flatten(1).T).movedim(2, 0)
 
 
