@@ -51,6 +51,7 @@ QUICK = [
     ("sampling_quality", "estimators"),
     ("sampling_quality", "settings"),
     ("sampling_quality", "fractions"),
+    ("sampling_quality", "fractions", "--magnitudes", "ggn", "--shares", "0.3", "auto"),
     ("bias", "directions"),
     ("bias", "dependence"),
     ("newton_step",),
@@ -77,6 +78,21 @@ def test_studies_run_in_a_quick_mode(benchmarks, monkeypatch, tmp_path, command)
     written = {path.suffix for path in tmp_path.iterdir()}
     assert {".json", ".md"} <= written <= {".json", ".md", ".png"}
     assert not list(tmp_path.glob("*.partial.json"))
+
+
+def test_a_study_is_restricted_to_some_rows(benchmarks):
+    from argparse import Namespace
+
+    from sampling_quality import STUDIES, chosen_rows
+
+    def labels(study, magnitudes, shares):
+        chosen = Namespace(study=study, magnitudes=magnitudes, shares=shares)
+        return list(chosen_rows(chosen))
+
+    assert labels("fractions", ["ggn"], ["0.3", "auto"]) == ["ggn: 0.3", "ggn: auto"]
+    assert len(STUDIES["fractions"]) == 20
+    of_kfac = labels("estimators", ["kfac"], ["0.3"])
+    assert of_kfac == [k for k in STUDIES["estimators"] if k.startswith("kfac")]
 
 
 def test_tables_are_put_between_their_marks(benchmarks, tmp_path, monkeypatch):
