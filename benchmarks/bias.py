@@ -36,13 +36,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from networks import (
-    CHECKPOINTS,
     IMAGES,
     Images,
     Recipe,
+    kept,
     mlp,
     problem_data,
-    train,
     trained,
 )
 from scipy.stats import gmean, linregress
@@ -226,16 +225,9 @@ class Case:
 
     def network(self, points: TensorDataset, dataset: str) -> nn.Module:
         """Train the network, and keep it."""
-        name = f"mlp-{self.width}-{self.depth}-{self.epochs}.pt"
-        path = CHECKPOINTS / "cache" / dataset / name
         recipe = Recipe(partial(self._build, IMAGES[dataset]), self.epochs, 2e-3)
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            model, _ = train(recipe, *points.tensors, 0, mirror=True)
-            torch.save(model.state_dict(), path)
-        model = recipe.build().eval()
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model
+        name = f"{dataset}-mlp-{self.width}-{self.depth}-{self.epochs}"
+        return kept(name, recipe, points)
 
     def _build(self, images: Images) -> nn.Module:
         widths = [self.width] * self.depth

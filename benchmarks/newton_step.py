@@ -28,10 +28,11 @@ from common import (
 from curvlinops import GGNLinearOperator
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from networks import CHECKPOINTS, Recipe, all_convolutional, problem_data, train
+from networks import Recipe, all_convolutional, kept, problem_data
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils.data import TensorDataset
 
 from laplace_debiased import cg, debiased_cg
 from laplace_debiased.cg import CGResult
@@ -51,15 +52,8 @@ STAGES = {"after 50 steps": 6400, "after one epoch": 50_000}
 def half_trained(data_root: Path, num_points: int) -> nn.Module:
     """Train a network on some points, and keep it."""
     recipe = Recipe(partial(all_convolutional, WIDTH), 1, 4e-3)
-    path = CHECKPOINTS / "cache" / f"{WIDTH}-first-{num_points}.pt"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        X, y = problem_data(DATASET, data_root).train[:num_points]
-        model, _ = train(recipe, X, y, 0, mirror=True)
-        torch.save(model.state_dict(), path)
-    model = recipe.build().eval()
-    model.load_state_dict(torch.load(path, weights_only=True))
-    return model
+    points = TensorDataset(*problem_data(DATASET, data_root).train[:num_points])
+    return kept(f"{WIDTH}-first-{num_points}", recipe, points)
 
 
 class Damped:

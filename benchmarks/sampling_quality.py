@@ -132,7 +132,8 @@ TWO_BATCH = {"estimator": "two_batch"}
 CROSS_FIT = {"estimator": "cross_fit"}
 GGN = {"magnitudes": "ggn"}
 BEST = CROSS_FIT | CURVATURE
-FRACTIONS = [k / 10 for k in range(1, 10)]
+MAGNITUDES = ("kfac", "ggn")
+SHARES = tuple(f"{k / 10:g}" for k in range(1, 10))
 Row = Callable[..., Result]
 STUDIES: dict[str, dict[str, Row]] = {
     "estimators": {
@@ -179,27 +180,30 @@ STUDIES: dict[str, dict[str, Row]] = {
         ),
     },
     "fractions": {
-        f"{magnitudes}: {fraction:g}": partial(
+        f"{magnitudes}: {share}": partial(
             ours,
             **TWO_BATCH,
             **CURVATURE,
             magnitudes=magnitudes,
-            direction_fraction=fraction,
+            direction_fraction=share if share == "auto" else float(share),
         )
-        for magnitudes in ("kfac", "ggn")
-        for fraction in FRACTIONS
-    }
-    | {
-        f"{magnitudes}: auto": partial(
-            ours,
-            **TWO_BATCH,
-            **CURVATURE,
-            magnitudes=magnitudes,
-            direction_fraction="auto",
-        )
-        for magnitudes in ("kfac", "ggn")
+        for magnitudes in MAGNITUDES
+        for share in (*SHARES, "auto")
     },
 }
+
+
+def chosen_rows(settings: argparse.Namespace) -> dict[str, Row]:
+    """Return a study's rows with the magnitudes, and shares, asked for."""
+    rows = {
+        label: row
+        for label, row in STUDIES[settings.study].items()
+        if label.split(": ")[0] in settings.magnitudes
+    }
+    if settings.study != "fractions":
+        return rows
+    shares = settings.shares
+    return {k: row for k, row in rows.items() if k.split(": ")[1] in shares}
 
 
 def run_network(
@@ -284,6 +288,8 @@ def short_table(networks: dict) -> str:
     ]
     for name, result in networks.items():
         for label, shown in SUMMARIZED.items():
+            if label not in result["rows"]:
+                continue
             full = Result(**result["references"][label.split(":")[0]])
             runs = [Result(**run) for run in result["rows"][label]]
             cells = " | ".join(summary(full, runs))
@@ -332,15 +338,19 @@ def panel_of_priors(axis: Axes, result: dict) -> None:
 
 
 def panel_of_fractions(axis: Axes, result: dict) -> None:
-    """Draw the NLL at two prior precisions against the share of directions."""
-    for magnitudes, line in (("kfac", "-"), ("ggn", "--")):
-        rows = [percent_above(result, f"{magnitudes}: {f:g}") for f in FRACTIONS]
-        percent = torch.stack(rows)  # [fractions, seeds, priors]
+    """Draw the NLL at some prior precisions against the share of directions."""
+    for magnitudes, line in zip(MAGNITUDES, ("-", "--"), strict=True):
+        shares = [s for s in SHARES if f"{magnitudes}: {s}" in result["rows"]]
+        if not shares:
+            continue
+        rows = [percent_above(result, f"{magnitudes}: {s}") for s in shares]
+        percent = torch.stack(rows)  # [shares, seeds, priors]
+        positions = [float(s) for s in shares]
         for prior in (1.0, 10.0, 31.6):
             column = percent[..., PRIORS.index(prior)]
             mean, error = column.mean(1), column.std(1) / column.shape[1] ** 0.5
-            axis.plot(FRACTIONS, mean, line, label=f"{magnitudes}, prior {prior:g}")
-            axis.fill_between(FRACTIONS, mean - error, mean + error, alpha=0.15, lw=0)
+            axis.plot(positions, mean, line, label=f"{magnitudes}, prior {prior:g}")
+            axis.fill_between(positions, mean - error, mean + error, alpha=0.15, lw=0)
     axis.set(xlabel="share of points for directions")
 
 
@@ -352,16 +362,27 @@ def main() -> None:
     parser = study_parser(__doc__)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--budget", type=int, default=128)
-    parser.add_argument("--networks", nargs="*", default=NETWORKS)
+    parser.add_argument(
+        "--networks", nargs="+", choices=NETWORKS, help="all, or the MLP if --quick"
+    )
+    parser.add_argument(
+        "--magnitudes", nargs="+", choices=MAGNITUDES, default=MAGNITUDES
+    )
+    parser.add_argument(
+        "--shares",
+        nargs="+",
+        choices=(*SHARES, "auto"),
+        default=(*SHARES, "auto"),
+        help="shares of the points that give directions, in the study of fractions",
+    )
     settings = parse(parser)
-    if settings.quick:
-        settings.networks = ["MLP"]
+    networks = settings.networks or (NETWORKS[:1] if settings.quick else NETWORKS)
     warnings.simplefilter("ignore")
     name = f"sampling_{settings.study}"
     progress = Progress(settings.out / f"{name}.partial.json")
-    networks = {
-        network: run_network(network, STUDIES[settings.study], settings, progress)
-        for network in settings.networks
+    rows = chosen_rows(settings)
+    results = {
+        network: run_network(network, rows, settings, progress) for network in networks
     }
     recorded = {
         "budget": settings.budget,
@@ -369,12 +390,12 @@ def main() -> None:
         "priors": PRIORS,
         "dataset": DATASET,
     }
-    write_report(settings.out, name, recorded, networks, table(networks))
+    write_report(settings.out, name, recorded, results, table(results))
     if settings.study == "estimators":
-        (settings.out / f"{name}_short.md").write_text(short_table(networks) + "\n")
+        (settings.out / f"{name}_short.md").write_text(short_table(results) + "\n")
     if settings.study in PANELS:
         figure = settings.out / f"{name}.png"
-        write_figure(figure, networks, PANELS[settings.study])
+        write_figure(figure, results, PANELS[settings.study])
     progress.clear()
 
 

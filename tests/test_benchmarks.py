@@ -51,6 +51,7 @@ QUICK = [
     ("sampling_quality", "estimators"),
     ("sampling_quality", "settings"),
     ("sampling_quality", "fractions"),
+    ("sampling_quality", "fractions", "--magnitudes", "ggn", "--shares", "0.3", "auto"),
     ("bias", "directions"),
     ("bias", "dependence"),
     ("newton_step",),
@@ -122,6 +123,21 @@ def test_optimizers_are_tuned_by_as_many_trials_and_edges_are_told(benchmarks):
     inside = {"damping": 1.0, "lr": 1.0, "adapt_damping": True}
     assert cg.at_edge(inside) == []
     assert cg.at_edge(inside | {"damping": 10.0}) == ["damping"]
+
+
+def test_a_study_is_restricted_to_some_rows(benchmarks):
+    from argparse import Namespace
+
+    from sampling_quality import STUDIES, chosen_rows
+
+    def labels(study, magnitudes, shares):
+        chosen = Namespace(study=study, magnitudes=magnitudes, shares=shares)
+        return list(chosen_rows(chosen))
+
+    assert labels("fractions", ["ggn"], ["0.3", "auto"]) == ["ggn: 0.3", "ggn: auto"]
+    assert len(STUDIES["fractions"]) == 20
+    of_kfac = labels("estimators", ["kfac"], ["0.3"])
+    assert of_kfac == [k for k in STUDIES["estimators"] if k.startswith("kfac")]
 
 
 def test_tables_are_put_between_their_marks(benchmarks, tmp_path, monkeypatch):
