@@ -72,7 +72,8 @@ class Diagnostics:
         """Tell how biased the curvature would be without debiasing.
 
         The K-FAC of some folds is measured along its own eigenvectors, and so is that
-        of the held-out fold.
+        of the held-out fold. There are no intervals
+        (:func:`~laplace_debiased.bias.kfac_bias`).
 
         Args:
             train_loader: What the posterior was fitted to: with ``ggn`` magnitudes, the
