@@ -203,7 +203,7 @@ def test_budget_estimates_are_unbiased(options):
     for estimates, exact in [(losses, loss(model(X), y)), (traces, exact_trace)]:
         estimates = torch.stack(estimates)
         error = (estimates.mean() - exact).abs()
-        assert error <= 3 * estimates.std() / 150**0.5 + 1e-10
+        assert error <= 4 * estimates.std() / 150**0.5 + 1e-10
 
 
 @pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
