@@ -20,7 +20,7 @@ class Diagnostics:
     def _warn_of_small_budget(self, explicit: bool) -> None:
         if explicit or self.debiasing.budget is None or self.sampling_error is None:
             return
-        message = self.sampling_error.warning(self._num_points)
+        message = self.sampling_error.warning(round(self._num_points))
         if message:
             warn(message, stacklevel=3)
 
