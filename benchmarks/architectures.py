@@ -76,7 +76,9 @@ def all_convolutional(
 
 
 def all_cnn_c(width: int = 96, channels: int = 3, classes: int = 10) -> nn.Module:
-    """Build ALL-CNN-C without dropout (Springenberg et al., 2015, arXiv 1412.6806).
+    """Build ALL-CNN-C (Springenberg et al., 2015, arXiv 1412.6806).
+
+    Without dropout, and without a ReLU on the logits, under which classes die out.
 
     Args:
         width: Filters of the first layer, 96 in the original.
@@ -88,7 +90,7 @@ def all_cnn_c(width: int = 96, channels: int = 3, classes: int = 10) -> nn.Modul
     """
     w, v = width, 2 * width
     plan = [(channels, w, 1), (w, w, 1), (w, w, 2), (w, v, 1), (v, v, 1), (v, v, 2)]
-    top = [nn.Conv2d(v, v, 1), nn.ReLU(), nn.Conv2d(v, classes, 1), nn.ReLU()]
+    top = [nn.Conv2d(v, v, 1), nn.ReLU(), nn.Conv2d(v, classes, 1)]
     return nn.Sequential(*_convolutions([*plan, (v, v, 1)]), *top, *_pooled())
 
 
