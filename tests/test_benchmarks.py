@@ -188,3 +188,51 @@ def test_data_of_many_classes(benchmarks, monkeypatch):
     assert labels.max() < 100
     left = (X == images[0, :, :, :4]).flatten(1).all(1).nonzero()[0]
     assert labels[0] // 10 == y[left]
+
+
+@pytest.mark.parametrize("dataset", ["fashion-mnist", "cifar100"])
+def test_networks_fit_their_images(benchmarks, dataset):
+    import torch
+    from networks import IMAGES, full_size_recipes, recipes
+
+    from laplace_debiased.selection import select
+
+    images = IMAGES[dataset]
+    channels, size, classes = images
+    for recipe in (recipes(images) | full_size_recipes(images)).values():
+        with torch.device("meta"):
+            model = recipe.build().eval()
+            output = model(torch.empty(2, channels, size, size))
+        assert output.shape == (2, classes)
+        assert not select(model, list(model.parameters()))[1]
+
+
+def test_full_size_networks_are_the_known_ones(benchmarks):
+    from networks import IMAGES, full_size_recipes
+
+    sizes = {
+        name: sum(p.numel() for p in recipe.build().parameters())
+        for name, recipe in full_size_recipes(IMAGES["cifar10"]).items()
+    }
+    # of the papers: about 1.4M, 11.2M and 8.9M
+    assert sizes["ALL-CNN-C-96"] == 1_369_738
+    assert sizes["ResNet-18-64"] == 11_173_962
+    assert sizes["WideResNet-40-4"] == 8_949_210
+
+
+def test_splits_are_those_of_the_paper(benchmarks, monkeypatch):
+    import networks
+    import torch
+    from torch.utils.data import TensorDataset
+
+    def load(dataset, root, num_test=1000):
+        y = torch.arange(50_000)
+        X = y[:, None].float()
+        return networks.Data(TensorDataset(X, y), X[:num_test], y[:num_test])
+
+    monkeypatch.setattr(networks, "load", load)
+    root = Path("unused")
+    train, inputs, _ = networks.problem_data("cifar10", root)
+    validation, _ = networks.validation_data("cifar10", root)
+    assert (len(train), len(validation), len(inputs)) == (40_000, 10_000, 10_000)
+    assert not set(train.tensors[1].tolist()) & set(validation[:, 0].tolist())
