@@ -62,6 +62,7 @@ QUICK = [
     ("peers",),
     ("scale",),
     ("full_data_cost",),
+    ("network_cost",),
 ]
 
 
