@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from laplace_debiased.comparison.environment import default_data_root
+from laplace_debiased.comparison.experiment import Run
+from laplace_debiased.comparison.metrics import Scores
+from laplace_debiased.comparison.report import table as main_table
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -158,7 +161,43 @@ def test_results_say_which_commit_gave_them():
         assert re.fullmatch("[0-9a-f]{7,}", commit), path.name  # and not dirty
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("checkpoints/*/*.json")), ids=str)
+# the functions that make tables, where they are not a study's only one
+TABLES = {
+    "sampling_estimators": "sampling_quality.table",
+    "sampling_estimators_short": "sampling_quality.short_table",
+    "sampling_fractions": "sampling_quality.table",
+    "sampling_settings": "sampling_quality.table",
+    "bias_directions": "bias.directions_table",
+    "bias_dependence": "bias.dependence_table",
+}
+OPTIONS_OF_TABLES = {"calibration": ["priors"], "many_classes": ["exact_seconds"]}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(FOLDER.glob("results/*.md")), ids=lambda path: path.stem
+)
+def test_tables_are_made_of_the_numbers(benchmarks, path):
+    name = path.stem
+    numbers = path.with_name(f"{name.removesuffix('_short')}.json")
+    report = json.loads(numbers.read_text())
+    if "runs" in report:
+        runs = [
+            Run(**run | {"scores": Scores(**run["scores"]), "probabilities": None})
+            for run in report["runs"]
+        ]
+        assert path.read_text() == main_table(runs) + "\n"
+        return
+    module, _, function = TABLES.get(name, f"{name}.table").partition(".")
+    options = {
+        option: report["settings"][option] for option in OPTIONS_OF_TABLES.get(name, ())
+    }
+    table = getattr(import_module(module), function)
+    assert path.read_text() == table(report["results"], **options) + "\n"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(FOLDER.glob("checkpoints/*/*.json")), ids=lambda path: path.stem
+)
 def test_checkpoints_are_those_of_the_recipes(benchmarks, path):
     from networks import recipe_for, trained
     from safetensors.torch import load_file
