@@ -38,6 +38,7 @@ from laplace_debiased.comparison.data import NUM_TEST_IMAGES, Data, load
 from laplace_debiased.comparison.environment import default_data_root
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+RESULTS = Path(__file__).parent / "results"
 NUM_VALIDATION = 10_000
 NUM_CIFAR_TEST = 10_000
 NUM_PAIRS = 50_000
@@ -275,8 +276,24 @@ def kept(
     return model
 
 
+def table() -> str:
+    """Format what is known of the first checkpoint of each network as Markdown."""
+    lines = [
+        "| dataset | network | parameters | epochs | test accuracy % |",
+        "|---|---|---|---|---|",
+    ]
+    for path in sorted(CHECKPOINTS.glob("*/*-0.json")):
+        record = json.loads(path.read_text())
+        lines.append(
+            f"| {path.parent.name} | {path.stem.removesuffix('-0')} "
+            f"| {record['parameters']:,} | {record['epochs']} "
+            f"| {100 * record['test_accuracy']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Train what has no checkpoint yet."""
+    """Train what has no checkpoint yet, and write the table of all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-root", type=Path, default=default_data_root())
     parser.add_argument("--dataset", default="fashion-mnist", choices=IMAGES)
@@ -292,6 +309,7 @@ def main() -> None:
     for name in arguments.networks:
         for seed in range(arguments.seeds):
             trained(name, arguments.dataset, arguments.data_root, seed)
+    (RESULTS / "networks.md").write_text(table() + "\n")
 
 
 if __name__ == "__main__":
