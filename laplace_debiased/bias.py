@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 DIRECTIONS = ("eigenvectors", "cg")
 TOLERATED_RATIO = 1.1
-_NUM_RESAMPLES = 1000
+_NUM_RESAMPLES, _RESAMPLES_AT_ONCE = 1000, 50
 
 
 @dataclass(frozen=True)
@@ -339,6 +339,10 @@ def _directions(
     operator = of_kind[curvature](*of_model, check_deterministic=False)
     if eigenvectors:
         return top_eigenspace(operator, count, **lanczos).eigenvectors
+    device = params[0].device
+    on_device = [
+        (X.to(device) if isinstance(X, Tensor) else X, y.to(device)) for X, y in batch
+    ]
     gradient = parameters_to_vector(
         [
             sum(parts)
@@ -350,7 +354,7 @@ def _directions(
                         allow_unused=True,
                         materialize_grads=True,
                     )
-                    for X, y in batch
+                    for X, y in on_device
                 ),
                 strict=True,
             )
@@ -405,16 +409,25 @@ def _compare(
     )
     weights = contributions.new_ones(len(contributions))
     weights[batch_size:] = (num_data - batch_size) / (len(contributions) - batch_size)
-    counts = torch.poisson(
-        torch.ones(_NUM_RESAMPLES, len(contributions)), generator=generator
-    ).to(contributions)
-    counts *= weights
     return Comparison(
         own,
         torch.stack(others),
         weights @ contributions / num_data,
-        counts @ contributions / counts.sum(1, keepdim=True),
+        _resampled_means(contributions, weights, generator),
     )
+
+
+def _resampled_means(
+    contributions: Tensor, weights: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Draw bootstrap samples of weighted means: ``[samples, K]``."""
+    means = []
+    for _ in range(_NUM_RESAMPLES // _RESAMPLES_AT_ONCE):
+        rates = torch.ones(_RESAMPLES_AT_ONCE, len(contributions))
+        counts = torch.poisson(rates, generator=generator).to(contributions)
+        counts *= weights
+        means.append(counts @ contributions / counts.sum(1, keepdim=True))
+    return torch.cat(means)
 
 
 def kfac_bias(

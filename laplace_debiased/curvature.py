@@ -117,8 +117,13 @@ class KFACCurvature:
             )
         pairs = zip(self.folds, other.folds, strict=True)
         folds = [add_data(own, new, share) for own, new in pairs]
-        surveyed = self.surveyed and other.surveyed
-        return replace(self, folds=folds, surveyed=surveyed)
+        pairs = zip(self.shares, other.shares, strict=True)
+        return replace(
+            self,
+            folds=folds,
+            shares=[share * own + (1 - share) * new for own, new in pairs],
+            surveyed=self.surveyed and other.surveyed,
+        )
 
     def scaled(self, factor: float) -> KFACCurvature:
         """Scale the curvature."""

@@ -91,10 +91,11 @@ class Diagnostics:
         self._check_H_init()
         curvature, num_points = self.H_facs, self._num_points
         if train_loader is not None:
-            folds = self._folds(train_loader, magnitude_loader)
+            seed = self.debiasing.seed
+            folds = self._folds(train_loader, magnitude_loader, seed)
             with preserved(self.model, keep_new_hooks=True):
                 self.model.eval()
-                estimator = self._estimator(folds, self._seed(1.0))
+                estimator = self._estimator(folds, seed)
                 curvature = estimator.kfac().curvature
             num_points = self._num_used(folds)
         elif not isinstance(curvature, KFACCurvature):

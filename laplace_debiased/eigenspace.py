@@ -13,6 +13,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 from tqdm import tqdm
 
+from laplace_debiased.sweep import at_least_single
+
 
 @dataclass(frozen=True)
 class Eigenspace:
@@ -131,6 +133,6 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         Angles ``[min(k, l)]`` in radians, the smallest first.
     """
-    bases = (basis.detach().cpu().numpy() for basis in (first, second))
+    bases = (at_least_single(basis).detach().cpu().numpy() for basis in (first, second))
     angles = subspace_angles(*bases)[::-1].copy()
     return torch.as_tensor(angles, dtype=first.dtype, device=first.device)

@@ -21,7 +21,7 @@ from laplace_debiased.layers import Block, curvature_blocks
 from laplace_debiased.linearization import Linearization, contract_positions, linearize
 from laplace_debiased.output_curvature import Loss, OutputCurvature
 from laplace_debiased.selection import find_layers, select
-from laplace_debiased.sweep import Inputs
+from laplace_debiased.sweep import Inputs, at_least_single
 
 Batches = Sequence[tuple[Inputs, Tensor]]
 
@@ -131,7 +131,8 @@ def ggn_rows(
     layers = find_layers(model_func, params)
     blocks = curvature_blocks(layers, separate_weight_and_bias=True)
     curvature, generator = OutputCurvature(loss_func), torch.Generator()
-    device, rows = params[0].device, []
+    num_data = sum(len(y) for _, y in data)
+    device, rows, start = params[0].device, None, 0
     for X, y in data:
         X, y = (X.to(device) if isinstance(X, Tensor) else X), y.to(device)
         for part in torch.arange(len(y)).split(_CHUNK):
@@ -140,10 +141,12 @@ def ggn_rows(
             columns = curvature.columns(linear.output, y[part], generator)
             by_param = {b.positions[0]: _block_rows(linear, b, columns) for b in blocks}
             joined = torch.cat([by_param[k] for k in range(len(params))], 2)
-            rows.append(joined.flatten(0, 1))
-    if loss_func.reduction == "sum":
-        return torch.cat(rows)
-    return torch.cat(rows) / sum(len(y) for _, y in data) ** 0.5
+            new = at_least_single(joined.flatten(0, 1))
+            if rows is None:  # which may take most of the memory: there is no copy
+                rows = new.new_empty(num_data * joined.shape[1], new.shape[1])
+            rows[start : start + len(new)] = new
+            start += len(new)
+    return rows if loss_func.reduction == "sum" else rows.div_(num_data**0.5)
 
 
 def _block_rows(linear: Linearization, block: Block, columns: Tensor) -> Tensor:

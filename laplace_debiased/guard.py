@@ -91,9 +91,13 @@ def _varies(module: nn.Module) -> bool:
         return False
     if isinstance(module, _NormBase):
         return isinstance(module, _BatchNorm) or module.track_running_stats
-    if isinstance(module, nn.RNNBase | nn.MultiheadAttention):
+    if isinstance(module, nn.RNNBase):  # no dropout after the last of the layers
+        return module.dropout > 0 and module.num_layers > 1
+    if isinstance(module, nn.MultiheadAttention):
         return module.dropout > 0
-    return isinstance(module, _DropoutNd) and module.p > 0
+    return isinstance(module, nn.RReLU) or (
+        isinstance(module, _DropoutNd) and module.p > 0
+    )
 
 
 @contextmanager
@@ -114,6 +118,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def unchanged_on_failure(item: object) -> Iterator[None]:
+    """Restore an object's attributes if a block of code raises.
+
+    Args:
+        item: The object.
+
+    Yields:
+        Nothing.
+    """
+    saved = dict(vars(item))
+    try:
+        yield
+    except BaseException:
+        vars(item).clear()
+        vars(item).update(saved)
+        raise
 
 
 @contextmanager

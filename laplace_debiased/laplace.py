@@ -28,7 +28,7 @@ from laplace_debiased.curvature import CURVATURES
 from laplace_debiased.debiasing import Debiasing, check_integer
 from laplace_debiased.diagnostics import Diagnostics
 from laplace_debiased.estimation import Earlier, Estimate, Estimator
-from laplace_debiased.guard import frozen, preserved
+from laplace_debiased.guard import frozen, preserved, unchanged_on_failure
 from laplace_debiased.holdout import best_share, effective_rank
 from laplace_debiased.last_layer import LastLayer
 from laplace_debiased.layers import Block, curvature_blocks
@@ -40,6 +40,7 @@ from laplace_debiased.sampling import (
     explicit_folds,
     loader_of_batch,
 )
+from laplace_debiased.seeds import mixed_seed
 from laplace_debiased.selection import (
     LeftOut,
     find_layers,
@@ -49,6 +50,16 @@ from laplace_debiased.selection import (
     select,
 )
 from laplace_debiased.uncertainty import SamplingError
+
+# what a saved posterior has beyond laplace-torch's
+_OWN_STATE = {
+    "magnitudes",
+    "num_points",
+    "num_updates",
+    "parameters",
+    "sampling_error",
+    "weight",
+}
 
 
 class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
@@ -133,7 +144,7 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         self.memory_limit = memory_limit
         self._strict = strict
         self._generator: torch.Generator | None = None
-        self._weight, self._num_points, self._num_batches = 0, 0, 0
+        self._weight, self._num_points, self._num_updates = 0, 0, 0
         self.sampling_error: SamplingError | None = None
         self._left_out = self._find_left_out(model)
         with frozen([param for entry in self._left_out for param in entry.params]):
@@ -249,11 +260,12 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
                 "Last-layer Laplace approximations do not support `override=False`."
             )
         decay = 0 if override else 1
-        folds = self._folds(train_loader, magnitude_loader, decay)
-        self._update(folds, decay, progress_bar=progress_bar)
+        with unchanged_on_failure(self):
+            folds = self._folds(
+                train_loader, magnitude_loader, self._seed(decay), decay
+            )
+            self._update(folds, decay, progress_bar=progress_bar)
         self.model.eval()
-        if override:
-            self._num_batches = 0
         self._warn_of_small_budget(folds.explicit)
 
     def partial_fit(
@@ -299,11 +311,12 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         loader, magnitude_loader = loader_of_batch(batch), None
         if magnitude_batch is not None:
             magnitude_loader = loader_of_batch(magnitude_batch, "magnitude_batch")
-        folds = self._folds(loader, magnitude_loader, decay, "batch")
-        if folds.explicit:
-            folds = replace(folds, num_data=folds.num_points)
-        self._update(folds, decay, num_data)
-        self._num_batches += 1
+        with unchanged_on_failure(self):
+            seed = self._seed(decay)
+            folds = self._folds(loader, magnitude_loader, seed, decay, "batch")
+            if folds.explicit:
+                folds = replace(folds, num_data=folds.num_points)
+            self._update(folds, decay, num_data)
 
     def _update(
         self,
@@ -339,6 +352,7 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         self._take_over(estimate.scaled(num_data / weight), num_data)
         self._weight = weight
         self._num_points = decay * self._num_points + self._num_used(folds)
+        self._num_updates = 1 + (self._num_updates if decay else 0)
 
     def _take_over(self, estimate: Estimate, num_data: float) -> None:
         """Make an estimate the posterior, at the model's parameters."""
@@ -358,13 +372,15 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         return min(self.debiasing.budget, folds.num_points)
 
     def _seed(self, decay: float) -> int:
-        """Seed of the draws: each batch of a stream has its own."""
-        return self.debiasing.seed + (self._num_batches if decay else 0)
+        """Seed of the draws: all further data have their own."""
+        own, index = self.debiasing.seed, self._num_updates if decay else 0
+        return mixed_seed(own, index) if index else own
 
     def _folds(
         self,
         loader: DataLoader,
         magnitude_loader: DataLoader | None,
+        seed: int,
         decay: float = 1.0,
         name: str = "train_loader",
     ) -> Folds:
@@ -373,6 +389,7 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         Args:
             loader: Yields the points, or those that give directions.
             magnitude_loader: Yields those that give magnitudes.
+            seed: Seed of the draw.
             decay: Factor on the weight of earlier points.
             name: The loader's name in messages.
 
@@ -387,7 +404,7 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
             return folds
         d = self.debiasing
         num_points = d.num_candidates if self._draws else d.budget
-        points = draw_uniformly(loader, num_points, self._seed(decay), name)
+        points = draw_uniformly(loader, num_points, seed, name)
         if is_first:
             self._prepare(points.first_batch())
         best = self._best_share(points) if d.finds_share else None
@@ -503,7 +520,7 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         state_dict["H"] = self.H_facs.state_dict()
         state_dict["weight"] = self._weight
         state_dict["num_points"] = self._num_points
-        state_dict["num_batches"] = self._num_batches
+        state_dict["num_updates"] = self._num_updates
         error = self.sampling_error
         state_dict["sampling_error"] = error and error.state_dict()
         state_dict["magnitudes"] = self.debiasing.magnitudes
@@ -518,8 +535,12 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
 
         Raises:
             ValueError: If it is of another class, kind of magnitudes, likelihood or
-                network.
+                network, or lacks an entry. Then the last posterior stays.
         """
+        with unchanged_on_failure(self):
+            self._load(state_dict)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         own = self.debiasing.magnitudes
         if state_dict.get("magnitudes", own) != own:
             raise ValueError(
@@ -527,12 +548,15 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
                 f"object {own!r}."
             )
         if state_dict["cls_name"] == type(self).__name__:
+            missing = _OWN_STATE - state_dict.keys()
+            if missing:
+                raise ValueError(f"`state_dict` lacks {sorted(missing)}.")
             self._load_parameters(state_dict["parameters"])
         ParametricLaplace.load_state_dict(self, state_dict)
         self.H_facs = CURVATURES[own](**state_dict["H"])
         self._weight = state_dict["weight"]
         self._num_points = state_dict["num_points"]
-        self._num_batches = state_dict["num_batches"]
+        self._num_updates = state_dict["num_updates"]
         error = state_dict["sampling_error"]
         self.sampling_error = error and SamplingError.from_state_dict(error)
         self.H = self.H_facs.decompose(self.damping)

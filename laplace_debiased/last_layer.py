@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from laplace_debiased.guard import preserved
 from laplace_debiased.predictive import last_layer_covariance
@@ -30,6 +31,7 @@ class LastLayer:
             with preserved(self.model, keep_new_hooks=True):
                 self.model.eval()
                 self._find_last_layer(batch)
+        if self.n_params is None:
             self._count_params()
 
     def _output_moments(
@@ -37,8 +39,7 @@ class LastLayer:
     ) -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(self.enable_backprop):
             f_mu, features = self.model.forward_with_features(X)
-        # in a network that works on the last layer's output, its input is no feature
-        if features.ndim != 2 or f_mu.shape[1] != self.model.last_layer.out_features:
+        if not self._is_output(f_mu, features):
             return super()._output_moments(X, kind)
         return f_mu, last_layer_covariance(features, self.posterior_precision, kind)
 
@@ -50,7 +51,10 @@ class LastLayer:
         **model_kwargs: Any,
     ) -> Iterator[Tensor]:
         X = X.to(self._device) if isinstance(X, Tensor) else X
-        _, features = self.model.forward_with_features(X, **model_kwargs)
+        f_mu, features = self.model.forward_with_features(X, **model_kwargs)
+        if not self._is_output(f_mu, features):
+            yield from super()._sampled_outputs(X, n_samples, generator, **model_kwargs)
+            return
         layer = self.model.last_layer
         samples = self.sample(n_samples, generator)
         weights = samples[:, : layer.weight.numel()].unflatten(1, layer.weight.shape)
@@ -59,6 +63,16 @@ class LastLayer:
             outputs = outputs + samples[:, layer.weight.numel() :].unsqueeze(1)
         yield from outputs if self.enable_backprop else outputs.detach()
 
+    @torch.no_grad()
+    def _is_output(self, f_mu: Tensor, features: Tensor) -> bool:
+        """Tell if the network's output is that of the last layer, and no more."""
+        layer = self.model.last_layer
+        if features.ndim != 2 or f_mu.shape[1] != layer.out_features:
+            return False
+        tolerance = torch.finfo(f_mu.dtype).eps ** 0.5
+        difference = f_mu - linear(features, layer.weight, layer.bias)
+        return bool(difference.abs().max() <= tolerance * f_mu.abs().max())
+
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`KronDebiasedLaplace.state_dict`."""
         state_dict = super().state_dict()
@@ -66,15 +80,16 @@ class LastLayer:
         state_dict["found_last_layer"] = self.model._last_layer_name
         return state_dict
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :meth:`KronDebiasedLaplace.load_state_dict`."""
-        if self._last_layer_name != state_dict.get("_last_layer_name"):
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        name = state_dict.get("_last_layer_name")
+        if self._last_layer_name != name:
             raise ValueError(
-                f"`state_dict` has last_layer_name {state_dict['_last_layer_name']!r}, "
-                f"this object {self._last_layer_name!r}."
+                f"`state_dict` has last_layer_name {name!r}, this object "
+                f"{self._last_layer_name!r}."
             )
         if self.model.last_layer is None and "found_last_layer" in state_dict:
             # laplace-torch saves a training batch instead, and searches again
             self.model.set_last_layer(state_dict["found_last_layer"])
+        if self.n_params is None and self.model.last_layer is not None:
             self._count_params()
-        super().load_state_dict(state_dict)
+        super()._load(state_dict)

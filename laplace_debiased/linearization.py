@@ -6,6 +6,7 @@ gradient rows and input rows, so that both together hold it in far less memory.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -89,10 +90,25 @@ def linearize(
     )
 
 
+@dataclass(frozen=True)
+class ExampleEntries:
+    """What the linearization of one example takes.
+
+    Args:
+        inputs: Number of entries in the input rows.
+        gradients: Number of entries in the gradient rows of an output.
+        positions: Number of input rows of each layer, by its name.
+        output: The output ``[1, C]``.
+    """
+
+    inputs: int
+    gradients: int
+    positions: Counter[str]
+    output: Tensor
+
+
 @torch.no_grad()
-def example_entries(
-    model: nn.Module, layers: list[Layer], X: Inputs
-) -> tuple[int, int, Tensor]:
+def example_entries(model: nn.Module, layers: list[Layer], X: Inputs) -> ExampleEntries:
     """Count, by a forward pass, what an example's linearization takes.
 
     Args:
@@ -101,17 +117,18 @@ def example_entries(
         X: Inputs of one example.
 
     Returns:
-        Number of entries in the input rows, in an output's gradient rows, and the
-        output.
+        The counts.
     """
-    counts = []
+    entries, positions = 0, Counter()
 
     def count(layer: Layer, rows: Tensor) -> None:
-        counts.append(rows.numel())
+        nonlocal entries
+        entries += rows.numel()
+        positions[layer.name] += rows.shape[1] * rows.shape[2]
 
     with capture_rows(layers, 1, count) as tape:
         output = model(X)
-    return sum(counts), tape.num_entries, output
+    return ExampleEntries(entries, tape.num_entries, positions, output)
 
 
 def contract_positions(gradients: Tensor, inputs: Tensor) -> Tensor:

@@ -219,11 +219,17 @@ class LinearizedPredictive:
         if batch_size == 1:
             return 1
         example = select_rows(X, torch.arange(1), batch_size)
-        inputs, gradients, output = example_entries(self._model, self._layers, example)
-        num_outputs, entry = output[0].numel(), output.element_size()
+        one = example_entries(self._model, self._layers, example)
+        num_outputs, entry = one.output[0].numel(), one.output.element_size()
         # gradient rows are stacked: both they and the stack are there at once
-        entries = inputs + 2 * num_outputs * gradients + num_outputs**2
-        largest = max(block.precisions.numel() for block in self._posteriors)
+        entries = one.inputs + 2 * num_outputs * one.gradients + num_outputs**2
+        # with a single position, Jacobians are never formed
+        shared = [
+            posterior.precisions.numel()
+            for block, posterior in zip(self._blocks, self._posteriors, strict=True)
+            if block.has_inputs and one.positions[block.layer.name] > 1
+        ]
+        largest = max(shared, default=0)
         jacobians = max(self._jacobian_bytes, entry * num_outputs * largest)
         # the transpose comes on top of the Jacobians themselves
         available = self._memory_limit - 2 * jacobians

@@ -89,3 +89,10 @@ def test_state_dicts_rebuild_the_curvature():
         assert torch.equal(rebuilt.to_matrix(), curvature.to_matrix())
         merged = rebuilt.merge(rebuilt, share=0.5).to_matrix()
         assert relative_error(merged, 2 * curvature.to_matrix()) < 1e-10
+
+
+def test_kfac_merge_averages_the_shares():
+    first = KFACCurvature([kfacs(), kfacs()], [0.2, 0.8])
+    second = KFACCurvature([kfacs(), kfacs()], [0.8, 0.2])
+    merged = first.merge(second, share=0.25)
+    assert torch.allclose(torch.tensor(merged.shares), torch.tensor([0.65, 0.35]))

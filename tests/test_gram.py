@@ -4,7 +4,7 @@ from curvlinops import GGNLinearOperator
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from laplace_debiased.eigenspace import overlap
+from laplace_debiased.eigenspace import overlap, principal_angles
 from laplace_debiased.gram import ggn_rows, gram_eigenspace, gram_is_cheaper
 from tests.cases import LOSSES, NETWORKS, batch, network, split
 
@@ -81,3 +81,14 @@ def test_layers_that_are_not_supported_take_lanczos_iterations():
     model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(8, 2))
     data = [(torch.randint(7, (3, 2)), torch.zeros(3).long())]
     assert not gram_is_cheaper(model, list(model.parameters()), data, 2)
+
+
+def test_half_precision():
+    model, (X, y) = network("cnn-stride-padding"), batch("cnn-stride-padding", SIZE)
+    loss = nn.CrossEntropyLoss()
+    exact = gram_eigenspace(model, loss, list(model.parameters()), [(X, y)], K)
+    half = model.to(torch.bfloat16)
+    space = gram_eigenspace(half, loss, list(half.parameters()), [(X.bfloat16(), y)], K)
+    assert torch.allclose(space.eigenvalues.double(), exact.eigenvalues, rtol=0.1)
+    bases = space.eigenvectors.bfloat16(), exact.eigenvectors.bfloat16()
+    assert principal_angles(*bases).max() < 0.5

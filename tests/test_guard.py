@@ -2,7 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_debiased.guard import check_repeatable, evaluating, preserved
+from laplace_debiased.guard import (
+    check_repeatable,
+    evaluating,
+    preserved,
+    unchanged_on_failure,
+)
 
 
 def test_gradients_and_modes_are_restored():
@@ -52,6 +57,7 @@ def test_new_hooks_stay_if_allowed(keep):
         nn.Dropout(0.1),
         nn.LSTM(4, 4, num_layers=2, dropout=0.1),
         nn.MultiheadAttention(4, 2, dropout=0.1),
+        nn.RReLU(),
     ],
     ids=lambda module: type(module).__name__,
 )
@@ -69,7 +75,8 @@ def test_modules_that_vary_are_refused(module):
         nn.InstanceNorm1d(4, track_running_stats=True).eval(),
         nn.Dropout(0.1).eval(),
         nn.Dropout(0.0),
-        nn.LSTM(4, 4),
+        nn.LSTM(4, 4, dropout=0.1),
+        nn.RReLU().eval(),
         nn.MultiheadAttention(4, 2),
         nn.LayerNorm(4),
     ],
@@ -87,3 +94,18 @@ def test_modes_differ_while_evaluating_only():
         assert not any(module.training for module in model.modules())
         raise KeyboardInterrupt
     assert [module.training for module in model.modules()] == modes
+
+
+def test_attributes_come_back_on_failure():
+    class Thing:
+        pass
+
+    thing = Thing()
+    thing.kept, thing.changed = 1, 2
+    with pytest.raises(KeyboardInterrupt), unchanged_on_failure(thing):
+        thing.changed, thing.new = 3, 4
+        raise KeyboardInterrupt
+    assert vars(thing) == {"kept": 1, "changed": 2}
+    with unchanged_on_failure(thing):
+        thing.changed = 3
+    assert thing.changed == 3

@@ -27,6 +27,32 @@ def test_checkpoints_restore_the_posterior(subset, magnitudes, structure, tmp_pa
         assert torch.equal(posterior(restored), posterior(la))
 
 
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"likelihood": "regression"}, "Different likelihoods"),
+        ({"weight": None}, "lacks"),
+        ({"parameters": ["0.weight", "0.bias"]}, "different number of parameters"),
+    ],
+)
+def test_refused_checkpoints_leave_the_posterior(subset, change, message):
+    model, train = network("mlp"), loader()
+    la = debiased(model, subset=subset)
+    la.fit(train)
+    X = train.dataset.tensors[0]
+    before = la(X)
+    state_dict = la.state_dict() | change
+    if "weight" in change:
+        del state_dict["weight"]
+    if subset == "last_layer" and "parameters" in change:
+        state_dict["mean"] = state_dict["mean"][:-1]
+        state_dict["parameters"] = la.state_dict()["parameters"]
+    with pytest.raises(ValueError, match=message):
+        la.load_state_dict(state_dict)
+    assert torch.equal(la(X), before)
+
+
 def test_checkpoints_of_other_kinds_are_refused():
     model, train = network("mlp"), loader()
     la = debiased(model)

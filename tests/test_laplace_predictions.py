@@ -98,6 +98,40 @@ def test_last_layer_on_tokens_with_and_without_reduced_features(
     assert torch.allclose(joint, flat @ covariance @ flat.T)
 
 
+class OnLastLayer(nn.Module):
+    """Works on the last layer's output: a temperature, or a mean over tokens."""
+
+    def __init__(self, work):
+        super().__init__()
+        self.body, self.head, self.work = nn.Linear(3, 4), nn.Linear(4, 3), work
+
+    def forward(self, x):
+        return self.work(self.head(self.body(x).tanh()))
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_networks_that_work_on_the_last_layers_output(tokens):
+    torch.manual_seed(0)
+    model = OnLastLayer((lambda f: f.mean(1)) if tokens else lambda f: f / 10).double()
+    X = torch.randn(SIZE, *((5, 3) if tokens else (3,)), dtype=torch.float64)
+    train = DataLoader(TensorDataset(X, torch.randint(3, (SIZE,))), 7)
+    la = debiased(model, subset="last_layer")
+    la.fit(train)
+    X = X[:4]
+    last = {name: p.detach() for name, p in model.head.named_parameters("head")}
+    jacobians = jacrev(lambda params: functional_call(model, params, (X,)))(last)
+    J = torch.cat([j.flatten(2) for j in jacobians.values()], dim=2)
+    f_mu, f_var = la._glm_predictive_distribution(X)
+    covariance = posterior(la).inverse()
+    assert dense.relative_error(f_var, J @ covariance @ J.mT) < 1e-10
+    # the network is linear in its last layer
+    samples = la.functional_samples(X, pred_type="nn", n_samples=2000)
+    deviation = (samples.mean(0) - f_mu) / (
+        f_var.diagonal(dim1=1, dim2=2) / 2000
+    ) ** 0.5
+    assert deviation.abs().max() < 5
+
+
 @pytest.mark.parametrize("subset", SUBSETS)
 @pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
 @pytest.mark.parametrize("link", ["probit", "mc", "bridge", "bridge_norm", "nn"])

@@ -150,3 +150,31 @@ def test_nothing_supported_is_an_error():
 
     with pytest.raises(ValueError, match="nothing to fit"):
         debiased(Weighted().double()).fit(loader())
+
+
+def test_a_refused_refit_keeps_what_the_posterior_is_over():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.maybe = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.head, self.use = nn.Linear(4, NUM_OUTPUTS), True
+
+        def forward(self, x):
+            x = self.first(x).tanh()
+            return self.head(self.maybe(x) if self.use else x)
+
+    torch.manual_seed(0)
+    model, train = Optional().double(), loader()
+    la = debiased(model)
+    la.fit(train)
+    X = train.dataset.tensors[0]
+    before = la(X)
+    broken = TensorDataset(X.clone().fill_(torch.nan), train.dataset.tensors[1])
+    model.use = False
+    with (
+        pytest.warns(UserWarning, match="maybe"),
+        pytest.raises(ValueError, match="NaN"),
+    ):
+        la.fit(DataLoader(broken, 7))
+    model.use = True
+    assert torch.equal(la(X), before)

@@ -102,11 +102,25 @@ def test_a_forward_pass_tells_what_a_linearization_takes(name):
     X, _ = batch(name, 1)
     layers = find_layers(model, list(model.parameters()))
     linear = linearize(model, layers, X, 1)
-    inputs, gradients, output = example_entries(model, layers, X)
-    assert inputs == sum(rows.numel() for rows in linear.inputs.values())
+    entries = example_entries(model, layers, X)
+    assert entries.inputs == sum(rows.numel() for rows in linear.inputs.values())
     rows = sum(rows.numel() for rows in linear.gradients.values())
-    assert gradients * linear.output.shape[1] == rows
-    assert torch.equal(output, linear.output)
+    assert entries.gradients * linear.output.shape[1] == rows
+    assert entries.positions == {
+        name: rows.shape[1] * rows.shape[2] for name, rows in linear.inputs.items()
+    }
+    assert torch.equal(entries.output, linear.output)
+
+
+def test_wide_layers_without_weight_sharing_take_no_jacobians():
+    model = nn.Sequential(nn.Linear(4, 500), nn.ReLU(), nn.Linear(500, 3)).double()
+    posterior = posterior_of(model)
+    X = torch.randn(SIZE, 4, dtype=torch.float64)
+    limit = 500 * 4 * 8  # less than one Jacobian of an output
+    predictive = LinearizedPredictive(
+        model, list(model.parameters()), posterior, memory_limit=SIZE * 12 * limit
+    )
+    assert predictive._chunk_size(X, SIZE) >= SIZE
 
 
 def test_mappings_are_chunked_like_tensors():

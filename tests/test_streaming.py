@@ -5,6 +5,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased.sampling import draw_uniformly, loader_of_batch
+from laplace_debiased.seeds import mixed_seed
 from tests import dense
 from tests.cases import batch, network
 from tests.fits import debiased, posterior
@@ -99,7 +100,9 @@ def test_earlier_points_decay(magnitudes, estimator):
     loss, folds = la.loss, la.H_facs
     la.partial_fit(b, decay=decay)
     assert la.n_data == (1 + decay) * SIZE
-    second = debiased(model, magnitudes=magnitudes, estimator=estimator, seed=1)
+    second = debiased(
+        model, magnitudes=magnitudes, estimator=estimator, seed=mixed_seed(0, 1)
+    )
     second.partial_fit(b)
     assert torch.allclose(la.loss, decay * loss + second.loss)
     if magnitudes == "kfac":
@@ -119,14 +122,14 @@ def decayed_ggn(model, a, b, decay, cross_fit):
     """The stream's curvature after two batches, from the formulas."""
     first, second = (
         [fold_factors(model, fold.loader, SIZE) for fold in folds_of(part, seed)]
-        for seed, part in enumerate((a, b))
+        for seed, part in ((0, a), (mixed_seed(0, 1), b))
     )
     blocks = [
         [
             [2 * H for H in dense.ggn_blocks(model, *points(fold.loader), LOSS)]
             for fold in folds_of(part, seed)
         ]
-        for seed, part in enumerate((a, b))
+        for seed, part in ((0, a), (mixed_seed(0, 1), b))
     ]
 
     def bases(factors):
@@ -193,7 +196,7 @@ def test_the_posterior_follows_the_model():
 
 def test_batches_after_a_fit_with_a_budget_count_by_their_points():
     model, (a, b, c) = network("mlp"), batches(3)
-    la, new = debiased(model, budget=SIZE), debiased(model)
+    la, new = debiased(model, budget=SIZE), debiased(model, seed=mixed_seed(0, 1))
     la.fit(loader_over(a, b))
     before, folds = la.loss, la.H_facs
     la.partial_fit(c, decay=0.5)
@@ -252,7 +255,7 @@ def test_a_saved_stream_goes_on(magnitudes, tmp_path):
     for own in (la, other):
         own.partial_fit(parts[2], decay=0.5)
     assert torch.equal(posterior(la), posterior(other))
-    assert la.n_data == other.n_data and la._num_batches == other._num_batches == 3
+    assert la.n_data == other.n_data and la._num_updates == other._num_updates == 3
     assert la.curvature_standard_errors == other.curvature_standard_errors
 
 
@@ -264,6 +267,21 @@ def test_a_fit_forgets_the_stream():
         own.fit(loader_over(a))
         own.partial_fit(b)
     assert torch.equal(posterior(la), posterior(expected))
+
+
+def test_further_data_have_random_numbers_of_their_own():
+    model, (a, b) = network("mlp"), batches(2)
+    seeds = []
+    for seed in (0, 1):
+        la = debiased(model, seed=seed)
+        for update in (
+            lambda la=la: la.fit(loader_over(a)),
+            lambda la=la: la.fit(loader_over(b), override=False),
+            lambda la=la: la.partial_fit(a),
+        ):
+            seeds.append(la._seed(1.0))
+            update()
+    assert len(set(seeds)) == len(seeds)
 
 
 def test_mappings_are_batches():
