@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from architectures import wide_resnet
 from common import (
     RESULTS,
     Progress,
@@ -92,6 +93,7 @@ def bert_lora(num_classes: int) -> nn.Module:
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "ResNet-18": cifar_resnet18,
     "ResNet-50": models.resnet50,
+    "WideResNet-40-4": lambda num_classes: wide_resnet(classes=num_classes),
     "WideResNet-50-2": models.wide_resnet50_2,
     "EfficientNet-B0": models.efficientnet_b0,
     "ConvNeXt-Tiny": models.convnext_tiny,
@@ -159,7 +161,8 @@ CASES = [
     Case("ViT-B/16", "all", 224, 10, 32, 4, 4),
     Case("BERT-base", "all", NUM_TOKENS, 2, 32, 4, 4),
     Case("ViT-B/16, Hugging Face", "all", 224, 10, 32, 4, 4),
-    Case("WideResNet-50-2", "all", 224, 10, 32, 4, 4),
+    Case("WideResNet-40-4", "all", 32, 10, 32, 8, 8),
+    Case("WideResNet-50-2", "last_layer", 224, 1000, 32, 16, 8),
 ]
 QUICK_CASE = Case("ResNet-18", "last_layer", 32, 10, 8, 4, 2)
 

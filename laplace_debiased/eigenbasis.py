@@ -11,6 +11,7 @@ one factor. Eigenvectors are kept as lists ``[U_G, U_A]`` or ``[U_G]``; eigenval
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,9 +36,17 @@ def symmetric_eigh(matrix: Tensor, fast: bool = False) -> tuple[Tensor, Tensor]:
         Eigenvalues ``[d]``, and eigenvectors ``[d, d]`` as columns, in the matrix's
         dtype.
     """
-    precise = matrix if fast and matrix.dtype.itemsize >= 4 else matrix.double()
-    values, vectors = torch.linalg.eigh(precise)
+    values, vectors = _eigh(matrix if fast else matrix.double())
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose in the matrix's precision if that is enough for the algorithm."""
+    if matrix.dtype.itemsize >= 4:
+        # in single precision it need not converge: not for few points, for instance
+        with suppress(torch.linalg.LinAlgError):
+            return torch.linalg.eigh(matrix)
+    return torch.linalg.eigh(matrix.double())
 
 
 def eigendecompose(

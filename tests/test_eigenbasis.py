@@ -184,3 +184,17 @@ def test_shared_factors_are_decomposed_once():
     G, A = positive_definite(3), positive_definite(2)
     (weight, _), (bias,) = decompose([[G, A], [G]])
     assert weight is bias
+
+
+def test_single_precision_that_does_not_converge_is_replaced(monkeypatch):
+    matrix, eigh = positive_definite(5).float(), torch.linalg.eigh
+
+    def only_in_double(matrix):
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", only_in_double)
+    values, vectors = symmetric_eigh(matrix, fast=True)
+    assert values.dtype == vectors.dtype == torch.float32
+    assert torch.allclose((vectors * values) @ vectors.T, matrix, atol=1e-5)
