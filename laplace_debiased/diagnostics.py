@@ -60,7 +60,8 @@ class Diagnostics:
             gamma[error.layers.index(block.layer.name)] += (1 - delta / values).sum()
         # without curvature, a layer has no part in the variance
         relative = error.relative_covariance().nan_to_num(0.0, posinf=inf)
-        variance = gamma @ relative @ gamma / 4
+        # scaled to fewer points than were seen, the covariance may be indefinite
+        variance = (gamma @ relative @ gamma / 4).clamp(min=0)
         return (variance + self._H_factor**2 * error.loss_variance).sqrt()
 
     def bias_report(

@@ -61,7 +61,7 @@ class Estimate:
 
         Args:
             factor: The factor.
-            decay: Factor on the number of points seen.
+            decay: Weight of the data in the factor; the rest changes their number.
 
         Returns:
             The scaled estimate.
@@ -237,14 +237,14 @@ class Estimator:
     def _error(self, seen: list[SweepSummary]) -> SamplingError | None:
         if not self._source.takes_weights:
             return None
-        measured, shares = self._summaries, self._shares
+        measured, shares, pools = self._summaries, self._shares, self._surveys
         if not self._cross_fit:  # only the second fold gives magnitudes
-            measured, shares = measured[1:], [1.0]
+            measured, shares, pools = measured[1:], [1.0], pools[1:]
         pairs = zip(shares, measured, strict=True)
         return SamplingError.of_points(
             self._source.layers,
             torch.cat([share * summary.contributions for share, summary in pairs]),
             torch.cat([summary.losses for summary in seen]),
             self._num_data,
-            torch.cat([s.traces for s in self._surveys]) if self._surveys else None,
+            torch.cat([pool.traces for pool in pools]) if pools else None,
         )

@@ -1,15 +1,20 @@
 r"""Standard errors of curvature that few points estimate.
 
 The scale of a layer's curvature, its trace, is a sum over points. With the weighted
-contributions :math:`c_{nl}` of m points to layer l, the covariance of the layers'
-traces is estimated by :math:`\frac{m}{m - 1} \sum_n (c_n - \bar c)(c_n - \bar c)^\top`.
-Points drawn from a pool by their score add the variance of the pool itself. What m of N
-points estimate has the share 1 - m / N of these variances (finite population).
+contributions :math:`c_{nl}` of n points to layer l, the covariance of the layers'
+traces is estimated by :math:`C = \frac{n}{n - 1} \sum_i (c_i - \bar c)(c_i - \bar
+c)^\top`. Points drawn from a pool by their score add the covariance of the pool itself.
+
+The n points are part of the N that the sum is over. The sum itself, over draws of all
+data, has the covariance :math:`S = \frac{n}{N} C`. The estimate is unbiased given the
+data, so that its error has :math:`C - S`. Independent parts add both. A factor f on the
+number of data scales the estimate by f, and adds data to the sum: :math:`f^2 C` and
+:math:`f S`. A weight d of both scales them by :math:`d^2`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil, isinf, isnan
 from typing import Any
 
@@ -24,52 +29,94 @@ class Spread:
     """Covariance of sums over all data that some of the points estimate.
 
     Args:
-        covariance: Covariance ``[quantities, quantities]`` if the data had no end.
-        num_points: Number of points seen.
+        covariance: Covariance C of the estimates ``[quantities, quantities]``.
+        seen: Covariance S of the sums themselves.
+        size: C in units of a point's covariance.
+        seen_size: S in the same units.
     """
 
     covariance: Tensor
-    num_points: float
+    seen: Tensor
+    size: float
+    seen_size: float
 
     @classmethod
-    def of_sum(cls, terms: Tensor) -> Spread:
+    def of_points(cls, covariance: Tensor, num_points: int, num_data: float) -> Spread:
+        """Tell what some points estimate for all data.
+
+        Args:
+            covariance: Covariance of the estimates.
+            num_points: Number of the points.
+            num_data: Number of all points.
+
+        Returns:
+            The spread.
+        """
+        seen = num_points / num_data * covariance
+        return cls(covariance, seen, num_data**2 / num_points, num_data)
+
+    @classmethod
+    def of_sum(cls, terms: Tensor, num_data: float) -> Spread:
         """Estimate the covariance of the sum of independent terms.
 
         Args:
             terms: A term of each point ``[points, quantities]``.
-
-        Returns:
-            The covariance, infinite for a single point.
-        """
-        count = len(terms)
-        if count < 2:
-            return cls(torch.full((terms.shape[1],) * 2, torch.inf).to(terms), count)
-        centered = terms - terms.mean(0)
-        return cls(count / (count - 1) * centered.T @ centered, count)
-
-    def merge(self, other: Spread) -> Spread:
-        """Add what further, independent points estimate."""
-        return Spread(
-            self.covariance + other.covariance, self.num_points + other.num_points
-        )
-
-    def scaled(self, factor: float, decay: float = 1.0) -> Spread:
-        """Scale the sums, and the number of points by ``decay``."""
-        return Spread(factor**2 * self.covariance, decay * self.num_points)
-
-    def among(self, num_data: float) -> Tensor:
-        """Compute the covariance if there is an end: none once all points were seen.
-
-        Args:
             num_data: Number of all points.
 
         Returns:
-            The covariance.
+            The spread, infinite for a single point.
         """
-        unseen = 1 - self.num_points / num_data
-        # which may be infinite
-        zeros = torch.zeros_like(self.covariance)
-        return unseen * self.covariance if unseen > 1e-9 else zeros
+        count, terms = len(terms), terms.double()
+        if count < 2:
+            zeros = torch.zeros_like(terms.T @ terms)
+            return cls(zeros + torch.inf, zeros, num_data**2, num_data)
+        centered = terms - terms.mean(0)
+        covariance = count / (count - 1) * centered.T @ centered
+        return cls.of_points(covariance, count, num_data)
+
+    @property
+    def error(self) -> Tensor:
+        """Covariance of the estimates' errors: none once all points were seen."""
+        error = self.covariance - self.seen
+        # up to rounding, and below zero if scaled to fewer points than were seen
+        some = error.diagonal() > 1e-9 * self.seen.diagonal()
+        return torch.where(some & some[:, None], error, 0.0)
+
+    def merge(self, other: Spread) -> Spread:
+        """Add what further, independent points estimate."""
+        first, second = self._known_from(other), other._known_from(self)
+        return Spread(
+            first.covariance + second.covariance,
+            first.seen + second.seen,
+            self.size + other.size,
+            self.seen_size + other.seen_size,
+        )
+
+    def _known_from(self, other: Spread) -> Spread:
+        """Take a point's covariance from others if a single point does not tell it."""
+        if self.covariance.isfinite().all() or not other.covariance.isfinite().all():
+            return self
+        of_point = other.covariance / other.size
+        covariance, seen = self.size * of_point, self.seen_size * of_point
+        return replace(self, covariance=covariance, seen=seen)
+
+    def scaled(self, factor: float, decay: float = 1.0) -> Spread:
+        """Scale the sums to more or fewer data.
+
+        Args:
+            factor: Factor on the sums, and on the number of data.
+            decay: Weight of the data in the factor; the rest changes their number.
+
+        Returns:
+            The scaled spread.
+        """
+        seen = factor * decay  # decay**2 * (factor / decay)
+        return Spread(
+            factor**2 * self.covariance,
+            seen * self.seen,
+            factor**2 * self.size,
+            seen * self.seen_size,
+        )
 
 
 @dataclass(frozen=True)
@@ -115,30 +162,31 @@ class SamplingError:
             The error.
         """
         traces = contributions.sum(0)
-        pool = Spread(torch.zeros(len(layers), len(layers)).to(traces), 0)
+        products = torch.outer(traces, traces).double()
+        pool = Spread(0 * products, 0 * products, 0.0, 0.0)
         if pool_scores is not None:
             mean, count = pool_scores.mean(), len(pool_scores)
             relative = (pool_scores.var() / (count * mean**2)).nan_to_num()
-            pool = Spread(relative * torch.outer(traces, traces), count)
+            pool = Spread.of_points(relative * products, count, num_data)
         scaled = losses * (num_data / len(losses))
         return cls(
             layers,
             traces,
             num_data,
-            Spread.of_sum(contributions),
+            Spread.of_sum(contributions, num_data),
             pool,
-            Spread.of_sum(scaled[:, None]),
+            Spread.of_sum(scaled[:, None], num_data),
         )
 
     @property
     def covariance(self) -> Tensor:
         """Covariance of the traces ``[layers, layers]``."""
-        return self.draw.among(self.num_data) + self.pool.among(self.num_data)
+        return (self.draw.error + self.pool.error).to(self.traces)
 
     @property
     def loss_variance(self) -> Tensor:
         """Variance of the estimated loss."""
-        return self.loss.among(self.num_data)[0, 0]
+        return self.loss.error[0, 0].to(self.traces)
 
     def merge(self, other: SamplingError) -> SamplingError:
         """Add the error of further, independent data."""
@@ -156,7 +204,7 @@ class SamplingError:
 
         Args:
             factor: Factor on curvature, loss and the number of data.
-            decay: Factor on the numbers of points seen.
+            decay: Weight of the data in the factor; the rest changes their number.
 
         Returns:
             The scaled error.
@@ -181,7 +229,7 @@ class SamplingError:
 
     def relative_errors(self) -> dict[str, float]:
         """Relative standard error of each layer's trace, NaN without curvature."""
-        errors = self.relative_covariance().diagonal().clamp(min=0).sqrt()
+        errors = self.relative_covariance().diagonal().sqrt()
         return dict(zip(self.layers, errors.tolist(), strict=True))
 
     def warning(self, num_points: int) -> str | None:
@@ -202,13 +250,35 @@ class SamplingError:
                 f"A budget of {num_points} points is too small to trust: a single one "
                 "gives magnitudes, so that their error is not known."
             )
-        enough = ceil(num_points * (errors[layer] / TRUSTED_ERROR) ** 2)
+        enough = self._enough(layer, num_points)
+        advice = (
+            "With the same pool and share of directions, no budget would"
+            if enough is None
+            else f"A budget of about {enough} would"
+        )
         return (
             f"A budget of {num_points} points is too small to trust: the curvature's "
             f"scale in layer {layer!r} has a relative standard error of "
-            f"{errors[layer]:.2f}. A budget of about {enough} would bring it to "
-            f"{TRUSTED_ERROR}."
+            f"{errors[layer]:.2f}. {advice} bring it to {TRUSTED_ERROR}."
         )
+
+    def _enough(self, layer: str, num_points: int) -> int | None:
+        """Find the budget that would do, None if that is more than there are points.
+
+        The draw's error goes with ``size - seen_size``, and its size with the inverse
+        of the budget; the pool stays.
+        """
+        index, draw = self.layers.index(layer), self.draw
+        of_draw, of_pool = (
+            (spread.error[index, index] / self.traces[index] ** 2).item()
+            for spread in (draw, self.pool)
+        )
+        factor = (TRUSTED_ERROR**2 - of_pool) / of_draw if of_draw else 0.0
+        if factor <= 0:
+            return None
+        size = draw.seen_size + factor * (draw.size - draw.seen_size)
+        enough = ceil(num_points * draw.size / size)
+        return enough if enough <= self.num_data else None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the names and numbers."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased.holdout import best_share, effective_rank
-from laplace_debiased.sampling import draw, draw_uniformly
+from laplace_debiased.sampling import Points, draw, draw_uniformly
 from laplace_debiased.seeds import mixed_seed
 from tests import dense
 from tests.cases import batch, network
@@ -420,7 +420,20 @@ def test_a_share_is_found_with_all_backends(likelihood, options):
 
 def test_each_batch_of_a_stream_has_its_own_share():
     model, (X, y) = network("mlp").train(), batch("mlp", 40)
+    for parameter in model.parameters():
+        parameter.data *= 4  # outputs that differ more for larger inputs
+    X = X * torch.tensor([0.1, 10]).double().repeat_interleave(20)[:, None]
     la = debiased(model, estimator="two_batch", direction_fraction="auto")
-    for rows in (slice(20), slice(20, 40)):
-        la.partial_fit((X[rows], y[rows]))
+    with mock.patch.object(
+        Points, "split", autospec=True, side_effect=Points.split
+    ) as splitting:
+        for rows in (slice(20), slice(20, 40)):
+            la.partial_fit((X[rows], y[rows]))
     assert la.n_data == 40 and all(m.training for m in model.modules())
+    expected = []
+    for p in model(X).softmax(1).detach().split(20):
+        mean = torch.diag(p.mean(0)) - p.T @ p / len(p)
+        expected.append(best_share(20, [5, 5, 3, 3], effective_rank(mean)))
+    used = [call.args[1] for call in splitting.call_args_list]
+    assert used == [[share, 1 - share] for share in expected]
+    assert expected[0] != expected[1]

@@ -1,7 +1,7 @@
 """Standard errors over draws, and the warning of too small a budget."""
 
 import warnings
-from math import isnan
+from math import isfinite, isnan
 
 import pytest
 import torch
@@ -80,6 +80,62 @@ def test_points_scaled_to_more_data_are_a_part_of_them():
     assert seen.scaled(0.5, decay=0.5).covariance.abs().max() == 0
 
 
+@pytest.mark.parametrize(("decay", "num_data"), [(1, 400), (1, 1000), (0.5, 300)])
+def test_parts_of_which_more_and_less_was_seen(decay, num_data):
+    generator = torch.Generator().manual_seed(0)
+    factor = num_data / (200 * decay + 200)
+    errors, told = [], []
+    for _ in range(1000):
+        points = torch.randn(max(num_data, 400), 1, generator=generator).double()
+        first, second = points[:200], points[200:400]
+        part = error_of(10 * first[:20], 200, first[:20, 0])
+        both = part.scaled(decay, decay).merge(error_of(second, 200, second[:, 0]))
+        scaled = both.scaled(factor)
+        truth = decay * first.sum() + second.sum()
+        if factor > 1:  # there are others
+            truth = points[:num_data].sum()
+        errors.append(scaled.traces[0] - truth)
+        told.append(torch.stack([scaled.covariance[0, 0], scaled.loss_variance]))
+    assert torch.stack(told).mean(0) / torch.stack(errors).var() == pytest.approx(
+        1, abs=0.15
+    )
+
+
+def test_data_all_of_which_were_seen_add_no_error_to_a_pool_of_all():
+    X, y = batch("mlp", 32)
+    la = debiased(spread_network(), budget=20, pool_size=SIZE, sampling="curvature")
+    la.fit(loader())
+    before = la.sampling_error.covariance
+    la.partial_fit((X[:16], y[:16]))
+    torch.testing.assert_close(la.sampling_error.covariance, before)
+    assert la.sampling_error.loss_variance == 0
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_single_point_may_vary_as_others_do(order):
+    lone = error_of(2 * torch.rand(1, 2).double(), 2)
+    others = error_of(2 * torch.rand(20, 2).double(), 40)
+    first, second = (lone, others)[::order]
+    # a point of two, and 20 of 40, with the covariance of a point
+    of_point = others.draw.covariance / (40**2 / 20)
+    expected = (2**2 - 2 + 40**2 / 20 - 40) * of_point
+    torch.testing.assert_close(first.merge(second).covariance, expected)
+    lone_pair = lone.merge(lone)
+    assert lone_pair.covariance.isinf().all()
+    expected = expected + (2**2 - 2) * of_point
+    torch.testing.assert_close(lone_pair.merge(others).covariance, expected)
+
+
+@pytest.mark.parametrize("sizes", [(2, 16), (16, 2)])
+def test_a_stream_gets_over_a_batch_with_a_single_magnitude(sizes):
+    X, y = batch("mlp", 18)
+    la = debiased(spread_network(), estimator="two_batch")
+    parts = zip(X.split(sizes), y.split(sizes), strict=True)
+    for part in parts:
+        la.partial_fit(part, decay=0.9)
+    assert all(0 < e and isfinite(e) for e in la.curvature_standard_errors.values())
+
+
 @pytest.mark.parametrize("size", [8, 16])
 def test_errors_of_a_stream_are_those_of_a_fit_with_as_many_points(size):
     model, variances = spread_network(), []
@@ -99,12 +155,28 @@ def test_errors_of_a_stream_are_those_of_a_fit_with_as_many_points(size):
     assert of_streams / of_fits == pytest.approx(1, abs=0.2)
 
 
-def test_a_stream_of_all_data_has_no_error():
-    X, y = batch("mlp", 32)
-    la = debiased(spread_network())
-    for rows in (slice(16), slice(16, 32)):
-        la.partial_fit((X[rows], y[rows]), decay=0.5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decay", [0.5, 0.9, 1.0])
+def test_a_stream_of_all_data_has_no_error(decay, dtype):
+    X, y = batch("mlp", 60)
+    la = debiased(spread_network().to(dtype))
+    for rows, labels in zip(X.to(dtype).split(13), y.split(13), strict=True):
+        la.partial_fit((rows, labels), decay=decay)
     assert set(la.curvature_standard_errors.values()) == {0.0}
+    assert la.log_marginal_likelihood_standard_error() == 0
+
+
+def test_fewer_data_than_were_seen_have_no_negative_variance():
+    signs = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]).double()
+    parts = (1 + signs[:, [0, 0]], 4), (1 + 1.1 * signs[:, 1:], 10**9)
+    seen, part = (
+        SamplingError.of_points(LAYERS, terms, torch.ones(4).double(), num_data)
+        for terms, num_data in parts
+    )
+    la = debiased(spread_network())
+    la.fit(loader())
+    la.sampling_error = seen.merge(part).scaled(0.5)
+    assert la.sampling_error.covariance[0, 1] < 0 < la.sampling_error.covariance[0, 0]
     assert la.log_marginal_likelihood_standard_error() == 0
 
 
@@ -126,6 +198,12 @@ def test_a_layer_without_curvature_has_no_relative_error():
         {"estimator": "cross_fit", "sampling": "uniform"},
         {"estimator": "two_batch", "sampling": "uniform"},
         {"estimator": "cross_fit", "sampling": "curvature", "pool_size": 40},
+        {
+            "estimator": "two_batch",
+            "direction_fraction": 0.8,
+            "sampling": "curvature",
+            "pool_size": 40,
+        },
     ],
 )
 def test_standard_errors_tell_the_spread_over_draws(options, magnitudes):
@@ -157,7 +235,30 @@ def test_too_small_a_budget_is_told_with_one_that_would_do():
         debiased(model, budget=8, sampling="uniform", seed=1).fit(loader())
     (message,) = (str(w.message) for w in caught if "budget" in str(w.message))
     enough = int(message.split("A budget of about ")[1].split()[0])
-    assert enough > 8 and message.endswith(f"would bring it to {TRUSTED_ERROR}.")
+    assert 8 < enough < SIZE
+    assert message.endswith(f"would bring it to {TRUSTED_ERROR}.")
+
+
+@pytest.mark.parametrize("num_used", [8, 4])  # of a budget of 8
+@pytest.mark.parametrize("num_data", [20, 60, 10**6])
+def test_a_budget_that_would_do(num_data, num_used):
+    terms = torch.tensor([0.0, 1.0] * (num_used // 2)).double()[:, None]
+    error = error_of(num_data / num_used * terms, num_data)
+    message = error.warning(8)
+    rest = 1 / num_used - 1 / num_data
+    needed = rest * (TRUSTED_ERROR / error.relative_errors()["a"]) ** 2
+    enough = 8 / num_used / (1 / num_data + needed)
+    if enough > num_data:
+        assert "no budget would bring it to" in message
+    else:
+        assert f"A budget of about {int(enough) + 1} would" in message
+
+
+def test_a_pool_that_is_too_small_for_any_budget():
+    terms = torch.tensor([1.0, 5.0] * 4).double()[:, None]
+    scores = torch.tensor([0.0] * 30 + [1.0]).double()
+    message = error_of(terms, pool_scores=scores).warning(8)
+    assert "With the same pool and share of directions, no budget would" in message
 
 
 def test_enough_points_need_no_warning():
