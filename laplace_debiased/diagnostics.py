@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from laplace_debiased.bias import BiasReport, kfac_bias
 from laplace_debiased.curvature import KFACCurvature
-from laplace_debiased.guard import preserved
+from laplace_debiased.guard import measuring
 from laplace_debiased.uncertainty import SamplingError
 
 
@@ -94,8 +94,7 @@ class Diagnostics:
         if train_loader is not None:
             seed = self.debiasing.seed
             folds = self._folds(train_loader, magnitude_loader, seed)
-            with preserved(self.model, keep_new_hooks=True):
-                self.model.eval()
+            with measuring(self.model):
                 estimator = self._estimator(folds, seed)
                 curvature = estimator.kfac().curvature
             num_points = self._num_used(folds)

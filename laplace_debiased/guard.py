@@ -26,16 +26,16 @@ _BACKPACK_MARK = "_backpack_extend"
 
 
 @contextmanager
-def preserved(model: nn.Module, keep_new_hooks: bool = False) -> Iterator[None]:
-    """Restore a model's state when a block of code is left, whether it raises or not.
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode, and restore its state, whether the block raises or not.
 
-    Gradients are put aside, so that the block can neither change nor clear them.
+    Gradients are put aside, so that the block can neither change nor clear them. If it
+    succeeds, new hooks stay: a curvature backend may install some for good, but not
+    half of them.
 
     Args:
         model: The model, whose gradients, ``requires_grad`` flags, modes (train or
             eval) and hooks are restored.
-        keep_new_hooks: Whether hooks may change if the block succeeds: a curvature
-            backend may install some for good, but not half of them.
 
     Yields:
         Nothing.
@@ -48,18 +48,19 @@ def preserved(model: nn.Module, keep_new_hooks: bool = False) -> Iterator[None]:
     hooks = [_hooks(module) for module in modules]
     for parameter in parameters:
         parameter.grad = None
-    succeeded = False
     try:
+        model.eval()
         yield
-        succeeded = True
+    except BaseException:
+        for module, saved in zip(modules, hooks, strict=True):
+            _restore_hooks(module, saved)
+        raise
     finally:
         for parameter, gradient, flag in zip(parameters, gradients, flags, strict=True):
             parameter.requires_grad_(flag)
             parameter.grad = gradient
-        for module, mode, saved in zip(modules, modes, hooks, strict=True):
+        for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-            if not (succeeded and keep_new_hooks):
-                _restore_hooks(module, saved)
 
 
 def check_repeatable(model: nn.Module) -> None:

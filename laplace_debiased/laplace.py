@@ -28,7 +28,7 @@ from laplace_debiased.curvature import CURVATURES
 from laplace_debiased.debiasing import Debiasing, check_integer
 from laplace_debiased.diagnostics import Diagnostics
 from laplace_debiased.estimation import Earlier, Estimate, Estimator
-from laplace_debiased.guard import frozen, preserved, unchanged_on_failure
+from laplace_debiased.guard import frozen, measuring, unchanged_on_failure
 from laplace_debiased.holdout import best_share, effective_rank
 from laplace_debiased.last_layer import LastLayer
 from laplace_debiased.layers import Block, curvature_blocks
@@ -342,8 +342,7 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
             earlier = Estimate(
                 self.H_facs, self.loss, self.n_outputs, self.sampling_error
             ).scaled(remembered / self.n_data, decay)
-        with preserved(self.model, keep_new_hooks=True):
-            self.model.eval()
+        with measuring(self.model):
             estimator = self._estimator(folds, self._seed(decay), progress_bar)
             estimate = self._estimate(estimator, earlier, share)
         if earlier is not None:
@@ -413,8 +412,7 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
     def _best_share(self, points: Points) -> float:
         """Find out, by a forward pass, which share should give directions."""
         num_used = min(self.debiasing.budget or len(points), len(points))
-        with preserved(self.model, keep_new_hooks=True):
-            self.model.eval()
+        with measuring(self.model):
             source = self._source(self.debiasing.seed)
             curvature = source.output_curvature(points.some(num_used))
         dimensions = [block.shape[0] for block in self._blocks()]
@@ -450,8 +448,7 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         X, y = split_batch(batch, self.dict_key_y)
         X = X.to(self._device) if isinstance(X, Tensor) else X
         example = select_rows(X, torch.arange(1), len(y))
-        with preserved(self.model, keep_new_hooks=True):
-            self.model.eval()
+        with measuring(self.model):
             idle = idle_modules(
                 self.model, find_layers(self.model, self.params), example
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from laplace_debiased.guard import preserved
+from laplace_debiased.guard import measuring
 from laplace_debiased.predictive import last_layer_covariance
 from laplace_debiased.selection import LeftOut
 
@@ -28,8 +28,7 @@ class LastLayer:
 
     def _prepare(self, batch: Any) -> None:
         if self.model.last_layer is None:
-            with preserved(self.model, keep_new_hooks=True):
-                self.model.eval()
+            with measuring(self.model):
                 self._find_last_layer(batch)
         if self.n_params is None:
             self._count_params()

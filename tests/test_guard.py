@@ -5,7 +5,7 @@ from torch import nn
 from laplace_debiased.guard import (
     check_repeatable,
     evaluating,
-    preserved,
+    measuring,
     unchanged_on_failure,
 )
 
@@ -15,7 +15,7 @@ def test_gradients_and_modes_are_restored():
     model[0].weight.grad = gradient = torch.randn(2, 2)
     expected = gradient.clone()
     model[1].eval()
-    with preserved(model):
+    with measuring(model):
         model.train()
         model(torch.ones(1, 2)).sum().backward()
         model.zero_grad()
@@ -30,7 +30,7 @@ def test_hooks_and_flags_are_restored_after_an_error():
     model = nn.Sequential(nn.Linear(2, 2))
     kept = []
     model.register_forward_hook(lambda *_: kept.append(1))
-    with pytest.raises(KeyboardInterrupt), preserved(model):
+    with pytest.raises(KeyboardInterrupt), measuring(model):
         model.register_forward_pre_hook(lambda *_: kept.append(2))
         model[0].register_forward_hook(lambda *_: kept.append(3))
         model[0].register_full_backward_hook(lambda *_: kept.append(4))
@@ -40,12 +40,12 @@ def test_hooks_and_flags_are_restored_after_an_error():
     assert kept == [1]
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_new_hooks_stay_if_allowed(keep):
+def test_new_hooks_stay_after_success():
     model = nn.Linear(2, 2)
-    with preserved(model, keep_new_hooks=keep):
+    with measuring(model):
+        assert not model.training
         handle = model.register_forward_hook(lambda *_: None)
-    assert (handle.id in model._forward_hooks) == keep
+    assert model.training and handle.id in model._forward_hooks
 
 
 @pytest.mark.parametrize(
