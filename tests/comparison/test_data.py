@@ -52,9 +52,10 @@ def test_data_in_place_are_not_downloaded(fashion_mnist, monkeypatch):
     assert y.shape == (20,)
 
 
-def test_test_images_are_a_fixed_subset(fashion_mnist, monkeypatch):
-    monkeypatch.setattr(data, "NUM_TEST_IMAGES", 5)
-    first, second = (data.load("fashion-mnist", fashion_mnist) for _ in range(2))
+def test_test_images_are_a_fixed_subset(fashion_mnist):
+    first, second = (
+        data.load("fashion-mnist", fashion_mnist, num_test=5) for _ in range(2)
+    )
     assert first.test_inputs.shape == (5, 1, 28, 28)
     assert torch.equal(first.test_inputs, second.test_inputs)
     assert torch.equal(first.test_labels, second.test_labels)
