@@ -170,7 +170,7 @@ METHODS = {
     "debiased, ggn": Method(partial(debiased, magnitudes="ggn"), seeded=True),
     "debiased, last layer": Method(partial(debiased, subset="last_layer"), seeded=True),
 }
-QUICK_METHODS = ["temperature scaling", "debiased, kfac"]
+QUICK_METHODS = ["debiased, kfac"]
 
 
 def predicted(method: Method, predict: Predictor, X: Tensor) -> Tensor:

@@ -284,3 +284,18 @@ def test_splits_are_those_of_the_paper(benchmarks, monkeypatch):
     validation, _ = networks.validation_data("cifar10", root)
     assert (len(train), len(validation), len(inputs)) == (40_000, 10_000, 10_000)
     assert not set(train.tensors[1].tolist()) & set(validation[:, 0].tolist())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_temperature_scaling_finds_the_temperature(benchmarks):
+    from types import SimpleNamespace
+
+    import torch
+    from peers import Case, temperature_scaling
+
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(2000, 4)
+    y = logits.softmax(1).multinomial(1)[:, 0]
+    overconfident = SimpleNamespace(model=lambda X: 3 * X)
+    predict, _ = temperature_scaling(Case(overconfident, (logits, y), [], 0))
+    assert torch.allclose(predict(logits).float(), logits.softmax(1), atol=0.03)
