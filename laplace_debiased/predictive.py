@@ -82,22 +82,33 @@ class BlockPosterior:
             flat = jacobians.flatten(0, 1).flatten(1)
             return flat @ flat.T
         if gradients.shape[2:4] == (1, 1):
-            return self._without_sharing(gradients, inputs, kind)
+            return self._without_sharing(gradients, inputs, kind, jacobian_bytes)
         entries = gradients.shape[1] * self.precisions.numel()
         size = max(1, jacobian_bytes // (entries * gradients.element_size()))
         parts = zip(gradients.split(size), inputs.split(size), strict=True)
         return torch.cat([self._with_sharing(*part, kind) for part in parts])
 
-    def _without_sharing(self, gradients: Tensor, inputs: Tensor, kind: str) -> Tensor:
+    def _without_sharing(
+        self, gradients: Tensor, inputs: Tensor, kind: str, some_bytes: int
+    ) -> Tensor:
         """Contract Jacobians of rank one, which are never formed."""
         rotated = gradients.flatten(2) @ self.eigenvectors[0]
-        # the same gradients for all examples make one product for the batch
-        transposed = rotated[0].T if len(rotated) == 1 else rotated.mT
         precisions = self.precisions.reshape(rotated.shape[2], -1)
         variances = (inputs.flatten(1) ** 2 @ precisions.reciprocal().T)[:, None]
+        if len(rotated) > 1:
+            if kind == "diagonal":
+                return (variances @ rotated.mT**2).squeeze(1)
+            return (rotated * variances) @ rotated.mT
+        # the same gradients for all examples make one product for many of them
+        (rows,) = rotated
         if kind == "diagonal":
-            return (variances @ transposed**2).squeeze(1)
-        return (rotated * variances) @ transposed
+            return variances.squeeze(1) @ rows.T**2
+        covariance = variances.new_empty(len(inputs), len(rows), len(rows))
+        size = max(1, some_bytes // (rows.numel() * rows.element_size()))
+        for start in range(0, len(inputs), size):
+            part = slice(start, start + size)
+            covariance[part] = (rows * variances[part]) @ rows.T
+        return covariance
 
     def _with_sharing(self, gradients: Tensor, inputs: Tensor, kind: str) -> Tensor:
         """Contract the Jacobians of some examples."""
