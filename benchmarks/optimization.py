@@ -254,6 +254,11 @@ def run(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     return results
 
 
+def _plain(value: Any) -> Any:
+    """Return a setting as it was before JSON turned tuples into lists."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def table(results: dict[str, Any]) -> str:
     """Format the scores of runs that did not diverge as a Markdown table."""
     lines = [
@@ -276,7 +281,7 @@ def table(results: dict[str, Any]) -> str:
             [run["curve"][-1]["seconds"] for run in runs] or [float("nan")]
         )
         chosen = ", ".join(
-            f"{key}={value}" + " (edge)" * (key in result["at_edge"])
+            f"{key}={_plain(value)}" + " (edge)" * (key in result["at_edge"])
             for key, value in result["settings"].items()
         )
         lines.append(
