@@ -216,7 +216,7 @@ def write_figure(path: Path, results: dict[str, Any]) -> None:
             bias = [np.array(result["bias"]) for result in values.values()]
             _draw(lower, values, bias, "bias", color="black")
             lower.set(xlabel=name)
-        panels[0, 0].set_ylabel(f"test NLL above full data\n{AT_FIXED} (%)")
+        panels[0, 0].set_ylabel(f"NLL above full\ndata, {AT_FIXED} (%)")
         panels[1, 0].set_ylabel("curvature,\nown / held-out")
         figure.legend(
             *panels[0, 0].get_legend_handles_labels(),
