@@ -109,6 +109,7 @@ def full_size_recipes(images: Images) -> dict[str, Recipe]:
 
 
 PAIRS = "mnist-pairs"
+DIGITS = ("mnist", PAIRS)
 PAIR_RECIPES = {"pair-classifier": Recipe(pair_classifier, 3, 4e-3)}
 RECIPES = recipes(IMAGES["fashion-mnist"])
 
@@ -236,7 +237,7 @@ def trained(name: str, dataset: str, data_root: Path, seed: int = 0) -> nn.Modul
         return model
     data = problem_data(dataset, data_root)
     start = time.perf_counter()
-    mirror = "mnist" not in dataset or dataset == "fashion-mnist"
+    mirror = dataset not in DIGITS  # which mean nothing in a mirror
     model, curve = train(recipe, *data.train.tensors, seed, mirror)
     record = {
         "parameters": sum(p.numel() for p in model.parameters()),
