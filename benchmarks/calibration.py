@@ -5,7 +5,7 @@ of two, and of the defaults, at several budgets, with the linearized (``glm``) a
 sampled (``nn``) predictive.
 
     python benchmarks/calibration.py --data-root DATA
-    python benchmarks/calibration.py --networks MLP --dataset mnist --data-root DATA
+    python benchmarks/calibration.py --problems fashion-mnist/MLP --data-root DATA
 
 An interrupted study resumes where it stopped.
 """
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import (
+    NETWORKS,
     Progress,
     add_problems,
     figure_style,
@@ -36,7 +37,7 @@ from common import (
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from posteriors import ESTIMATORS, FULL, Problem, full_data, glm_probabilities_of
+from posteriors import ESTIMATORS, FULL, Problem, full_data, glm_probabilities
 from torch import Tensor
 
 from laplace_debiased import KronDebiasedLaplace
@@ -47,6 +48,14 @@ NUM_SAMPLES = 20
 NN_BUDGET = 128
 METRICS = {"nll": "NLL", "ece": "ECE", "brier": "Brier", "accuracy": "accuracy"}
 SHOWN_PRIORS = (1.0, 10.0, 100.0, 1000.0)
+
+
+def priors_of(predictive: str, priors: Sequence[float]) -> list[float]:
+    """Return the prior precisions of a predictive: every second if it is sampled.
+
+    Each takes ``NUM_SAMPLES`` passes over the test images then.
+    """
+    return list(priors[:: 2 if predictive == "nn" else 1])
 
 
 def predictions(
@@ -62,7 +71,7 @@ def predictions(
     """
     if predictive == "glm":
         posteriors = [(la.H, priors) for la in las]
-        return glm_probabilities_of(posteriors, problem.model, problem.inputs)
+        return glm_probabilities(posteriors, problem.model, problem.inputs)
     return [sampled(la, problem, priors, seed) for seed, la in enumerate(las)]
 
 
@@ -95,9 +104,10 @@ def run_network(
         build: Callable[[int], KronDebiasedLaplace], predictive: str, seeds: int
     ) -> list[dict]:
         las = [build(seed) for seed in range(seeds)]
+        priors = priors_of(predictive, settings.priors)
         return [
             scores(probabilities, problem)
-            for probabilities in predictions(las, problem, predictive, settings.priors)
+            for probabilities in predictions(las, problem, predictive, priors)
         ]
 
     results: dict[str, Any] = {}
@@ -133,26 +143,25 @@ def values(runs: list[dict], metric: str) -> np.ndarray:
 
 def table(datasets: dict[str, Any], priors: Sequence[float]) -> str:
     """Format NLL at some prior precisions, and ECE at one, as a Markdown table."""
-    columns = [k for k, prior in enumerate(priors) if prior in SHOWN_PRIORS]
-    shown = [f"NLL at {priors[k]:g}" for k in columns]
+    shown = [prior for prior in SHOWN_PRIORS if prior in priors]
+    titles = [f"NLL at {prior:g}" for prior in shown]
     lines = [
-        f"| dataset | network | predictive | points | estimator | {' | '.join(shown)} "
+        f"| dataset | network | predictive | points | estimator | {' | '.join(titles)} "
         "| ECE at 10 | lowest NLL |",
-        "|---" * (7 + len(columns)) + "|",
+        "|---" * (7 + len(shown)) + "|",
     ]
-    at_ten = list(priors).index(10.0)
     cases = [
-        (f"{dataset} | {name} | {predictive}", key, runs)
+        (f"{dataset} | {name} | {predictive}", priors_of(predictive, priors), key, runs)
         for dataset, networks in datasets.items()
         for name, predictives in networks.items()
         for predictive, rows in predictives.items()
         for key, runs in rows.items()
     ]
-    for case, key, runs in cases:
+    for case, own_priors, key, runs in cases:
         label, _, budget = key.rpartition(", ")
         nll = values(runs, "nll")
-        parts = [nll[:, k] for k in columns]
-        parts += [values(runs, "ece")[:, at_ten], nll.min(1)]
+        parts = [nll[:, own_priors.index(prior)] for prior in shown]
+        parts += [values(runs, "ece")[:, own_priors.index(10.0)], nll.min(1)]
         cells = " | ".join(mean_and_std(part, 3) for part in parts)
         points = f"{budget} | {label}" if label else f"all | {key}"
         lines.append(f"| {case} | {points} | {cells} |")
@@ -162,22 +171,24 @@ def table(datasets: dict[str, Any], priors: Sequence[float]) -> str:
 def write_figure(
     path: Path, predictives: dict[str, Any], priors: Sequence[float]
 ) -> None:
-    """Draw NLL and ECE against the prior precision, a column for each budget."""
+    """Draw each metric against the prior precision, a column for each budget."""
     cases = []
     for predictive, rows in predictives.items():
         budgets = dict.fromkeys(k.rpartition(", ")[2] for k in rows if k != FULL)
         cases += [(predictive, budget) for budget in budgets]
-    with rc_context(figure_style(ncols=len(cases), height_to_width_ratio=2.2)):
+    with rc_context(figure_style(ncols=len(cases), height_to_width_ratio=4)):
         figure = Figure()
-        panels = figure.subplots(2, len(cases), sharex=True, sharey="row")
+        panels = figure.subplots(len(METRICS), len(cases), sharex=True, sharey="row")
         for column, (predictive, budget) in enumerate(cases):
-            for axis, metric in zip(panels[:, column], ("nll", "ece"), strict=True):
-                _draw(axis, predictives[predictive], budget, metric, priors)
+            for axis, metric in zip(panels[:, column], METRICS, strict=True):
+                own_priors = priors_of(predictive, priors)
+                _draw(axis, predictives[predictive], budget, metric, own_priors)
             panels[0, column].set_title(f"{predictive}, {budget} points")
-            panels[1, column].set_xlabel("prior precision")
+            panels[-1, column].set_xlabel("prior precision")
         full = values(predictives["glm"][FULL], "nll")[0]
-        panels[0, 0].set(ylim=(0.9 * full.min(), 2.5), yscale="log", ylabel="test NLL")
-        panels[1, 0].set_ylabel("ECE")
+        panels[0, 0].set(ylim=(0.9 * full.min(), 2.5), yscale="log")
+        for axis, name in zip(panels[:, 0], METRICS.values(), strict=True):
+            axis.set_ylabel(name)
         figure.legend(
             *panels[0, 0].get_legend_handles_labels(),
             loc="outside lower center",
@@ -202,7 +213,7 @@ def _draw(
 def main() -> None:
     """Run the study, and write table, numbers and figures."""
     parser = study_parser(__doc__)
-    add_problems(parser, ["MLP", "all-convolutional"])
+    add_problems(parser, [*NETWORKS, "mnist/MLP"])
     parser.add_argument("--budgets", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument(
         "--priors",
@@ -212,8 +223,8 @@ def main() -> None:
     )
     settings = parse(parser)
     if settings.quick:
-        settings.networks, settings.budgets = ["MLP"], [32]
-        settings.priors = [1.0, 10.0]
+        settings.budgets = [32]
+        settings.priors = [1.0, 3.0, 10.0]
     warnings.simplefilter("ignore")
     progress = Progress(settings.out / "calibration.partial.json")
     results = run_problems(settings, partial(run_network, progress=progress))

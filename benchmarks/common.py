@@ -19,6 +19,11 @@ from tueplots import axes, figsizes, fontsizes
 from laplace_debiased.comparison.environment import default_data_root, environment
 
 RESULTS = Path(__file__).parent / "results"
+NETWORKS = (
+    "fashion-mnist/MLP",
+    "fashion-mnist/all-convolutional",
+    "fashion-mnist/ResNet",
+)
 # of the code that runs, even if there are further commits before a study ends
 ENVIRONMENT = environment()
 
@@ -68,22 +73,31 @@ def study_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_problems(parser: argparse.ArgumentParser, networks: Sequence[str]) -> None:
-    """Add options of the trained networks that a study is of.
+def problem_name(text: str) -> tuple[str, str]:
+    """Split ``dataset/network``."""
+    dataset, slash, network = text.partition("/")
+    if not slash:
+        raise argparse.ArgumentTypeError(
+            f"expected DATASET/NETWORK, for example fashion-mnist/MLP, got {text!r}"
+        )
+    return dataset, network
+
+
+def add_problems(parser: argparse.ArgumentParser, problems: Sequence[str]) -> None:
+    """Add an option of the trained networks that a study is of.
 
     Args:
         parser: The parser.
-        networks: The networks unless others are named.
+        problems: The networks unless others are named.
     """
     parser.add_argument(
-        "--networks", nargs="+", default=list(networks), help="names in RECIPES"
-    )
-    parser.add_argument(
-        "--dataset",
+        "--problems",
         nargs="+",
-        default=["fashion-mnist"],
-        help="what they are trained on: one or several of fashion-mnist, mnist, "
-        "cifar10 and cifar100",
+        type=problem_name,
+        default=[problem_name(text) for text in problems],
+        metavar="DATASET/NETWORK",
+        help="trained networks: fashion-mnist, mnist, cifar10 or cifar100, and a name "
+        f"in networks.py; default: {' '.join(problems)}",
     )
 
 
@@ -92,6 +106,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     settings = parser.parse_args()
     if settings.quick:
         settings.seeds = 1
+        if hasattr(settings, "problems"):
+            settings.problems = [("fashion-mnist", "MLP")]
         if settings.out == RESULTS:
             settings.out = RESULTS / "quick"
     return settings
@@ -100,19 +116,20 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def run_problems(
     settings: argparse.Namespace, run: Callable[..., Any]
 ) -> dict[str, dict[str, Any]]:
-    """Run a study on all networks of all datasets.
+    """Run a study on all its networks.
 
     Args:
-        settings: With the options of :func:`add_problems`.
+        settings: With the option of :func:`add_problems`.
         run: From a dataset, a network and the settings to a result.
 
     Returns:
         The results, by dataset and network.
     """
-    return {
-        dataset: {name: run(dataset, name, settings) for name in settings.networks}
-        for dataset in settings.dataset
-    }
+    results: dict[str, dict[str, Any]] = {}
+    for dataset, network in settings.problems:
+        result = run(dataset, network, settings)
+        results.setdefault(dataset, {})[network] = result
+    return results
 
 
 def figure_style(ncols: int, height_to_width_ratio: float = 0.9) -> dict[str, Any]:

@@ -21,14 +21,17 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import (
+    NETWORKS,
     Progress,
     add_problems,
+    figure_style,
     in_own_process,
     mean_and_std,
     parse,
@@ -39,6 +42,8 @@ from common import (
 from images import OUTSIDE, outside_images
 from laplace import Laplace
 from laplace.curvature import AsdlGGN
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from netcal.scaling import TemperatureScaling
 from networks import CHECKPOINTS, trained, validation_data
 from posteriors import FIT_BATCH_SIZE, Problem
@@ -53,6 +58,7 @@ from laplace_debiased.comparison.metrics import (
 
 ENSEMBLE_SIZE = 5
 NUM_VALIDATION = 5000
+NUM_IMAGES = 1000
 NUM_OUTSIDE = 500
 BUDGET = 128
 COLUMNS = {
@@ -67,6 +73,13 @@ COSTS = {
     "fit_seconds": ("fit s", 1),
     "predict_seconds": ("predict 1,000 s", 1),
     "peak_gb": ("peak GB", 1),
+}
+
+FIGURE = {
+    "nll": ("test NLL", "linear"),
+    "ood": ("AUROC of other images", "linear"),
+    "fit_seconds": ("fit (s)", "log"),
+    "predict_seconds": ("predict 1,000 images (s)", "log"),
 }
 
 Predictor = Callable[[Tensor], Tensor]
@@ -193,11 +206,7 @@ def run_case(settings: argparse.Namespace) -> dict[str, Any]:
     """Fit, predict and score in this process."""
     memory = round(settings.memory * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    (network,), (dataset,), (name,) = (
-        settings.networks,
-        settings.dataset,
-        settings.methods,
-    )
+    ((dataset, network),), (name,) = settings.problems, settings.methods
     method, root = METHODS[name], settings.data_root
     seeds = range(ENSEMBLE_SIZE if method.ensemble else 0)
     X, y = validation_data(dataset, root)
@@ -208,7 +217,8 @@ def run_case(settings: argparse.Namespace) -> dict[str, Any]:
         settings.case,
     )
     others = outside_images(dataset, root, NUM_OUTSIDE)
-    inside, labels = case.problem.inputs, case.problem.labels
+    inside = case.problem.inputs[:NUM_IMAGES]
+    labels = case.problem.labels[:NUM_IMAGES]
     reset_peak()
     with torch.no_grad():
         start = time.perf_counter()
@@ -232,7 +242,7 @@ def run_apart(
     settings: argparse.Namespace, dataset: str, network: str, method: str, seed: int
 ) -> dict[str, Any]:
     """Run a case in a process of its own."""
-    options = ["--dataset", dataset, "--networks", network, "--methods", method]
+    options = ["--problems", f"{dataset}/{network}", "--methods", method]
     options += ["--case", str(seed), "--memory", str(settings.memory)]
     options += ["--data-root", str(settings.data_root)]
     options += ["--quick"] if settings.quick else []
@@ -297,12 +307,48 @@ def _cells(runs: list[dict[str, Any]]) -> list[str]:
     return cells
 
 
+def write_figure(path: Path, results: dict[str, Any]) -> None:
+    """Draw quality and time of each method, a row for each, on all networks."""
+    cases = {
+        f"{dataset}, {network}": rows
+        for dataset, networks in results.items()
+        for network, rows in networks.items()
+    }
+    methods = list(dict.fromkeys(chain(*cases.values())))
+    with rc_context(figure_style(len(FIGURE), height_to_width_ratio=1.4)):
+        figure = Figure()
+        panels = figure.subplots(1, len(FIGURE), sharey=True)
+        for axis, (key, (title, scale)) in zip(panels, FIGURE.items(), strict=True):
+            for marker, (label, rows) in zip(
+                cycle("osD^v"), cases.items(), strict=False
+            ):
+                shown = [m for m in rows if all(key in run for run in rows[m])]
+                values = [[run[key] for run in rows[m]] for m in shown]
+                axis.errorbar(
+                    [np.mean(v) for v in values],
+                    [methods.index(m) for m in shown],
+                    xerr=[np.std(v) for v in values],
+                    fmt=marker,
+                    markersize=3,
+                    label=label,
+                )
+            axis.set(xscale=scale, xlabel=title)
+        panels[0].set_yticks(range(len(methods)), methods)
+        panels[0].invert_yaxis()
+        figure.legend(
+            *panels[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=len(cases),
+        )
+        figure.savefig(path, dpi=200)
+
+
 def main() -> None:
-    """Run all cases, each in its own process, and write table and numbers."""
+    """Run all cases, each in its own process, and write table, numbers and figure."""
     parser = study_parser(__doc__)
-    add_problems(parser, ["MLP", "all-convolutional", "ResNet"])
+    add_problems(parser, NETWORKS)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--minutes", type=float, default=60, help="limit of a case")
+    parser.add_argument("--minutes", type=float, default=15, help="limit of a case")
     parser.add_argument("--memory", type=float, default=12, help="limit of a case, GB")
     parser.add_argument("--case", type=int, help="run one seed in this process")
     settings = parse(parser)
@@ -311,19 +357,23 @@ def main() -> None:
         print(json.dumps(run_case(settings)))
         return
     if settings.quick:
-        settings.networks, settings.methods = ["MLP"], QUICK_METHODS
+        settings.methods = QUICK_METHODS
     progress = Progress(settings.out / "peers.partial.json")
     results = run_problems(settings, partial(run_network, progress=progress))
     recorded = {
-        "other_dataset": {name: OUTSIDE[name] for name in settings.dataset},
+        "other_dataset": {
+            dataset: OUTSIDE[dataset] for dataset, _ in settings.problems
+        },
         "seeds": settings.seeds,
         "budget": BUDGET,
         "validation": NUM_VALIDATION,
+        "images": NUM_IMAGES,
         "outside": NUM_OUTSIDE,
         "minutes": settings.minutes,
         "memory_gb": settings.memory,
     }
     write_report(settings.out, "peers", recorded, results, table(results))
+    write_figure(settings.out / "peers.png", results)
     progress.clear()
 
 

@@ -5,7 +5,7 @@ images are the network's own, those of another dataset, and corrupted ones in fi
 severities.
 
     python benchmarks/pipeline.py --data-root DATA
-    python benchmarks/pipeline.py --networks MLP --dataset mnist --data-root DATA
+    python benchmarks/pipeline.py --problems fashion-mnist/MLP --data-root DATA
 
 An interrupted study resumes where it stopped.
 """
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import (
+    NETWORKS,
     Progress,
     add_problems,
     figure_style,
@@ -35,6 +36,7 @@ from common import (
 )
 from images import OUTSIDE, outside_images, scale_of
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from networks import validation_data
 from posteriors import (
@@ -43,7 +45,7 @@ from posteriors import (
     Problem,
     chosen_prior,
     full_data,
-    glm_probabilities_of,
+    glm_probabilities,
 )
 from torch import Tensor
 from torch.nn.functional import nll_loss
@@ -58,7 +60,7 @@ from laplace_debiased.comparison.metrics import (
 )
 
 BUDGET = 128
-NUM_IMAGES = 1000
+NUM_IMAGES = 500
 SEVERITIES = (1, 2, 3, 4, 5)
 GRID = [10 ** (third / 3) for third in range(-6, 13)]
 MAP = "MAP"
@@ -117,7 +119,7 @@ def by_validation(
     """Choose the prior precisions with the lowest NLL of validation images."""
     posteriors = [(la.H, GRID) for la in las]
     chosen = []
-    for predictions in glm_probabilities_of(posteriors, problem.model, X):
+    for predictions in glm_probabilities(posteriors, problem.model, X):
         losses = [nll_loss(p.log(), y).item() for p in predictions]
         chosen.append(GRID[int(np.argmin(losses))])
     return chosen
@@ -168,7 +170,7 @@ def run_network(
         posteriors = [(la.H, pair) for la, pair in zip(las, priors, strict=True)]
 
         def predict(X: Tensor) -> list[Tensor]:
-            predictions = glm_probabilities_of(posteriors, problem.model, X)
+            predictions = glm_probabilities(posteriors, problem.model, X)
             return list(chain(*predictions))
 
         results = iter(evaluate(predict, images))
@@ -236,32 +238,24 @@ def shifted(runs: list[dict[str, Any]], metric: str, severity: int) -> np.ndarra
 
 def write_figure(path: Path, datasets: dict[str, Any]) -> None:
     """Draw NLL and ECE against the severity, with the marginal likelihood's prior."""
-    columns = 2 * max(map(len, datasets.values()))
-    ratio = 0.9 * len(datasets)
-    with rc_context(figure_style(columns, height_to_width_ratio=ratio)):
+    cases = [
+        (f"{dataset}, {network}", rows)
+        for dataset, networks in datasets.items()
+        for network, rows in networks.items()
+    ]
+    with rc_context(figure_style(len(cases), height_to_width_ratio=2)):
         figure = Figure()
-        panels = figure.subplots(len(datasets), columns, squeeze=False)
-        cases = [
-            (f"{network}, {metric.upper()}", rows, metric)
-            for networks in datasets.values()
-            for network, rows in networks.items()
-            for metric in ("nll", "ece")
-        ]
-        for axis, (title, rows, metric) in zip(panels.flat, cases, strict=True):
-            for label, seeds in rows.items():
-                runs = [run[0] for run in seeds]
-                own = np.array([run[metric] for run in runs])
-                curve = [own, *(shifted(runs, metric, k) for k in SEVERITIES)]
-                mean, std = np.mean(curve, 1), np.std(curve, 1)
-                axis.plot([0, *SEVERITIES], mean, label=label)
-                axis.fill_between(
-                    [0, *SEVERITIES], mean - std, mean + std, alpha=0.2, lw=0
-                )
-            axis.set(title=title)
-        for row, dataset in zip(panels, datasets, strict=True):
-            row[0].set_ylabel(dataset)
-        for axis in panels[-1]:
-            axis.set_xlabel("severity")
+        panels = figure.subplots(
+            2, len(cases), sharex=True, sharey="row", squeeze=False
+        )
+        for column, (title, rows) in zip(panels.T, cases, strict=True):
+            for axis, metric in zip(column, ("nll", "ece"), strict=True):
+                for label, seeds in rows.items():
+                    _draw(axis, label, [run[0] for run in seeds], metric)
+            column[0].set_title(title)
+            column[1].set_xlabel("severity")
+        panels[0, 0].set_ylabel("test NLL")
+        panels[1, 0].set_ylabel("ECE")
         figure.legend(
             *panels[0, 0].get_legend_handles_labels(),
             loc="outside lower center",
@@ -270,19 +264,29 @@ def write_figure(path: Path, datasets: dict[str, Any]) -> None:
         figure.savefig(path, dpi=200)
 
 
+def _draw(axis: Axes, label: str, runs: list[dict[str, Any]], metric: str) -> None:
+    own = np.array([run[metric] for run in runs])
+    curve = [own, *(shifted(runs, metric, k) for k in SEVERITIES)]
+    mean, std = np.mean(curve, 1), np.std(curve, 1)
+    axis.plot([0, *SEVERITIES], mean, label=label)
+    axis.fill_between([0, *SEVERITIES], mean - std, mean + std, alpha=0.2, lw=0)
+
+
 def main() -> None:
     """Run the study, and write table, numbers and figure."""
     parser = study_parser(__doc__)
-    add_problems(parser, ["MLP", "all-convolutional"])
+    add_problems(parser, [*NETWORKS, "mnist/MLP"])
     parser.add_argument("--images", type=int, default=NUM_IMAGES)
     settings = parse(parser)
     if settings.quick:
-        settings.networks, settings.images = ["MLP"], 50
+        settings.images = 50
     warnings.simplefilter("ignore")
     progress = Progress(settings.out / "pipeline.partial.json")
     results = run_problems(settings, partial(run_network, progress=progress))
     recorded = {
-        "other_dataset": {name: OUTSIDE[name] for name in settings.dataset},
+        "other_dataset": {
+            dataset: OUTSIDE[dataset] for dataset, _ in settings.problems
+        },
         "seeds": settings.seeds,
         "budget": BUDGET,
         "images": settings.images,

@@ -85,28 +85,8 @@ class Problem:
         return list(self.model.parameters())
 
 
-def glm_probabilities(
-    model: nn.Module,
-    curvature: EigenbasisMatrix,
-    inputs: Tensor,
-    priors: Sequence[float],
-) -> Tensor:
-    """Predict at each prior precision.
-
-    Args:
-        model: The network, all parameters of which are in the posterior.
-        curvature: The curvature without prior.
-        inputs: Test images.
-        priors: Prior precisions.
-
-    Returns:
-        Probabilities ``[priors, points, classes]``.
-    """
-    return glm_probabilities_of([(curvature, priors)], model, inputs)[0]
-
-
 @torch.no_grad()
-def glm_probabilities_of(
+def glm_probabilities(
     posteriors: Sequence[tuple[EigenbasisMatrix, Sequence[float]]],
     model: nn.Module,
     inputs: Tensor,
@@ -176,20 +156,26 @@ def _variances(
 
 
 def nlls(
-    problem: Problem, curvature: EigenbasisMatrix, priors: Sequence[float] = PRIORS
-) -> list[float]:
-    """Compute the test NLL at each prior precision.
+    problem: Problem,
+    curvatures: Sequence[EigenbasisMatrix],
+    priors: Sequence[float] = PRIORS,
+) -> list[list[float]]:
+    """Compute the test NLL of each posterior at each prior precision.
 
     Args:
         problem: Network and test points.
-        curvature: The curvature without prior.
+        curvatures: The curvatures without prior.
         priors: Prior precisions.
 
     Returns:
-        The NLLs.
+        The NLLs of each posterior.
     """
-    predictions = glm_probabilities(problem.model, curvature, problem.inputs, priors)
-    return [nll_loss(p.log(), problem.labels).item() for p in predictions]
+    posteriors = [(curvature, priors) for curvature in curvatures]
+    predictions = glm_probabilities(posteriors, problem.model, problem.inputs)
+    return [
+        [nll_loss(p.log(), problem.labels).item() for p in of_one]
+        for of_one in predictions
+    ]
 
 
 def chosen_prior(la: KronLaplace) -> float:
@@ -222,7 +208,7 @@ class Result:
         cls, problem: Problem, la: KronLaplace, fit_seconds: float | None = None
     ) -> Result:
         """Test a fitted posterior."""
-        return cls(nlls(problem, la.H), chosen_prior(la), fit_seconds)
+        return cls(*nlls(problem, [la.H]), chosen_prior(la), fit_seconds)
 
 
 def fit(problem: Problem, **options) -> tuple[KronDebiasedLaplace, float]:

@@ -1,8 +1,9 @@
-"""Bias and the gain from debiasing against depth, width, classes and data size.
+"""Bias and the gain from debiasing against architecture and scale.
 
-Networks of linear layers, of which one thing is varied at a time. All are trained for
-about as many steps. Up to ten classes are FashionMNIST's, merged; a hundred are pairs
-of MNIST's digits.
+Architectures are those with a checkpoint; their posteriors are of 10,000 of the points
+that they were trained on. Of networks of linear layers, depth, width, number of classes
+and of points are varied one at a time. All these are trained for about as many steps.
+Up to ten classes are FashionMNIST's, merged; a hundred are pairs of MNIST's digits.
 
     python benchmarks/scale.py --data-root DATA
 
@@ -31,7 +32,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from networks import PAIRS, Recipe, accuracy, kept, mlp, problem_data
+from networks import PAIRS, RECIPES, Recipe, accuracy, kept, mlp, problem_data
 from posteriors import ESTIMATORS, Problem, chosen_prior, fit, full_kfac, nlls
 from torch.utils.data import TensorDataset
 
@@ -41,6 +42,7 @@ BUDGET = 128
 FIXED_PRIOR = 10.0
 NUM_DIRECTIONS = 10
 LEARNING_RATE = 2e-3
+ARCHITECTURE = "architecture"
 ROWS = ("single batch", "two batches", "default")
 AT_FIXED, AT_CHOSEN = f"at {FIXED_PRIOR:g}", "at chosen prior"
 
@@ -89,6 +91,23 @@ class Case:
         return Data(TensorDataset(X, y % self.classes), inputs, labels % self.classes)
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """A network with a checkpoint.
+
+    Args:
+        name: Its name.
+    """
+
+    name: str
+
+    def problem(self, data_root: Path) -> Problem:
+        """Load the network and some of FashionMNIST."""
+        problem = Problem.load(self.name, "fashion-mnist", data_root)
+        some = TensorDataset(*problem.train[: Case.points])
+        return replace(problem, train=some)
+
+
 VARIATIONS = {
     "depth": (1, 2, 3, 4),
     "width": (16, 32, 64, 128, 256),
@@ -114,31 +133,28 @@ class Study:
         """The full-data fit."""
         la, _, _ = full_kfac(self.problem)
         priors = (FIXED_PRIOR, chosen_prior(la))
-        return {"priors": priors, "nll": nlls(self.problem, la.H, priors)}
+        (nll,) = nlls(self.problem, [la.H], priors)
+        return {"priors": priors, "nll": nll}
 
     def run(self) -> dict[str, Any]:
         """Measure all estimators and the bias, with all draws."""
-        model, inputs, labels, seeds = (
-            self.problem.model,
-            self.problem.inputs,
-            self.problem.labels,
-            range(self.num_seeds),
-        )
+        problem = self.problem
         return {
-            "accuracy": accuracy(model, inputs, labels),
-            "num_params": sum(p.numel() for p in self.problem.params()),
+            "accuracy": accuracy(problem.model, problem.inputs, problem.labels),
+            "num_params": sum(p.numel() for p in problem.params()),
             "full": self.full,
-            "gap": {
-                label: [self._gap(label, seed) for seed in seeds] for label in ROWS
-            },
-            "bias": [self._bias(seed) for seed in seeds],
+            "gap": {label: self._gaps(label) for label in ROWS},
+            "bias": [self._bias(seed) for seed in range(self.num_seeds)],
         }
 
-    def _gap(self, label: str, seed: int) -> list[float]:
+    def _gaps(self, label: str) -> list[list[float]]:
         """NLL above full data in percent, at the fixed prior and the chosen one."""
-        la = ESTIMATORS[label](self.problem, BUDGET, seed)
-        nll = nlls(self.problem, la.H, self.full["priors"])
-        return (100 * (np.divide(nll, self.full["nll"]) - 1)).tolist()
+        curvatures = [
+            ESTIMATORS[label](self.problem, BUDGET, seed).H
+            for seed in range(self.num_seeds)
+        ]
+        values = nlls(self.problem, curvatures, self.full["priors"])
+        return (100 * (np.divide(values, self.full["nll"]) - 1)).tolist()
 
     def _bias(self, seed: int) -> float:
         """Curvature of the points that gave the top directions, over held-out ones."""
@@ -149,22 +165,28 @@ class Study:
 
 def run(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Measure all variations."""
-    base, variations = Case(), VARIATIONS
+    base, variations, networks = Case(), VARIATIONS, RECIPES
     if settings.quick:
+        networks = []
         base = Case(depth=1, width=8, points=1000, visits=1000)
         variations = {"width": (8, 16), "points": (500, 1000)}
 
-    def measure(case: Case) -> dict[str, Any]:
+    cases: list[tuple[str, int | str, Case | Architecture]] = [
+        (name, value, replace(base, **{name: value}))
+        for name, values in variations.items()
+        for value in values
+    ]
+    cases += [(ARCHITECTURE, name, Architecture(name)) for name in networks]
+
+    def measure(case: Case | Architecture) -> dict[str, Any]:
         return Study(case.problem(settings.data_root), settings.seeds).run()
 
     results: dict[str, Any] = {}
-    for name, values in variations.items():
-        for value in values:
-            case = replace(base, **{name: value})
-            result = progress.run(str(case), partial(measure, case))
-            results.setdefault(name, {})[str(value)] = result
-            own = {name: {str(value): result}}
-            print(table(own).splitlines()[-1], flush=True)
+    for name, value, case in cases:
+        result = progress.run(str(case), partial(measure, case))
+        results.setdefault(name, {})[str(value)] = result
+        own = {name: {str(value): result}}
+        print(table(own).splitlines()[-1], flush=True)
     return results
 
 
@@ -189,8 +211,13 @@ def table(results: dict[str, Any]) -> str:
                     for row in ROWS
                 ),
             ]
-            lines.append(f"| {name} | {int(value):,} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {shown(value)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def shown(value: str) -> str:
+    """Return a number with separators, or a name as it is."""
+    return f"{int(value):,}" if value.isdigit() else value
 
 
 def gap(result: dict[str, Any], row: str, prior: int) -> np.ndarray:
@@ -229,11 +256,16 @@ def write_figure(path: Path, results: dict[str, Any]) -> None:
 def _draw(
     axis: Axes, values: dict[str, Any], runs: list[np.ndarray], label: str, **style: str
 ) -> None:
-    numbers = [int(value) for value in values]
     means, stds = np.mean(runs, 1), np.std(runs, 1)
+    if not all(value.isdigit() for value in values):
+        positions = range(len(values))
+        axis.errorbar(positions, means, stds, fmt=".", label=label, **style)
+        axis.set_xticks(positions, list(values), rotation=90)
+        return
+    numbers = [int(value) for value in values]
     axis.errorbar(numbers, means, stds, fmt=".-", label=label, **style)
     axis.set_xscale("log")
-    axis.set_xticks(numbers, [f"{number:,}" for number in numbers])
+    axis.set_xticks(numbers, [shown(value) for value in values])
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
