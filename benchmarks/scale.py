@@ -97,14 +97,16 @@ class Architecture:
 
     Args:
         name: Its name.
+        points: Number of training points that the posterior is of.
     """
 
     name: str
+    points: int = Case.points
 
     def problem(self, data_root: Path) -> Problem:
         """Load the network and some of FashionMNIST."""
         problem = Problem.load(self.name, "fashion-mnist", data_root)
-        some = TensorDataset(*problem.train[: Case.points])
+        some = TensorDataset(*problem.train[: self.points])
         return replace(problem, train=some)
 
 
@@ -165,9 +167,10 @@ class Study:
 
 def run(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Measure all variations."""
-    base, variations, networks = Case(), VARIATIONS, RECIPES
+    base, variations = Case(), VARIATIONS
+    networks = [Architecture(name) for name in RECIPES]
     if settings.quick:
-        networks = []
+        networks = [Architecture("MLP", points=500)]
         base = Case(depth=1, width=8, points=1000, visits=1000)
         variations = {"width": (8, 16), "points": (500, 1000)}
 
@@ -176,7 +179,7 @@ def run(settings: argparse.Namespace, progress: Progress) -> dict[str, Any]:
         for name, values in variations.items()
         for value in values
     ]
-    cases += [(ARCHITECTURE, name, Architecture(name)) for name in networks]
+    cases += [(ARCHITECTURE, network.name, network) for network in networks]
 
     def measure(case: Case | Architecture) -> dict[str, Any]:
         return Study(case.problem(settings.data_root), settings.seeds).run()

@@ -86,6 +86,34 @@ def test_studies_run_in_a_quick_mode(benchmarks, monkeypatch, tmp_path, command)
     assert not list(tmp_path.glob("*.partial.json"))
 
 
+def test_networks_are_named_with_their_dataset(benchmarks, capsys):
+    from common import add_problems, run_problems, study_parser
+
+    parser = study_parser("A study.")
+    add_problems(parser, ["mnist/MLP"])
+    assert parser.parse_args([]).problems == [("mnist", "MLP")]
+    settings = parser.parse_args(["--problems", "a/b", "c/d", "a/e"])
+    results = run_problems(settings, lambda dataset, network, _: dataset + network)
+    assert results == {"a": {"b": "ab", "e": "ae"}, "c": {"d": "cd"}}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--problems", "MLP"])
+    assert "expected DATASET/NETWORK" in capsys.readouterr().err
+
+
+def test_sampled_predictives_take_every_second_prior(benchmarks):
+    from calibration import table
+
+    def runs(*nll):
+        return [{"nll": list(nll), "ece": [0.5 * value for value in nll]}]
+
+    rows = {"glm": {"full data": runs(3.0, 2.0, 1.0)}, "nn": {"full data": runs(4, 5)}}
+    lines = table({"mnist": {"MLP": rows}}, [1.0, 3.0, 10.0]).splitlines()
+    assert lines[2:] == [
+        "| mnist | MLP | glm | all | full data | 3.000 | 1.000 | 0.500 | 1.000 |",
+        "| mnist | MLP | nn | all | full data | 4.000 | 5.000 | 2.500 | 4.000 |",
+    ]
+
+
 def runs_with_excess(*values):
     return [{"own": [1 + value] * 2, "others": [1.0, 1.0]} for value in values]
 
