@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from common import (
     Progress,
+    deviation,
     figure_style,
     mean_and_std,
     parse,
@@ -353,7 +354,7 @@ def dependence_figure(path: Path, results: dict[str, Any]) -> None:
         for axis, (label, values) in zip(panels, results.items(), strict=True):
             numbers, excess = np.array([float(v) for v in values]), mean_excess(values)
             shift = 0.5 if min(numbers) == 0 else 0.0
-            means, spread = excess.mean(1), excess.std(1)
+            means, spread = excess.mean(1), deviation(excess, 1)
             axis.errorbar(numbers + shift, means, spread, fmt="o")
             slope, _ = trend(values)
             if np.isfinite(slope):
@@ -419,7 +420,7 @@ def main() -> None:
         (settings.out / f"{name}.md").write_text(table(results) + "\n")
         figure(settings.out / f"{name}.png", results)
         return
-    progress = Progress(settings.out / f"{name}.partial.json")
+    progress = Progress(settings, name)
     results = run(settings, progress)
     recorded = {
         "dataset": settings.dataset,

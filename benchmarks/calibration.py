@@ -27,6 +27,7 @@ from common import (
     NETWORKS,
     Progress,
     add_problems,
+    deviation,
     figure_style,
     mean_and_std,
     parse,
@@ -116,7 +117,8 @@ def run_network(
             measure,
             lambda _: full_data(problem, keep=not settings.quick),
             predictive,
-            seeds=1,
+            # of the samples: there is no draw of points
+            seeds=settings.seeds if predictive == "nn" else 1,
         )
         own = {FULL: progress.run(f"{problem}, {predictive}, {FULL}", full)}
         budgets = settings.budgets if predictive == "glm" else [NN_BUDGET]
@@ -202,11 +204,11 @@ def _draw(
 ) -> None:
     for label in ESTIMATORS:
         curve = values(rows[f"{label}, {budget}"], metric)
-        mean, std = curve.mean(0), curve.std(0)
+        mean, std = curve.mean(0), deviation(curve)
         axis.plot(priors, mean, label=label)
         axis.fill_between(priors, mean - std, mean + std, alpha=0.2, lw=0)
-    full = values(rows[FULL], metric)[0]
-    axis.plot(priors, full, "k--", lw=1, label=FULL)
+    full = values(rows[FULL], metric)
+    axis.plot(priors, full.mean(0), "k--", lw=1, label=FULL)
     axis.set_xscale("log")
 
 
@@ -226,7 +228,7 @@ def main() -> None:
         settings.budgets = [32]
         settings.priors = [1.0, 3.0, 10.0]
     warnings.simplefilter("ignore")
-    progress = Progress(settings.out / "calibration.partial.json")
+    progress = Progress(settings, "calibration")
     results = run_problems(settings, partial(run_network, progress=progress))
     recorded = {
         "seeds": settings.seeds,

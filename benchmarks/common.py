@@ -26,6 +26,8 @@ NETWORKS = (
 )
 # of the code that runs, even if there are further commits before a study ends
 ENVIRONMENT = environment()
+# settings that change no result
+_PLACES = ("data_root", "out")
 
 
 def conv_net() -> nn.Module:
@@ -150,6 +152,12 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def deviation(values: np.ndarray | Sequence, axis: int = 0) -> np.ndarray:
+    """Return the sample standard deviation, zero of a single value."""
+    values = np.asarray(values)
+    return values.std(axis, ddof=min(1, values.shape[axis] - 1))
+
+
 def mean_and_std(values: np.ndarray, digits: int) -> str:
     """Format a mean, with the standard deviation if there are several values."""
     mean = f"{values.mean():.{digits}f}"
@@ -199,12 +207,27 @@ class Progress:
     """Results so far, so that an interrupted study resumes where it stopped.
 
     Args:
-        path: Where they are kept.
+        settings: The study's settings.
+        name: The study's name.
+
+    Raises:
+        SystemExit: If results so far are of other code or settings.
     """
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._results = json.loads(path.read_text()) if path.exists() else {}
+    def __init__(self, settings: argparse.Namespace, name: str):
+        self._path = settings.out / f"{name}.partial.json"
+        own = {k: v for k, v in vars(settings).items() if k not in _PLACES}
+        origin = {"commit": ENVIRONMENT["commit"], "settings": own}
+        self._kept = {"origin": json.loads(json.dumps(origin)), "results": {}}
+        if not self._path.exists():
+            return
+        kept = json.loads(self._path.read_text())
+        if kept["origin"] != self._kept["origin"]:
+            raise SystemExit(
+                f"{self._path} has results of {kept['origin']}, this run is "
+                f"{self._kept['origin']}: delete it to start anew."
+            )
+        self._kept = kept
 
     def run(self, key: str, measure: Callable[[], Any]) -> Any:
         """Return a result; measure and keep it if there is none.
@@ -216,11 +239,12 @@ class Progress:
         Returns:
             The result.
         """
-        if key not in self._results:
-            self._results[key] = measure()
+        results = self._kept["results"]
+        if key not in results:
+            results[key] = measure()
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(self._results))
-        return self._results[key]
+            self._path.write_text(json.dumps(self._kept))
+        return results[key]
 
     def clear(self) -> None:
         """Forget all, once they are reported."""

@@ -312,7 +312,7 @@ def main() -> None:
         print(json.dumps(run_case(Case(**settings.case))))
         return
 
-    progress = Progress(settings.out / "network_cost.partial.json")
+    progress = Progress(settings, "network_cost")
     rows = []
     for case in tqdm([QUICK_CASE] if settings.quick else CASES):
         key = json.dumps(asdict(case))

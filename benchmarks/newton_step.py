@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from common import (
     Progress,
+    deviation,
     figure_style,
     mean_and_std,
     parse,
@@ -213,7 +214,7 @@ def write_figure(path: Path, rows: list[dict[str, Any]], shown: list[int]) -> No
                 continue
             axis = panels[stages.index(row["stage"]), sizes.index(row["size"])]
             loss = curves(row, "loss")
-            mean, std = loss.mean(0), loss.std(0)
+            mean, std = loss.mean(0), deviation(loss)
             axis.plot(shown, mean, marker=".", label=row["method"])
             axis.fill_between(shown, mean - std, mean + std, alpha=0.2, lw=0)
             axis.set(ylim=(0.9 * mean[0], 1.5 * mean[0]))
@@ -245,7 +246,7 @@ def main() -> None:
         settings.dampings, settings.sizes, settings.iterations = [1e-2], [128], 3
         settings.stages, settings.points = settings.stages[:1], 500
     warnings.simplefilter("ignore")
-    progress = Progress(settings.out / "newton_step.partial.json")
+    progress = Progress(settings, "newton_step")
     rows = run(settings, progress)
     recorded = {
         "dataset": DATASET,

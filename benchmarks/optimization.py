@@ -333,7 +333,7 @@ def main() -> None:
     if settings.quick:
         settings.epochs, settings.candidates, settings.tuning_seeds = 0.005, 1, 1
     warnings.simplefilter("ignore")
-    progress = Progress(settings.out / "optimization.partial.json")
+    progress = Progress(settings, "optimization")
     results = run(settings, progress)
     recorded = {
         "dataset": DATASET,

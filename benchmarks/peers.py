@@ -31,6 +31,7 @@ from common import (
     NETWORKS,
     Progress,
     add_problems,
+    deviation,
     figure_style,
     in_own_process,
     mean_and_std,
@@ -327,7 +328,7 @@ def write_figure(path: Path, results: dict[str, Any]) -> None:
                 axis.errorbar(
                     [np.mean(v) for v in values],
                     [methods.index(m) for m in shown],
-                    xerr=[np.std(v) for v in values],
+                    xerr=[deviation(v) for v in values],
                     fmt=marker,
                     markersize=3,
                     label=label,
@@ -358,7 +359,7 @@ def main() -> None:
         return
     if settings.quick:
         settings.methods = QUICK_METHODS
-    progress = Progress(settings.out / "peers.partial.json")
+    progress = Progress(settings, "peers")
     results = run_problems(settings, partial(run_network, progress=progress))
     recorded = {
         "other_dataset": {

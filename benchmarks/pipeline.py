@@ -27,6 +27,7 @@ from common import (
     NETWORKS,
     Progress,
     add_problems,
+    deviation,
     figure_style,
     mean_and_std,
     parse,
@@ -267,7 +268,7 @@ def write_figure(path: Path, datasets: dict[str, Any]) -> None:
 def _draw(axis: Axes, label: str, runs: list[dict[str, Any]], metric: str) -> None:
     own = np.array([run[metric] for run in runs])
     curve = [own, *(shifted(runs, metric, k) for k in SEVERITIES)]
-    mean, std = np.mean(curve, 1), np.std(curve, 1)
+    mean, std = np.mean(curve, 1), deviation(curve, 1)
     axis.plot([0, *SEVERITIES], mean, label=label)
     axis.fill_between([0, *SEVERITIES], mean - std, mean + std, alpha=0.2, lw=0)
 
@@ -281,7 +282,7 @@ def main() -> None:
     if settings.quick:
         settings.images = 50
     warnings.simplefilter("ignore")
-    progress = Progress(settings.out / "pipeline.partial.json")
+    progress = Progress(settings, "pipeline")
     results = run_problems(settings, partial(run_network, progress=progress))
     recorded = {
         "other_dataset": {

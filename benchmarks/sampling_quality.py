@@ -379,7 +379,7 @@ def main() -> None:
     networks = settings.networks or (NETWORKS[:1] if settings.quick else NETWORKS)
     warnings.simplefilter("ignore")
     name = f"sampling_{settings.study}"
-    progress = Progress(settings.out / f"{name}.partial.json")
+    progress = Progress(settings, name)
     rows = chosen_rows(settings)
     results = {
         network: run_network(network, rows, settings, progress) for network in networks

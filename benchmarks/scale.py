@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from common import (
     Progress,
+    deviation,
     figure_style,
     mean_and_std,
     parse,
@@ -259,7 +260,7 @@ def write_figure(path: Path, results: dict[str, Any]) -> None:
 def _draw(
     axis: Axes, values: dict[str, Any], runs: list[np.ndarray], label: str, **style: str
 ) -> None:
-    means, stds = np.mean(runs, 1), np.std(runs, 1)
+    means, stds = np.mean(runs, 1), deviation(runs, 1)
     if not all(value.isdigit() for value in values):
         positions = range(len(values))
         axis.errorbar(positions, means, stds, fmt=".", label=label, **style)
@@ -276,7 +277,7 @@ def main() -> None:
     """Run the study, and write table, numbers and figure."""
     settings = parse(study_parser(__doc__))
     warnings.simplefilter("ignore")
-    progress = Progress(settings.out / "scale.partial.json")
+    progress = Progress(settings, "scale")
     results = run(settings, progress)
     recorded = {
         "base": asdict(Case()),

@@ -34,9 +34,11 @@ def test_all_benchmarks_can_be_imported():
 
 
 def test_an_interrupted_study_resumes_where_it_stopped(benchmarks, tmp_path):
+    from argparse import Namespace
+
     from common import Progress
 
-    path = tmp_path / "new" / "study.json"
+    settings = Namespace(out=tmp_path / "new", data_root="here", budget=8)
     calls = []
 
     def measure():
@@ -44,10 +46,15 @@ def test_an_interrupted_study_resumes_where_it_stopped(benchmarks, tmp_path):
         return {"value": len(calls)}
 
     for _ in range(2):
-        assert Progress(path).run("first", measure) == {"value": 1}
-    assert Progress(path).run("second", measure) == {"value": 2}
-    Progress(path).clear()
-    assert not path.exists()
+        assert Progress(settings, "study").run("first", measure) == {"value": 1}
+    settings.data_root = "elsewhere"
+    assert Progress(settings, "study").run("second", measure) == {"value": 2}
+    settings.budget = 16
+    with pytest.raises(SystemExit, match=r"'budget': 8.*'budget': 16"):
+        Progress(settings, "study")
+    settings.budget = 8
+    Progress(settings, "study").clear()
+    assert not list(settings.out.iterdir())
 
 
 QUICK = [
