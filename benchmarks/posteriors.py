@@ -324,6 +324,11 @@ def full_data(problem: Problem, keep: bool = True) -> KronDebiasedLaplace:
         The posterior.
     """
     _, kfacs = references(problem.name, problem, keep)
+    return with_kfac(problem, kfacs)
+
+
+def with_kfac(problem: Problem, kfacs: list[Factors]) -> KronDebiasedLaplace:
+    """Return one of our posteriors with K-FAC of given factors."""
     la, _ = fit(problem, budget=8)
     vectors = decompose(kfacs)
     la.H = EigenbasisMatrix(vectors, project(kfacs, vectors))

@@ -5,8 +5,8 @@ laplace-torch's ``KronLaplace`` (K-FAC) and EKFAC; every other row gets backward
 for ``budget`` points only, and is drawn again for each seed. The studies are:
 
 - ``estimators``: each ingredient alone, and together;
-- ``settings``: pools, floors and folds of the best estimator;
-- ``directions``: what exact magnitudes on many points could add;
+- ``settings``: pools, floors and folds of the best estimator, on validation images and
+  with other draws than the others;
 - ``fractions``: the share of the points that give directions, with two batches.
 
 An interrupted study resumes where it stopped.
@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -30,29 +30,31 @@ from common import Progress, figure_style, parse, study_parser, write_report
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from networks import accuracy
+from networks import accuracy, validation_data
 from posteriors import (
-    FIT_BATCH_SIZE,
     PRIORS,
     Problem,
     Result,
     fit,
     references,
     undo_debiasing,
+    with_kfac,
 )
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Subset
 
 from laplace_debiased import EigenbasisMatrix
-from laplace_debiased.backends import CurvatureSource
-from laplace_debiased.curvature import average, scale_gradients
+from laplace_debiased.curvature import average
 from laplace_debiased.eigenbasis import Factors, decompose, project
-from laplace_debiased.sampling import Fold, draw
+from laplace_debiased.sampling import draw
 
 DATASET = "fashion-mnist"
 NETWORKS = ("MLP", "all-convolutional", "ResNet")
-NUM_JUDGES = 10_000
+# fits of the MLP take a tenth of a second
+DRAWS = {"MLP": 20, "all-convolutional": 5, "ResNet": 5}
+# settings are compared on validation images and other draws than the rest
+TUNING = "settings"
+FIRST_SEED = 100
 
 
 def ours(problem: Problem, factors: list[Factors], **options) -> Result:
@@ -99,33 +101,6 @@ def repeated_splits(problem: Problem, factors: list[Factors], **options) -> Resu
     return Result.of(problem, la)
 
 
-def exact_magnitudes(
-    problem: Problem,
-    factors: list[Factors],
-    own_directions: bool,
-    seed: int,
-    **options,
-) -> Result:
-    """Measure exact curvatures on many points, along a draw's directions or their own.
-
-    Both bound what ``ggn`` magnitudes can reach: with the draw's directions, and with
-    those of as many points.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    judges = torch.randperm(len(problem.train), generator=generator)[:NUM_JUDGES]
-    loader = DataLoader(Subset(problem.train, judges.tolist()), FIT_BATCH_SIZE)
-    fold = Fold(loader, NUM_JUDGES)
-    la, _ = fit(problem, **BEST, seed=seed, **options)
-    source = CurvatureSource(la.backend, la.params, {}, seed)
-    vectors = la.H.eigenvectors
-    if own_directions:
-        vectors = decompose(source.kfacs(fold)[0])
-    values, _ = source.directional_curvatures(fold, vectors)
-    values = scale_gradients(values, len(problem.train) / NUM_JUDGES)
-    la.H = EigenbasisMatrix(vectors, values)
-    return Result.of(problem, la)
-
-
 UNIFORM = {"sampling": "uniform"}
 CURVATURE = {"sampling": "curvature"}
 TWO_BATCH = {"estimator": "two_batch"}
@@ -156,28 +131,20 @@ STUDIES: dict[str, dict[str, Row]] = {
         "ggn: cross-fit, curvature": partial(ours, **BEST, **GGN),
     },
     "settings": {
+        "kfac: default (pool of 4096, floor 0.1, 2 folds)": partial(ours, **BEST),
         **{
             f"kfac: pool of {size}": partial(ours, **BEST, pool_size=size)
-            for size in (512, 1024, 2048, 4096, 8192)
+            for size in (512, 1024, 2048, 8192)
         },
         **{
             f"kfac: floor {floor:g}": partial(other_floor, **BEST, floor=floor)
-            for floor in (0.01, 0.03, 0.1, 0.3)
+            for floor in (0.01, 0.03, 0.3)
         },
         **{
             f"kfac: {folds} folds": partial(ours, **BEST, num_folds=folds)
-            for folds in (2, 4, 8)
+            for folds in (4, 8)
         },
         "kfac: 8 folds, repeated splits": repeated_splits,
-    },
-    "directions": {
-        "ggn: cross-fit, curvature": partial(ours, **BEST, **GGN),
-        "ggn: its directions, magnitudes of 10,000 points": partial(
-            exact_magnitudes, own_directions=False
-        ),
-        "ggn: directions and magnitudes of 10,000 points": partial(
-            exact_magnitudes, own_directions=True
-        ),
     },
     "fractions": {
         f"{magnitudes}: {share}": partial(
@@ -206,21 +173,41 @@ def chosen_rows(settings: argparse.Namespace) -> dict[str, Row]:
     return {k: row for k, row in rows.items() if k.split(": ")[1] in shares}
 
 
+def load_problem(name: str, settings: argparse.Namespace) -> Problem:
+    """Load a network, and the images that a study is to test it on."""
+    problem = Problem.load(name, DATASET, settings.data_root, settings.quick)
+    if settings.study != TUNING:
+        return problem
+    count = len(problem.inputs)
+    X, y = validation_data(DATASET, settings.data_root)
+    return replace(problem, inputs=X[:count], labels=y[:count])
+
+
+def full_data_results(
+    problem: Problem, settings: argparse.Namespace
+) -> tuple[dict[str, Result], list[Factors]]:
+    """Return the full-data references, and K-FAC's factors."""
+    results, factors = references(problem.name, problem, keep=not settings.quick)
+    if settings.study == TUNING:  # those kept are of test images
+        results = {"kfac": Result.of(problem, with_kfac(problem, factors))}
+    return results, factors
+
+
 def run_network(
     name: str, rows: dict[str, Row], settings: argparse.Namespace, progress: Progress
 ) -> dict:
     """Measure all rows on all seeds."""
-    problem = Problem.load(name, DATASET, settings.data_root, settings.quick)
+    problem = load_problem(name, settings)
     with torch.no_grad():
         output = problem.model(problem.inputs)
-    full, factors = references(name, problem, keep=not settings.quick)
+    full, factors = full_data_results(problem, settings)
     print(f"{name}: {full}", flush=True)
+    first = 0 if settings.study == TUNING else FIRST_SEED
+    seeds = range(first, first + (settings.seeds or DRAWS[name]))
 
     def measure(row: Row) -> list[dict]:
-        return [
-            asdict(row(problem, factors, budget=settings.budget, seed=seed))
-            for seed in range(settings.seeds)
-        ]
+        options = {"budget": settings.budget}
+        return [asdict(row(problem, factors, seed=seed, **options)) for seed in seeds]
 
     results = {}
     for label, row in rows.items():
@@ -233,6 +220,7 @@ def run_network(
         "num_params": sum(p.numel() for p in problem.params()),
         "map_nll": cross_entropy(output, problem.labels).item(),
         "references": {key: asdict(value) for key, value in full.items()},
+        "seeds": list(seeds),
         "rows": results,
     }
 
@@ -249,11 +237,30 @@ def summary(reference: Result, results: list[Result]) -> list[str]:
     ]
 
 
+def absolute_rows(result: dict, magnitudes: Sequence[str]) -> dict[str, list[str]]:
+    """Format NLLs, of the network alone and of all data, to which others are compared.
+
+    Args:
+        result: A network's results.
+        magnitudes: Which full-data fits.
+
+    Returns:
+        Cells by label.
+    """
+    rows = {"MAP: NLL": [f"{result['map_nll']:.3f}"] * len(PRIORS) + ["-"]}
+    for kind in magnitudes:
+        full = Result(**result["references"][kind])
+        cells = [f"{nll:.3f}" for nll in full.nll]
+        rows[f"full data, {kind}: NLL"] = [*cells, f"{full.prior_precision:.1f}"]
+    return rows
+
+
 def table(networks: dict) -> str:
     """Format the results as Markdown tables, one for each network."""
     parts = []
     for name, result in networks.items():
         references = {k: Result(**r) for k, r in result["references"].items()}
+        kinds = dict.fromkeys(label.split(":")[0] for label in result["rows"])
         parts.append(
             f"**{name}**: {result['num_params']:,} parameters, accuracy "
             f"{100 * result['accuracy']:.1f} %\n"
@@ -261,10 +268,11 @@ def table(networks: dict) -> str:
         priors = " | ".join(f"{prior:g}" for prior in PRIORS)
         parts.append(f"| estimator | {priors} | chosen prior |")
         parts.append("|---" * (len(PRIORS) + 2) + "|")
+        rows = absolute_rows(result, list(kinds))
         for label, runs in result["rows"].items():
             results = [Result(**run) for run in runs]
-            cells = summary(references[label.split(":")[0]], results)
-            parts.append(f"| {label} | {' | '.join(cells)} |")
+            rows[label] = summary(references[label.split(":")[0]], results)
+        parts += [f"| {label} | {' | '.join(cells)} |" for label, cells in rows.items()]
         parts.append("")
     return "\n".join(parts).rstrip()
 
@@ -287,13 +295,17 @@ def short_table(networks: dict) -> str:
         "|---" * (len(PRIORS) + 3) + "|",
     ]
     for name, result in networks.items():
+        rows = absolute_rows(result, MAGNITUDES)
         for label, shown in SUMMARIZED.items():
             if label not in result["rows"]:
                 continue
             full = Result(**result["references"][label.split(":")[0]])
             runs = [Result(**run) for run in result["rows"][label]]
-            cells = " | ".join(summary(full, runs))
-            lines.append(f"| {name} | {shown} | {cells} |")
+            rows[shown] = summary(full, runs)
+        lines += [
+            f"| {name} | {label} | {' | '.join(cells)} |"
+            for label, cells in rows.items()
+        ]
     return "\n".join(lines)
 
 
@@ -360,6 +372,7 @@ PANELS = {"estimators": panel_of_priors, "fractions": panel_of_fractions}
 def main() -> None:
     """Run a study on all networks, and write table, numbers and figure."""
     parser = study_parser(__doc__)
+    parser.set_defaults(seeds=None)  # as many draws as DRAWS says
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--budget", type=int, default=128)
     parser.add_argument(
@@ -386,7 +399,6 @@ def main() -> None:
     }
     recorded = {
         "budget": settings.budget,
-        "seeds": settings.seeds,
         "priors": PRIORS,
         "dataset": DATASET,
     }
