@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import resource
 import time
 import warnings
@@ -36,6 +35,8 @@ from common import (
     in_own_process,
     mean_and_std,
     parse,
+    peak_megabytes,
+    reset_peak,
     run_problems,
     study_parser,
     write_report,
@@ -192,17 +193,6 @@ def predicted(method: Method, predict: Predictor, X: Tensor) -> Tensor:
     return torch.cat([predict(part).detach() for part in X.split(method.batch_size)])
 
 
-def reset_peak() -> None:
-    """Forget the memory that loading the data took."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_gb() -> float:
-    """Return this process's peak memory since the reset."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**20
-
-
 def run_case(settings: argparse.Namespace) -> dict[str, Any]:
     """Fit, predict and score in this process."""
     memory = round(settings.memory * 2**30)
@@ -235,7 +225,7 @@ def run_case(settings: argparse.Namespace) -> dict[str, Any]:
         "points": num_points,
         "fit_seconds": fitted - start,
         "predict_seconds": 1000 * seconds / len(inside),
-        "peak_gb": peak_gb(),
+        "peak_gb": peak_megabytes() / 1024,
     }
 
 

@@ -1,8 +1,10 @@
 """Time and peak memory of GLM predictions, against laplace-torch's Jacobians.
 
-Each case runs in a process of its own, whose peak memory the operating system counts.
+Each case runs in a process of its own, whose peak memory Linux counts. The memory of
+laplace-torch's Jacobians grows with the square of the images that are predicted at
+once, so that it is measured at several numbers, and ours is compared to the fastest.
 
-    python benchmarks/prediction_cost.py --out benchmarks/results
+    python benchmarks/prediction_cost.py
 """
 
 from __future__ import annotations
@@ -10,30 +12,41 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
 
 import torch
-from common import RESULTS, conv_net, peak_megabytes, write_report
+from common import (
+    RESULTS,
+    conv_net,
+    in_own_process,
+    peak_megabytes,
+    reset_peak,
+    write_report,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import Laplace
 
 STRUCTURES = {"KronLaplace": "kron", "debiased": "kron_debiased"}
+# network, posterior, images, and how many of them at once
 CASES = [
-    ("conv net", "KronLaplace", 32),
-    ("conv net", "debiased", 32),
-    ("conv net", "debiased", 128),
-    ("conv net", "debiased", 1000),
-    ("last layer", "KronLaplace", 64),
-    ("last layer", "debiased", 64),
+    ("conv net", "KronLaplace", 32, 32),
+    ("conv net", "KronLaplace", 32, 16),
+    ("conv net", "KronLaplace", 32, 8),
+    ("conv net", "KronLaplace", 32, 4),
+    ("conv net", "KronLaplace", 32, 2),
+    ("conv net", "debiased", 32, 32),
+    ("conv net", "debiased", 128, 128),
+    ("conv net", "debiased", 1000, 1000),
+    ("last layer", "KronLaplace", 64, 64),
+    ("last layer", "debiased", 64, 64),
 ]
 CLASSES, FEATURES = 1000, 2048
 _FIT_POINTS = 64
+MINUTES = 10
 
 
 def fitted(network: str, structure: str) -> tuple[object, torch.Tensor]:
@@ -62,26 +75,31 @@ def fitted(network: str, structure: str) -> tuple[object, torch.Tensor]:
     return la, X
 
 
-def run_case(network: str, structure: str, images: int, repeats: int) -> dict:
+def run_case(
+    network: str, structure: str, images: int, at_once: int, repeats: int
+) -> dict:
     """Predict in this process, with the covariance of all outputs.
 
     Args:
         network: See :func:`fitted`.
         structure: Name in ``STRUCTURES``.
-        images: Number of images in one prediction.
-        repeats: Number of predictions; the fastest counts.
+        images: Number of images.
+        at_once: Number of images in a prediction.
+        repeats: Number of times; the fastest counts.
 
     Returns:
-        Seconds, peak memory before and after, or the error.
+        Seconds, memory before and peak memory, or the error.
     """
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     la, X = fitted(network, STRUCTURES[structure])
+    reset_peak()
     before, seconds = peak_megabytes(), []
     for _ in range(repeats):
         start = time.perf_counter()
         try:
-            la._glm_predictive_distribution(X[:images])
+            for part in X[:images].split(at_once):
+                la._glm_predictive_distribution(part)
         except (RuntimeError, MemoryError) as error:
             return {"error": _reason(error)}
         seconds.append(time.perf_counter() - start)
@@ -97,30 +115,28 @@ def _reason(error: Exception) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Format the cases as a Markdown table; ratios are to the same images' peer."""
+    """Format the cases as a Markdown table; ratios are to the fastest peer."""
     lines = [
-        "| network | posterior | images | seconds | times faster | peak memory (MB) "
-        "| times less |",
+        "| network | posterior | images | at once | seconds | times faster "
+        "| memory above the model's (MB) |",
         "|---" * 7 + "|",
     ]
     for row in rows:
-        name = f"| {row['network']} | {row['posterior']} | {row['images']} "
-        if "seconds" not in row:
-            lines.append(f"{name}| fails | | {row['error']} | |")
-            continue
-        peer = next((r for r in rows if _is_peer(r, row)), None)
-        ratios = ["", ""]
-        if peer is not None:
-            ratios = [f"{peer[key] / row[key]:.1f}" for key in ("seconds", "peak_mb")]
-        lines.append(
-            f"{name}| {row['seconds']:.2f} | {ratios[0]} | {row['peak_mb']:.0f} "
-            f"| {ratios[1]} |"
+        case = " | ".join(
+            str(row[key]) for key in ("network", "posterior", "images", "at_once")
         )
+        if "seconds" not in row:
+            lines.append(f"| {case} | fails | | {row['error']} |")
+            continue
+        peers = [other["seconds"] for other in rows if _is_peer(other, row)]
+        ratio = f"{min(peers) / row['seconds']:.1f}" if peers else ""
+        memory = row["peak_mb"] - row["before_mb"]
+        lines.append(f"| {case} | {row['seconds']:.2f} | {ratio} | {memory:.0f} |")
     return "\n".join(lines)
 
 
 def _is_peer(other: dict, row: dict) -> bool:
-    """Whether another row is laplace-torch's of the same prediction."""
+    """Whether another row is laplace-torch's prediction of the same images."""
     same = all(other[key] == row[key] for key in ("network", "images"))
     return same and other["posterior"] == "KronLaplace" and "seconds" in other
 
@@ -137,18 +153,11 @@ def main() -> None:
         return
 
     rows = []
-    for index, (network, posterior, images) in enumerate(CASES):
-        command = [sys.executable, "-W", "ignore", __file__, "--case", str(index)]
-        command += ["--repeats", str(arguments.repeats)]
-        output = subprocess.run(command, capture_output=True, text=True)
-        lines = output.stdout.strip().splitlines()
-        result = (
-            json.loads(lines[-1])
-            if output.returncode == 0
-            else {"error": f"the process ended with code {output.returncode}"}
-        )
-        case = {"network": network, "posterior": posterior, "images": images}
-        rows.append(case | result)
+    for index, case in enumerate(CASES):
+        options = ["--case", str(index), "--repeats", str(arguments.repeats)]
+        result = in_own_process(__file__, options, 60 * MINUTES)
+        names = ("network", "posterior", "images", "at_once")
+        rows.append(dict(zip(names, case, strict=True)) | result)
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     settings = {"repeats": arguments.repeats}
     write_report(arguments.out, "prediction_cost", settings, rows, table(rows))
