@@ -55,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         "python -m laplace_debiased",
         description="Compare Laplace approximations at an equal budget of training "
         "points with backward passes: MAP, K-FAC of all data, K-FAC of a single "
-        "mini-batch, and debiased K-FAC of two mini-batches.",
+        "mini-batch, debiased K-FAC of two mini-batches, and the defaults with "
+        "magnitudes of K-FAC and of the GGN.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

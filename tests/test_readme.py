@@ -10,12 +10,7 @@ def test_snippets_run_in_order():
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(snippets) >= 3
     namespace = {}
-    preamble = (
-        "direction_loader = DataLoader(TensorDataset(X, y), 64)\n"
-        "other_loader = DataLoader(TensorDataset(X.clone(), y.clone()), 64)\n"
-        "more_data = other_loader\n"
-    )
-    exec(snippets[0] + preamble, namespace)
+    exec(snippets[0], namespace)
     for snippet in snippets[1:]:
         exec(snippet, namespace)
     assert namespace["probabilities"].shape == (5, 3)
