@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from hashlib import sha256
 from math import exp, pi
 from pathlib import Path
 
@@ -286,6 +287,12 @@ def full_ekfac(problem: Problem, like: KronLaplace) -> tuple[KronLaplace, float]
     return like, seconds
 
 
+def digest(model: nn.Module) -> str:
+    """Return a name of a network's parameters and buffers, which changes with them."""
+    parts = (tensor.numpy().tobytes() for tensor in model.state_dict().values())
+    return sha256(b"".join(parts)).hexdigest()[:12]
+
+
 def references(
     name: str, problem: Problem, keep: bool = True
 ) -> tuple[dict[str, Result], list[Factors]]:
@@ -299,7 +306,8 @@ def references(
     Returns:
         Results of ``"kfac"`` and ``"ggn"`` magnitudes, and the factors.
     """
-    path = CHECKPOINTS / "cache" / f"references-{problem.dataset}-{name}.pt"
+    key = f"{problem.dataset}-{name}-{digest(problem.model)}"
+    path = CHECKPOINTS / "cache" / f"references-{key}.pt"
     if keep and path.exists():
         results, factors = torch.load(path, weights_only=True)
         return {key: Result(**value) for key, value in results.items()}, factors
