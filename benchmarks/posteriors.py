@@ -294,19 +294,18 @@ def digest(model: nn.Module) -> str:
 
 
 def references(
-    name: str, problem: Problem, keep: bool = True
+    problem: Problem, keep: bool = True
 ) -> tuple[dict[str, Result], list[Factors]]:
     """Return the full-data references, and K-FAC's factors.
 
     Args:
-        name: What to keep them under.
         problem: Network and data.
         keep: Whether to measure them only once, and keep them for all studies.
 
     Returns:
         Results of ``"kfac"`` and ``"ggn"`` magnitudes, and the factors.
     """
-    key = f"{problem.dataset}-{name}-{digest(problem.model)}"
+    key = f"{problem.dataset}-{problem.name}-{digest(problem.model)}"
     path = CHECKPOINTS / "cache" / f"references-{key}.pt"
     if keep and path.exists():
         results, factors = torch.load(path, weights_only=True)
@@ -331,7 +330,7 @@ def full_data(problem: Problem, keep: bool = True) -> KronDebiasedLaplace:
     Returns:
         The posterior.
     """
-    _, kfacs = references(problem.name, problem, keep)
+    _, kfacs = references(problem, keep)
     return with_kfac(problem, kfacs)
 
 

@@ -187,7 +187,7 @@ def full_data_results(
     problem: Problem, settings: argparse.Namespace
 ) -> tuple[dict[str, Result], list[Factors]]:
     """Return the full-data references, and K-FAC's factors."""
-    results, factors = references(problem.name, problem, keep=not settings.quick)
+    results, factors = references(problem, keep=not settings.quick)
     if settings.study == TUNING:  # those kept are of test images
         results = {"kfac": Result.of(problem, with_kfac(problem, factors))}
     return results, factors
