@@ -29,8 +29,10 @@ class Tape:
         self._batch_size = batch_size
         self._probes: dict[str, tuple[Layer, list[Tensor]]] = {}
 
-    def __contains__(self, layer: Layer) -> bool:
-        return layer.name in self._probes
+    def probes(self, layer: Layer) -> list[Tensor]:
+        """Return a layer's probes, one for each of its calls."""
+        _, probes = self._probes.get(layer.name, (layer, []))
+        return probes
 
     @property
     def num_entries(self) -> int:
@@ -111,6 +113,7 @@ def capture_rows(
     batch_size: int,
     on_input: Callable[[Layer, Tensor], None],
     differentiable: bool = False,
+    all_run: bool = True,
 ) -> Iterator[Tape]:
     """Record the layers during one forward pass.
 
@@ -121,6 +124,7 @@ def capture_rows(
             its calls, as soon as they are known: a network may overwrite an activation
             later.
         differentiable: Whether the rows are to be differentiated.
+        all_run: Whether to refuse layers that never run.
 
     Yields:
         The tape to ask for gradient rows once the forward pass is done.
@@ -155,8 +159,8 @@ def capture_rows(
         for handle in handles:
             handle.remove()
 
-    silent = [layer.name for layer in layers if layer not in tape]
-    if silent:
+    silent = [layer.name for layer in layers if not tape.probes(layer)]
+    if all_run and silent:
         raise ValueError(
             f"Layers never ran as modules in the forward pass: {', '.join(silent)}. "
             "They are unused, or their parameters are used functionally (as "

@@ -28,7 +28,12 @@ from laplace_debiased.curvature import CURVATURES
 from laplace_debiased.debiasing import Debiasing, check_integer
 from laplace_debiased.diagnostics import Diagnostics
 from laplace_debiased.estimation import Earlier, Estimate, Estimator
-from laplace_debiased.guard import frozen, measuring, unchanged_on_failure
+from laplace_debiased.guard import (
+    check_repeatable,
+    frozen,
+    measuring,
+    unchanged_on_failure,
+)
 from laplace_debiased.holdout import best_share, effective_rank
 from laplace_debiased.last_layer import LastLayer
 from laplace_debiased.layers import Block, curvature_blocks
@@ -44,11 +49,12 @@ from laplace_debiased.seeds import mixed_seed
 from laplace_debiased.selection import (
     LeftOut,
     find_layers,
-    idle_modules,
     notice,
     refusal,
     select,
+    unrecorded,
 )
+from laplace_debiased.sweep import Inputs, check_finite_inputs, check_two_examples
 from laplace_debiased.uncertainty import SamplingError
 
 # what a saved posterior has beyond laplace-torch's
@@ -432,30 +438,38 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         return d.sampling == "curvature"
 
     def _prepare(self, batch: Any) -> None:
+        """Find out what the posterior is over, and whether the network is supported."""
+        with measuring(self.model):
+            check_repeatable(self.model)
+        X, y = split_batch(batch, self.dict_key_y)
+        X = X.to(self._device) if isinstance(X, Tensor) else X
+        self._find_parameters(X, len(y))
+        check_finite_inputs(X)
+        layers = find_layers(self.model, self._fitted_params)
+        with measuring(self.model):
+            check_two_examples(self.model, layers, X, len(y))
+
+    def _find_parameters(self, X: Inputs, batch_size: int) -> None:
         """Find out, before curvature is measured, what the posterior is over."""
         if self.params:
-            self._leave_out_idle(batch)
+            self._leave_out_unrecorded(select_rows(X, torch.arange(1), batch_size))
         if not self.params:
             raise ValueError(
                 "The model has no parameters with `requires_grad=True` in supported "
                 "layers: there is nothing to fit."
             )
         if self._left_out:
-            warn(notice(self._left_out, self.n_params), stacklevel=3)
+            warn(notice(self._left_out, self.n_params), stacklevel=5)
 
-    def _leave_out_idle(self, batch: Any) -> None:
-        """Leave out modules that never run, which only a forward pass can show."""
-        X, y = split_batch(batch, self.dict_key_y)
-        X = X.to(self._device) if isinstance(X, Tensor) else X
-        example = select_rows(X, torch.arange(1), len(y))
+    def _leave_out_unrecorded(self, example: Inputs) -> None:
+        """Leave out what only running the network can show."""
+        layers = find_layers(self.model, self.params)
         with measuring(self.model):
-            idle = idle_modules(
-                self.model, find_layers(self.model, self.params), example
-            )
-        if idle and self._strict:
-            raise ValueError(refusal(idle))
-        dropped = {id(param) for entry in idle for param in entry.params}
-        self._left_out = self._left_out + idle
+            left_out = unrecorded(self.model, layers, example)
+        if left_out and self._strict:
+            raise ValueError(refusal(left_out))
+        dropped = {id(param) for entry in left_out for param in entry.params}
+        self._left_out = self._left_out + left_out
         self._fit_only([param for param in self.params if id(param) not in dropped])
 
     def _fit_only(self, params: list[Tensor]) -> None:

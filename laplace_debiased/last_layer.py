@@ -6,12 +6,14 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import torch
+from laplace.utils import select_rows
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from laplace_debiased.guard import measuring
 from laplace_debiased.predictive import last_layer_covariance
 from laplace_debiased.selection import LeftOut
+from laplace_debiased.sweep import Inputs
 
 
 class LastLayer:
@@ -26,10 +28,10 @@ class LastLayer:
     def _fitted_params(self) -> list[Tensor]:
         return list(self.model.last_layer.parameters())
 
-    def _prepare(self, batch: Any) -> None:
+    def _find_parameters(self, X: Inputs, batch_size: int) -> None:
         if self.model.last_layer is None:
-            with measuring(self.model):
-                self._find_last_layer(batch)
+            with measuring(self.model), torch.no_grad():
+                self.model.find_last_layer(select_rows(X, torch.arange(1), batch_size))
         if self.n_params is None:
             self._count_params()
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from laplace_debiased.capture import capture_rows
 from laplace_debiased.layers import ConvLayer, Layer, LinearLayer, VectorLayer
 from laplace_debiased.sweep import Inputs
 
@@ -141,14 +145,14 @@ def find_layers(model: nn.Module, params: Iterable[Tensor]) -> list[Layer]:
     return layers
 
 
-def idle_modules(
-    model: nn.Module, layers: list[Layer], example: Inputs
-) -> list[LeftOut]:
-    """Find modules that never run as such, by one forward pass.
+def unrecorded(model: nn.Module, layers: list[Layer], example: Inputs) -> list[LeftOut]:
+    """Find parameters whose influence on the output is not in their layer's rows.
 
-    They are unused, or their parameters are used functionally (as
-    ``nn.MultiheadAttention`` does with its output projection), so that nothing can be
-    recorded.
+    Their module never runs (it is unused, or its parameters are used functionally, as
+    ``nn.MultiheadAttention`` does with its output projection), is cut off from the
+    output, or they are used outside of it, too. A forward and a backward pass show it:
+    while its own module runs, a parameter requires no gradient, so that a gradient is
+    that of another use.
 
     Args:
         model: The neural network.
@@ -156,30 +160,75 @@ def idle_modules(
         example: Input of the network.
 
     Returns:
-        The modules that did not run, with the parameters of the layers.
+        The parameters, by module and reason.
     """
-    ran: set[nn.Module] = set()
-    modules = {layer.module for layer in layers}
-    handles = [
-        module.register_forward_hook(lambda module, *_: ran.add(module))
-        for module in modules
+    detached = {name: p.detach() for name, p in model.named_parameters()}
+    leaf = {id(p): detached[name] for name, p in model.named_parameters()}
+    uses = [
+        (layer, key, leaf[id(getattr(layer.module, key))].requires_grad_())
+        for layer in layers
+        for key in layer.positions
     ]
+    with (
+        _no_gradient_in_own_module(uses),
+        torch.enable_grad(),  # as when the curvature is computed
+        capture_rows(layers, 1, lambda *_: None, all_run=False) as tape,
+    ):
+        output = functional_call(model, detached, (example,))
+    probes = [probe for layer in layers for probe in tape.probes(layer)]
+    linked = _linked(output, [*probes, *(param for *_, param in uses)])
+
+    found: dict[tuple[nn.Module, str], list[str]] = {}
+    for layer, key, param in uses:
+        calls = tape.probes(layer)
+        if not calls:
+            reason = "never runs as a module"
+        elif id(param) in linked:
+            reason = "is also used outside of the module"
+        elif not any(id(probe) in linked for probe in calls):
+            reason = "does not influence the output"
+        else:
+            continue
+        found.setdefault((layer.module, reason), []).append(key)
+    names = {module: name for name, module in model.named_modules()}
+    return [
+        LeftOut(names[module], module, tuple(keys), reason)
+        for (module, reason), keys in found.items()
+    ]
+
+
+@contextmanager
+def _no_gradient_in_own_module(
+    uses: list[tuple[Layer, str, Tensor]],
+) -> Iterator[None]:
+    """Let parameters require no gradient while their own module runs."""
+    handles = []
+    for layer, _, param in uses:
+        module = layer.module
+        handles += [
+            module.register_forward_pre_hook(partial(_require_gradient, param, False)),
+            module.register_forward_hook(partial(_require_gradient, param, True)),
+        ]
     try:
-        detached = {name: p.detach() for name, p in model.named_parameters()}
-        with torch.enable_grad():  # as when the curvature is computed
-            functional_call(model, detached, (example,))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    keys: dict[nn.Module, list[str]] = {}
-    for layer in layers:
-        if layer.module not in ran:
-            keys.setdefault(layer.module, []).extend(layer.positions)
-    names = {module: name for name, module in model.named_modules()}
-    return [
-        LeftOut(names[module], module, tuple(own), "never runs as a module")
-        for module, own in keys.items()
-    ]
+
+
+def _require_gradient(param: Tensor, flag: bool, *_: Any) -> None:
+    param.requires_grad_(flag)
+
+
+def _linked(output: Tensor, tensors: list[Tensor]) -> set[int]:
+    """Return the ids of the tensors that have a gradient, be it zero."""
+    if not output.requires_grad:
+        return set()
+    gradients = torch.autograd.grad(
+        output, tensors, torch.ones_like(output), allow_unused=True
+    )
+    pairs = zip(tensors, gradients, strict=True)
+    return {id(tensor) for tensor, gradient in pairs if gradient is not None}
 
 
 def refusal(left_out: list[LeftOut]) -> str:

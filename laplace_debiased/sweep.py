@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from laplace.utils import select_rows
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn import CrossEntropyLoss
@@ -188,7 +189,9 @@ def _batch_weights(weights: Tensor | None, start: int, batch_size: int) -> Tenso
     return own
 
 
-def check_examples_are_separate(tape: Tape, output: Tensor) -> None:
+def check_examples_are_separate(
+    tape: Tape, output: Tensor, inputs: Sequence[Tensor] = ()
+) -> None:
     """Refuse networks in which an example's output depends on others.
 
     Then a layer's rows do not belong to the examples that they are counted for: batch
@@ -198,21 +201,74 @@ def check_examples_are_separate(tape: Tape, output: Tensor) -> None:
     Args:
         tape: The tape of a forward pass.
         output: The network's output ``[batch, outputs]``.
+        inputs: Inputs that require gradients, ``[batch, ...]`` each.
 
     Raises:
-        ValueError: If the first output has a gradient in another example's rows.
+        ValueError: If the first output has a gradient in another example's rows or
+            inputs.
     """
     if len(output) == 1:
         return
     column = torch.zeros_like(output)
     column[0] = torch.arange(1, output.shape[1] + 1)
-    for layer, rows in tape.gradient_rows(output, column, retain_graph=True):
-        if rows[1:].any():
+    gradients = [
+        (f"layer {layer.name!r}", rows)
+        for layer, rows in tape.gradient_rows(output, column, retain_graph=True)
+    ]
+    if inputs:
+        own = torch.autograd.grad(
+            output, inputs, column, retain_graph=True, allow_unused=True
+        )
+        gradients += [("the input", rows) for rows in own if rows is not None]
+    for place, rows in gradients:
+        if rows[1:].nan_to_num().any():  # zero times infinity is no dependence
             raise ValueError(
-                f"In layer {layer.name!r}, the first example's output depends on rows "
-                "of others. The batch must be the leading axis of each layer's input, "
-                "and layers with batch statistics must be in eval mode."
+                f"In {place}, the first example's output depends on rows of others. "
+                "The batch must be the leading axis of each layer's input, and layers "
+                "with batch statistics must be in eval mode."
             )
+
+
+def check_two_examples(
+    model: nn.Module, layers: list[Layer], X: Inputs, batch_size: int
+) -> None:
+    """Refuse networks that mix examples, by two of a batch, or its only one twice.
+
+    Args:
+        model: The neural network.
+        layers: The layers.
+        X: Inputs, a tensor or a mapping.
+        batch_size: Number of examples.
+
+    Raises:
+        ValueError: If the network's output is not a finite matrix, or an example's
+            output depends on the other.
+    """
+    probes: list[Tensor] = []
+
+    def pair_of(values: Any) -> Any:
+        pair = select_rows(values, torch.arange(2) % batch_size, batch_size)
+        if (
+            not isinstance(values, Tensor)
+            or not values.is_floating_point()
+            or values.shape[:1] != (batch_size,)
+        ):
+            return pair
+        probes.append(torch.zeros_like(pair, requires_grad=True))
+        return pair + probes[-1]
+
+    is_mapping = isinstance(X, MutableMapping)
+    pair = {key: pair_of(X[key]) for key in X} if is_mapping else pair_of(X)
+    detached = {name: param.detach() for name, param in model.named_parameters()}
+    with (
+        # whose recurrent layers have no backward pass in eval mode
+        torch.backends.cudnn.flags(enabled=False),
+        torch.enable_grad(),
+        capture_rows(layers, 2, lambda *_: None) as tape,
+    ):
+        output = functional_call(model, detached, (pair,))
+    check_output(output, 2)
+    check_examples_are_separate(tape, output, probes)
 
 
 def check_finite_inputs(X: Inputs) -> None:
@@ -230,6 +286,25 @@ def check_finite_inputs(X: Inputs) -> None:
             raise ValueError("Inputs contain NaN or infinite entries.")
 
 
+def check_output(output: Tensor, batch_size: int) -> None:
+    """Refuse outputs that are no finite matrix with a row for each example.
+
+    Args:
+        output: Network output.
+        batch_size: Number of examples.
+
+    Raises:
+        ValueError: If the output is not ``[batch, outputs]`` and finite.
+    """
+    if output.ndim != 2 or output.shape[0] != batch_size:
+        raise ValueError(
+            f"The model's output must have shape [{batch_size}, outputs] for a batch "
+            f"of {batch_size}, got {tuple(output.shape)}."
+        )
+    if not output.isfinite().all():
+        raise ValueError("The model's output contains NaN or infinite entries.")
+
+
 def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
     """Refuse outputs and targets that a loss cannot compare.
 
@@ -245,13 +320,7 @@ def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
         ValueError: If the output is not ``[batch, outputs]`` and finite, or the
             targets have a wrong shape, dtype or range.
     """
-    if output.ndim != 2 or output.shape[0] != y.shape[0]:
-        raise ValueError(
-            f"The model's output must have shape [{len(y)}, outputs] for a batch of "
-            f"{len(y)}, got {tuple(output.shape)}."
-        )
-    if not output.isfinite().all():
-        raise ValueError("The model's output contains NaN or infinite entries.")
+    check_output(output, len(y))
     if isinstance(loss_func, CrossEntropyLoss) and not y.is_floating_point():
         if y.ndim != 1 or y.dtype == torch.bool:
             raise ValueError(

@@ -117,6 +117,37 @@ def test_last_layer_does_not_mind_the_others(model, tokens):
     assert la.n_params == 5 * NUM_OUTPUTS
 
 
+class FunctionalReuse(nn.Module):
+    """Uses a layer's weight functionally, and cuts another layer off."""
+
+    def __init__(self):
+        super().__init__()
+        self.reused, self.cut = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+        self.head = nn.Linear(4, NUM_OUTPUTS)
+
+    def forward(self, x):
+        hidden = self.reused(x).tanh() + self.cut(x).detach()
+        return self.head(nn.functional.linear(hidden, self.reused.weight).tanh())
+
+
+def test_what_rows_do_not_tell_stays_at_its_trained_value():
+    torch.manual_seed(0)
+    model, train = FunctionalReuse().double(), loader(likelihood="regression")
+    la = debiased(model, "regression")
+    with pytest.warns(UserWarning, match=r"outside of the module, cut .* does not"):
+        la.fit(train)
+    assert la.n_params == 5 * NUM_OUTPUTS
+    for part in (model.reused, model.cut):
+        part.requires_grad_(False)
+    expected = debiased(model, "regression")
+    expected.fit(train)
+    assert torch.equal(posterior(la), posterior(expected))
+    for part in (model.reused, model.cut):
+        part.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"reused .* is also used outside"):
+        debiased(model, "regression", strict=True).fit(train)
+
+
 def test_checkpoints_know_what_was_left_out(model, tokens, tmp_path):
     la = debiased(model)
     la.fit(tokens)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_debiased.selection import find_layers, idle_modules, select
+from laplace_debiased.selection import find_layers, select, unrecorded
 from tests.cases import network
 
 
@@ -82,7 +82,7 @@ def test_modules_that_never_run_are_found():
 
     model = Partial().eval()
     layers, _ = select(model, model.parameters())
-    idle = idle_modules(model, layers, torch.randn(1, 3, 4))
+    idle = unrecorded(model, layers, torch.randn(1, 3, 4))
     assert {str(entry) for entry in idle} == {
         "attention.out_proj (NonDynamicallyQuantizableLinear: weight, bias) "
         "never runs as a module",
@@ -96,5 +96,53 @@ def test_fused_encoder_layers_run_as_modules():
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
     model = nn.Sequential(nn.TransformerEncoder(layer, 2)).eval()
     layers, _ = select(model, model.parameters())
-    idle = idle_modules(model, layers, torch.randn(1, 3, 4))
+    idle = unrecorded(model, layers, torch.randn(1, 3, 4))
     assert [entry.name.rsplit(".", 1)[-1] for entry in idle] == ["out_proj"] * 2
+
+
+class TiedAutoencoder(nn.Module):
+    """Uses the encoder's weight functionally in the decoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = nn.Linear(4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        code = self.encoder(x).tanh()
+        return self.head(nn.functional.linear(code, self.encoder.weight.T).tanh())
+
+
+def test_weights_that_are_also_used_outside_of_their_module_are_found():
+    model = TiedAutoencoder()
+    layers, _ = select(model, model.parameters())
+    (entry,) = unrecorded(model, layers, torch.randn(1, 4))
+    assert str(entry) == "encoder (Linear: weight) is also used outside of the module"
+
+
+@pytest.mark.parametrize("cut", ["detach", "no_grad"])
+def test_layers_that_are_cut_off_from_the_output_are_found(cut):
+    class CutOff(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.dead = nn.Linear(4, 3), nn.Linear(3, 3)
+            self.head = nn.Linear(3, 2)
+            nn.init.constant_(self.dead.bias, -100)
+
+        def forward(self, x):
+            with torch.set_grad_enabled(cut == "detach"):
+                x = self.body(x)
+            x = x.detach() if cut == "detach" else x
+            return self.head(self.dead(x).relu())  # zero gradients do influence
+
+    model = CutOff()
+    layers, _ = select(model, model.parameters())
+    (entry,) = unrecorded(model, layers, torch.randn(1, 4))
+    assert str(entry) == "body (Linear: weight, bias) does not influence the output"
+
+
+def test_a_network_without_gradients_influences_nothing():
+    model = nn.Sequential(nn.Linear(4, 2))
+    model.register_forward_hook(lambda module, args, output: output.detach())
+    layers, _ = select(model, model.parameters())
+    (entry,) = unrecorded(model, layers, torch.randn(1, 4))
+    assert entry.reason == "does not influence the output"
