@@ -32,14 +32,47 @@ class LastLayer:
         if self.model.last_layer is None:
             with measuring(self.model), torch.no_grad():
                 self.model.find_last_layer(select_rows(X, torch.arange(1), batch_size))
+        self._free_last_layer()
+
+    def _free_last_layer(self) -> None:
+        """Give the last layer, in laplace-torch's copy, parameters of its own.
+
+        The features are fixed, also where they share the last layer's weight.
+        """
+        layer = self.model.last_layer
+        others = {
+            id(param)
+            for module in self.model.modules()
+            if module is not layer
+            for param in module.parameters(recurse=False)
+        }
+        for key, param in list(layer.named_parameters()):
+            if id(param) in others:
+                own = nn.Parameter(param.detach().clone(), param.requires_grad)
+                setattr(layer, key, own)
         if self.n_params is None:
             self._count_params()
+
+    def _forward_with_features(
+        self, X: Inputs, **model_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Run the network, and return its last layer's inputs, too.
+
+        In a copied network, the hook of laplace-torch fills the original's features.
+        """
+        extractor = self.model
+        hook = extractor._get_hook(extractor._last_layer_name)
+        handle = extractor.last_layer.register_forward_hook(hook)
+        try:
+            return extractor.forward_with_features(X, **model_kwargs)
+        finally:
+            handle.remove()
 
     def _output_moments(
         self, X: Tensor | MutableMapping[str, Any], kind: str
     ) -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(self.enable_backprop):
-            f_mu, features = self.model.forward_with_features(X)
+            f_mu, features = self._forward_with_features(X)
         if not self._is_output(f_mu, features):
             return super()._output_moments(X, kind)
         return f_mu, last_layer_covariance(features, self.posterior_precision, kind)
@@ -52,7 +85,7 @@ class LastLayer:
         **model_kwargs: Any,
     ) -> Iterator[Tensor]:
         X = X.to(self._device) if isinstance(X, Tensor) else X
-        f_mu, features = self.model.forward_with_features(X, **model_kwargs)
+        f_mu, features = self._forward_with_features(X, **model_kwargs)
         if not self._is_output(f_mu, features):
             yield from super()._sampled_outputs(X, n_samples, generator, **model_kwargs)
             return
@@ -68,8 +101,10 @@ class LastLayer:
     def _is_output(self, f_mu: Tensor, features: Tensor) -> bool:
         """Tell if the network's output is that of the last layer, and no more."""
         layer = self.model.last_layer
-        if features.ndim != 2 or f_mu.shape[1] != layer.out_features:
+        if features.ndim != 2 or f_mu.shape != (len(features), layer.out_features):
             return False
+        if not len(features):
+            return True
         tolerance = torch.finfo(f_mu.dtype).eps ** 0.5
         difference = f_mu - linear(features, layer.weight, layer.bias)
         return bool(difference.abs().max() <= tolerance * f_mu.abs().max())
@@ -91,6 +126,6 @@ class LastLayer:
         if self.model.last_layer is None and "found_last_layer" in state_dict:
             # laplace-torch saves a training batch instead, and searches again
             self.model.set_last_layer(state_dict["found_last_layer"])
-        if self.n_params is None and self.model.last_layer is not None:
-            self._count_params()
+        if self.model.last_layer is not None:
+            self._free_last_layer()
         super()._load(state_dict)

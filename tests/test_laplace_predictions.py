@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +7,7 @@ from torch.func import functional_call, jacrev
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests import dense
-from tests.cases import NUM_OUTPUTS, network
+from tests.cases import NUM_OUTPUTS, batch, network
 from tests.fits import SIZE, SUBSETS, debiased, loader, posterior
 
 
@@ -107,6 +109,63 @@ class OnLastLayer(nn.Module):
 
     def forward(self, x):
         return self.work(self.head(self.body(x).tanh()))
+
+
+class Tied(nn.Module):
+    """The last layer has the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.body = nn.Embedding(NUM_OUTPUTS, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, NUM_OUTPUTS)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.body(self.embedding(tokens)).tanh().mean(1))
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_features_are_fixed_also_where_they_share_the_last_layers_weight(magnitudes):
+    torch.manual_seed(0)
+    tied = Tied().double()
+    untied = copy.deepcopy(tied)
+    untied.head.weight = nn.Parameter(tied.head.weight.detach().clone())
+    tokens = torch.randint(NUM_OUTPUTS, (SIZE, 5))
+    train = DataLoader(TensorDataset(tokens, torch.randint(NUM_OUTPUTS, (SIZE,))), 7)
+    fits = [
+        debiased(m, subset="last_layer", magnitudes=magnitudes) for m in (tied, untied)
+    ]
+    for la in fits:
+        la.fit(train)
+    la, expected = fits
+    assert torch.equal(posterior(la), posterior(expected))
+    assert torch.equal(la(tokens), expected(tokens))
+    generator = torch.Generator()
+    samples = [
+        each.predictive_samples(tokens, "nn", 3, generator=generator.manual_seed(0))
+        for each in fits
+    ]
+    assert torch.equal(*samples)
+    assert tied.head.weight is tied.embedding.weight
+    loaded = debiased(tied, subset="last_layer", magnitudes=magnitudes)
+    loaded.load_state_dict(la.state_dict())
+    assert torch.equal(loaded(tokens), la(tokens))
+
+
+def test_copies_of_last_layer_posteriors_have_features_of_their_own():
+    la, X = debiased(network("mlp"), subset="last_layer"), batch("mlp", 5)[0]
+    la.fit(loader())
+    clone = copy.deepcopy(la)
+    assert torch.equal(clone(X), la(X))
+    samples = clone.functional_samples(X, pred_type="nn", n_samples=2)
+    assert samples.shape == (2, 5, NUM_OUTPUTS)
+
+
+@pytest.mark.parametrize("options", [{}, {"pred_type": "nn", "link_approx": "mc"}])
+def test_last_layers_predict_for_no_examples(options):
+    la = debiased(network("mlp"), subset="last_layer")
+    la.fit(loader())
+    assert la(batch("mlp", 5)[0][:0], **options).shape == (0, NUM_OUTPUTS)
 
 
 @pytest.mark.parametrize("tokens", [False, True])
