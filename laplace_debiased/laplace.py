@@ -243,15 +243,17 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         """Fit the posterior at the model's parameters.
 
         Curvature and loss are scaled from the points used to N, the size of
-        ``train_loader.dataset``. If anything fails, the last fitted posterior and the
-        model stay as they were.
+        ``train_loader.dataset``, also where a sampler visits a part of it, and without
+        the points of ``magnitude_loader``. If anything fails, the last fitted posterior
+        and the model stay as they were.
 
         Args:
             train_loader: Yields ``(X, y)``, or mappings with the keys ``dict_key_x``
                 and ``dict_key_y``. Without ``magnitude_loader``, its points are
                 assigned to the two roles at random, reproducibly by ``seed``.
             magnitude_loader: Yields the points that give magnitudes; then
-                ``train_loader`` yields those that give directions.
+                ``train_loader`` yields those that give directions. All points of both
+                are used, whatever the ``budget``.
             override: Whether to forget the last fit. Otherwise the data count as
                 further data: with ``kfac`` magnitudes, the factors of both roles add
                 up; with ``ggn``, the factors that give directions, and the magnitudes,
@@ -293,11 +295,14 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         which earlier curvature is known by its eigenvalues in the last directions.
 
         Args:
-            batch: A batch ``(X, y)``, or a mapping. Without ``magnitude_batch``, its
-                points are assigned to the folds at random; if they are more than
-                ``budget``, as many of them are drawn as in :meth:`fit`.
+            batch: A batch ``(X, y)``, or a mapping, whose tensors, lists and tuples
+                have a row for each point; those of other lengths are shared by all.
+                Without ``magnitude_batch``, its points are assigned to the folds at
+                random; if they are more than ``budget``, as many of them are drawn as
+                in :meth:`fit`.
             magnitude_batch: A batch that gives magnitudes; then ``batch`` gives
-                directions.
+                directions. All points of both are used, whatever the ``budget``, and
+                count.
             decay: Factor on the weight of earlier points, in (0, 1].
             num_data: Number of points that curvature and loss are scaled to; None for
                 the number of points so far, decayed like their weights.
