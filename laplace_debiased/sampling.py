@@ -7,14 +7,24 @@ on neither the batch size nor the order in which the loader shuffles.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence, Sized
+from collections.abc import Iterable, MutableMapping, Sequence, Sized
 from dataclasses import dataclass
+from statistics import median_high
 from typing import Any
 
 import torch
 from laplace.utils import training_indices
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    default_collate,
+)
+
+from laplace_debiased.batches import Batches, RunLoader, Runs, shapes
 
 MIN_POINTS = 2
 
@@ -90,7 +100,7 @@ class Points:
 
     def some(self, num_points: int) -> DataLoader:
         """Return a loader over some of the points, at random."""
-        return loader_over(self.loader, self.indices[:num_points].sort()[0])
+        return _loader_over_set(self.loader, self.indices[:num_points])
 
     def split(self, shares: Sequence[float]) -> Folds:
         """Assign each point to a fold.
@@ -111,9 +121,7 @@ class Points:
                 "needed, since some give directions, others magnitudes."
             )
         parts = self.indices.split(fold_sizes(len(self), shares))
-        folds = [
-            Fold(loader_over(self.loader, part.sort()[0]), len(part)) for part in parts
-        ]
+        folds = [Fold(_loader_over_set(self.loader, part), len(part)) for part in parts]
         return Folds(tuple(folds), self.num_data)
 
 
@@ -278,8 +286,8 @@ def explicit_folds(direction_loader: DataLoader, magnitude_loader: DataLoader) -
             )
     return Folds(
         (
-            Fold(loader_over(direction_loader, directions), len(directions)),
-            Fold(loader_over(magnitude_loader, magnitudes), len(magnitudes)),
+            Fold(_loader_over_set(direction_loader, directions), len(directions)),
+            Fold(_loader_over_set(magnitude_loader, magnitudes), len(magnitudes)),
         ),
         num_data,
         explicit=True,
@@ -344,15 +352,26 @@ def loader_over(
     Returns:
         The loader.
     """
-    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)
-    return DataLoader(
+    kind = RunLoader if isinstance(loader, RunLoader) else DataLoader
+    return kind(
         Subset(loader.dataset if dataset is None else dataset, indices.tolist()),
-        batch_size,
+        loader.batch_size or loader.batch_sampler.batch_size,
         collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
+        **_reading(loader),
     )
+
+
+def _loader_over_set(loader: DataLoader, indices: Tensor) -> DataLoader:
+    """Return a loader over points whose own order does not matter."""
+    if isinstance(loader, RunLoader):
+        return loader_over(loader, loader.arranged(indices))
+    return loader_over(loader, indices.sort()[0])
+
+
+def _reading(loader: DataLoader) -> dict[str, Any]:
+    """Return how a loader reads its dataset."""
+    names = ("num_workers", "pin_memory", "worker_init_fn")
+    return {name: getattr(loader, name) for name in names}
 
 
 def subset_of(loader: DataLoader, positions: Tensor) -> DataLoader:
@@ -389,16 +408,36 @@ def _indexable(loader: DataLoader) -> DataLoader:
         and loader.batch_sampler is not None
         and not isinstance(loader.dataset, IterableDataset)
     ):
-        return loader
-    batches = _Batches(loader)
-    return DataLoader(batches, batch_size=batches.largest, collate_fn=batches.collate)
+        is_plain = type(loader.batch_sampler) is BatchSampler
+        return loader if is_plain else _listed(loader)
+    return Batches(loader).loader()
+
+
+def _listed(loader: DataLoader) -> DataLoader:
+    """Return a loader over what a batch sampler of the user's own yields in an epoch.
+
+    It may put together what can be stacked, such as sentences of one length. Without a
+    ``collate_fn``, which is taken to join any points, a new batch begins where the
+    shapes change.
+    """
+    batches = [[int(index) for index in batch] for batch in loader.batch_sampler]
+    kind, collate = DataLoader, loader.collate_fn
+    if collate is default_collate:
+        kind, collate = RunLoader, Runs(collate, shapes)
+    return kind(
+        loader.dataset,
+        median_high([len(batch) for batch in batches] or [1]),
+        sampler=[index for batch in batches for index in batch],
+        collate_fn=collate,
+        **_reading(loader),
+    )
 
 
 def loader_of_batch(batch: Any, name: str = "batch") -> DataLoader:
     """Return a loader over the points of one batch.
 
     Args:
-        batch: A pair ``(X, y)``, or a mapping of tensors.
+        batch: A pair ``(X, y)``, or a mapping.
         name: Its name in messages.
 
     Returns:
@@ -412,55 +451,7 @@ def loader_of_batch(batch: Any, name: str = "batch") -> DataLoader:
         raise TypeError(
             f"`{name}` must be a pair (X, y) or a mapping, got {type(batch).__name__}."
         )
-    points = _Batches([batch])
+    points = Batches([batch])
     if len(points) == 0:
         raise ValueError(f"`{name}` is empty: it has no points.")
-    return DataLoader(points, batch_size=len(points), collate_fn=points.collate)
-
-
-class _Batches(Dataset):
-    """The points of batches that were read into memory.
-
-    Args:
-        batches: Yields ``(X, y)`` pairs or mappings of tensors.
-    """
-
-    def __init__(self, batches: Iterable):
-        self._points = [point for batch in batches for point in _points(batch)]
-        sizes = [_batch_size(batch) for batch in self._points]
-        self.largest = max(64, *sizes) if sizes else 1
-
-    def __len__(self) -> int:
-        return len(self._points)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._points[index]
-
-    @staticmethod
-    def collate(points: list) -> Any:
-        """Join points, each a batch of one."""
-        if isinstance(points[0], MutableMapping):
-            return {key: _join([point[key] for point in points]) for key in points[0]}
-        return tuple(_join(list(parts)) for parts in zip(*points, strict=True))
-
-
-def _join(values: list) -> Any:
-    return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
-
-
-def _batch_size(batch: Any) -> int:
-    values = batch.values() if isinstance(batch, MutableMapping) else batch
-    return next(len(value) for value in values if isinstance(value, Tensor))
-
-
-def _points(batch: Any) -> Iterator[Any]:
-    """Yield the points of a batch, each as a batch of one."""
-
-    def row(value: Any, index: int) -> Any:
-        return value[index : index + 1] if isinstance(value, Tensor) else value
-
-    for index in range(_batch_size(batch)):
-        if isinstance(batch, MutableMapping):
-            yield {key: row(value, index) for key, value in batch.items()}
-        else:
-            yield tuple(row(value, index) for value in batch)
+    return points.loader()

@@ -411,6 +411,43 @@ def test_dict_inputs_equal_tensor_inputs(magnitudes, subset, tmp_path):
     torch.load(tmp_path / "la.pt", weights_only=True)
 
 
+def test_what_a_batch_shares_is_not_divided():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network("mlp")
+
+        def forward(self, data):
+            return self.net(data["scale"] * data["x"] @ data["turn"])
+
+    class Stream:
+        dataset = loader().dataset
+
+        def __iter__(self):
+            for X, y in loader():
+                yield {"x": X / 2} | shared | {"label": y}
+
+    turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
+    shared = {"turn": turn, "scale": torch.tensor(2.0).double()}
+    X, y = loader().dataset.tensors
+    la = debiased(Turned(), dict_key_x="x", dict_key_y="label")
+    la.fit(Stream())
+    expected = debiased(network("mlp"))
+    expected.fit(DataLoader(TensorDataset(X @ turn, y), 7))
+    assert dense.relative_error(posterior(la), posterior(expected)) < 1e-10
+
+
+@pytest.mark.parametrize("budget", [None, 16])
+def test_sequences_batched_by_length_are_those_one_by_one(budget):
+    pairs = enumerate(loader("sequence").dataset)
+    data = [(x[: 3 + k % 3], y) for k, (x, y) in pairs]
+    buckets = [list(range(start, SIZE, 3)) for start in (1, 0, 2)]
+    la, expected = (debiased(network("sequence"), budget=budget) for _ in range(2))
+    la.fit(DataLoader(data, batch_sampler=buckets))
+    expected.fit(DataLoader(data))
+    assert dense.relative_error(posterior(la), posterior(expected)) < 1e-10
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [

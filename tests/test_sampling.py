@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
@@ -17,6 +18,7 @@ from laplace_debiased.sampling import (
     explicit_folds,
     fold_sizes,
     inclusion_probabilities,
+    subset_of,
 )
 
 SIZE = 20
@@ -181,6 +183,66 @@ def test_workers_are_kept(dataset):
     folds = draw_uniformly(DataLoader(dataset, 4, num_workers=1), None, 0).split(HALVES)
     assert [fold.loader.num_workers for fold in folds.folds] == [1, 1]
     assert len(points(folds.folds[0].loader)) == SIZE // 2
+
+
+class OwnBatches:
+    """A batch sampler that tells no batch size, and counts its epochs."""
+
+    def __init__(self, batches):
+        self.batches, self.epochs = batches, 0
+
+    def __iter__(self):
+        self.epochs += 1
+        yield from self.batches
+
+    def __len__(self):
+        return len(self.batches)
+
+
+def test_batches_are_as_large_as_those_of_the_users_sampler(dataset):
+    sampler = OwnBatches([[*range(k, min(k + 3, SIZE))] for k in range(0, SIZE, 3)])
+    loader = DataLoader(dataset, batch_sampler=sampler)
+    folds = draw_uniformly(loader, None, 0).split(HALVES).folds
+    assert sampler.epochs == 1
+    for fold in folds:
+        assert [len(X) for X, _ in fold.loader] == [3, 3, 3, 1]
+    assert [points(fold.loader) for fold in folds] == roles(DataLoader(dataset, 3))
+
+
+LENGTHS = [2 + k % 3 for k in range(SIZE)]
+
+
+def buckets():
+    """Batches of examples of one length, out of order."""
+    return [[k for k in range(SIZE) if LENGTHS[k] == n] for n in (3, 2, 4)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_points_of_one_length_are_batched(num_workers):
+    data = [(torch.full((LENGTHS[k],), k), k) for k in range(SIZE)]
+    loader = DataLoader(
+        data, batch_sampler=OwnBatches(buckets()), num_workers=num_workers
+    )
+    folds = draw_uniformly(loader, None, 0).split(HALVES).folds
+    batches = [list(fold.loader) for fold in folds]
+    seen = [torch.cat([y for _, y in own]) for own in batches]
+    assert torch.cat(seen).sort()[0].tolist() == list(range(SIZE))
+    for own, order, fold in zip(batches, seen, folds, strict=True):
+        assert len(own) <= 5  # of three lengths, and up to 7 points
+        assert all((X == y[:, None]).all() for X, y in own)
+        positions = torch.tensor([0, 4, 5, 9])
+        some = torch.cat([y for _, y in subset_of(fold.loader, positions)])
+        assert torch.equal(some, order[positions])
+
+
+def test_examples_of_several_lengths_go_to_the_users_collate_function():
+    def pad(examples):
+        return nn.utils.rnn.pad_sequence(examples, True), torch.zeros(len(examples))
+
+    data = [torch.full((n,), n) for n in LENGTHS]
+    loader = DataLoader(data, batch_sampler=OwnBatches(buckets()), collate_fn=pad)
+    folds = draw_uniformly(loader, None, 0).split(HALVES).folds
+    assert [len(X) for fold in folds for X, _ in fold.loader] == [7, 3, 7, 3]
 
 
 SCORES = torch.tensor([0.0, 0.0, 10.0, 1.0, 2.0, 3.0, 0.1, 0.2, 0.0, 0.7])

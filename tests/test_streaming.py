@@ -284,20 +284,28 @@ def test_further_data_have_random_numbers_of_their_own():
     assert len(set(seeds)) == len(seeds)
 
 
-def test_mappings_are_batches():
-    class OnDict(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = network("mlp")
+class OnDict(torch.nn.Module):
+    """Takes mappings, whose texts must be those of the inputs."""
 
-        def forward(self, data):
-            return self.net(data["input_ids"])
+    def __init__(self):
+        super().__init__()
+        self.net = network("mlp")
 
+    def forward(self, data):
+        X = data["input_ids"]
+        assert len(data.get("text", X)) == len(X)
+        return self.net(X)
+
+
+@pytest.mark.parametrize("extra", [{}, {"text": ["a"] * SIZE}])
+def test_mappings_are_batches(extra):
     ((X, y),) = batches(1)
-    la, expected = debiased(OnDict()), debiased(network("mlp"))
-    la.partial_fit({"input_ids": X, "labels": y})
+    la, pair, expected = debiased(OnDict()), debiased(OnDict()), debiased(OnDict().net)
+    la.partial_fit({**extra, "input_ids": X, "labels": y})
+    pair.partial_fit(({**extra, "input_ids": X}, y))
     expected.partial_fit((X, y))
     assert torch.equal(posterior(la), posterior(expected))
+    assert torch.equal(posterior(pair), posterior(expected))
 
 
 @pytest.mark.parametrize(
