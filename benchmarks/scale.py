@@ -1,9 +1,10 @@
 """Bias and the gain from debiasing against architecture and scale.
 
 Architectures are those with a checkpoint; their posteriors are of 10,000 of the points
-that they were trained on, and tested on 500 images. Of networks of linear layers, depth, width, number of classes
-and of points are varied one at a time. All these are trained for about as many steps.
-Up to ten classes are FashionMNIST's, merged; a hundred are pairs of MNIST's digits.
+that they were trained on, and tested on 500 images. Of networks of linear layers,
+depth, width, number of classes and of points are varied one at a time. All these are
+trained for about as many steps. Up to ten classes are FashionMNIST's, merged; a hundred
+are pairs of MNIST's digits.
 
     python benchmarks/scale.py --data-root DATA
 
