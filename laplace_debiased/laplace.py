@@ -224,6 +224,13 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         fitted = {id(param) for param in self._fitted_params}
         return [n for n, p in self.model.named_parameters() if id(p) in fitted]
 
+    @KronLaplace.prior_precision.setter
+    def prior_precision(self, prior_precision: float | Tensor) -> None:
+        """Change the prior precision: a scalar, or one for each parameter tensor."""
+        # laplace-torch's setter takes the value over before it has checked its length
+        with unchanged_on_failure(self):
+            KronLaplace.prior_precision.fset(self, prior_precision)
+
     @property
     def prior_precision_diag(self) -> Tensor:
         """Diagonal of the prior precision, ``[params]``."""

@@ -12,7 +12,7 @@ from laplace.utils.enums import Likelihood, LinkApprox
 from torch import Tensor
 from torch.func import functional_call
 
-from laplace_debiased.guard import evaluating
+from laplace_debiased.guard import evaluating, unchanged_on_failure
 from laplace_debiased.predictive import LinearizedPredictive
 
 
@@ -156,9 +156,11 @@ class Prediction:
     def optimize_prior_precision(self, *args: Any, **kwargs: Any) -> None:
         """Tune the prior precision as laplace-torch does, and keep the model's mode.
 
+        If anything fails, the prior precision stays as it was.
+
         Args:
             *args: Arguments of ``KronLaplace.optimize_prior_precision``.
             **kwargs: Its keywords.
         """
-        with evaluating(self.model):
+        with evaluating(self.model), unchanged_on_failure(self):
             super().optimize_prior_precision(*args, **kwargs)

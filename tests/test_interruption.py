@@ -2,6 +2,7 @@
 
 import copy
 from itertools import product
+from unittest import mock
 
 import pytest
 import torch
@@ -205,3 +206,33 @@ def test_successful_fit_keeps_gradients_hooks_and_parameters(model, loader):
         la.fit(loader)
         before["modes"] = [False for _ in before["modes"]]  # as laplace-torch leaves it
         assert_same(model, before)
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_refused_or_interrupted_tuning_keeps_the_prior(
+    model, countdown, loader, subset
+):
+    la = Laplace(model, "classification", subset, "kron_debiased", prior_precision=7.0)
+    la.fit(loader)
+    X, _ = batch("mlp", 5)
+    expected = la(X)
+
+    def check():
+        assert la.prior_precision.tolist() == [7.0]
+        assert torch.equal(la(X), expected)
+
+    with pytest.raises(ValueError, match="either scalar or per-layer"):
+        la.optimize_prior_precision(prior_structure="diag")
+    check()
+    with pytest.raises(ValueError, match="either scalar or per-layer"):
+        la.prior_precision = torch.ones(la.n_params)
+    check()
+    countdown.calls_left = 2
+    with pytest.raises(Interrupted):
+        la.optimize_prior_precision(method="gridsearch", val_loader=loader)
+    countdown.calls_left = None
+    check()
+    step = mock.patch("torch.optim.Adam.step", side_effect=Interrupted)
+    with step, pytest.raises(Interrupted):
+        la.optimize_prior_precision(method="marglik")
+    check()
