@@ -270,10 +270,11 @@ class EigenbasisMatrix(KronDecomposed):
         return sum(values.log().sum() for values in self.spectra())
 
     def _split(self, W: Tensor) -> list[Tensor]:
-        """Split ``[..., params]`` into blocks ``[..., d_out(, d_in)]``."""
+        """Split ``[..., params]`` into blocks ``[..., d_out(, d_in)]`` in own dtype."""
         shapes = [
             torch.Size([len(v) for v in vectors]) for vectors in self.eigenvectors
         ]
+        W = W.to(self.eigenvectors[0][0].dtype)
         parts = W.split([shape.numel() for shape in shapes], dim=-1)
         return [
             part.reshape(*W.shape[:-1], *shape)
@@ -288,9 +289,8 @@ class EigenbasisMatrix(KronDecomposed):
                 self._split(W), self.eigenvectors, self.spectra(), strict=True
             )
         ]
-        return torch.cat(
-            [product.reshape(*W.shape[:-1], -1) for product in products], -1
-        )
+        flat = [product.reshape(*W.shape[:-1], -1) for product in products]
+        return torch.cat(flat, -1).to(W.dtype)
 
     def inv_square_form(self, W: Tensor) -> Tensor:
         """Compute ``W @ inverse(self) @ W.T`` of each example.
@@ -308,7 +308,7 @@ class EigenbasisMatrix(KronDecomposed):
             scaled = to_eigenbasis(part, vectors) * values.rsqrt()
             scaled = scaled.flatten(2)
             result = result + scaled @ scaled.mT
-        return result
+        return result.to(W.dtype)
 
     def diag(self, exponent: float = 1) -> Tensor:
         """Compute the diagonal of ``self ** exponent``.

@@ -19,7 +19,7 @@ from laplace_debiased.curvature import (
 from laplace_debiased.eigenbasis import Factors, decompose, eigendecompose
 from laplace_debiased.sampling import Fold, Folds, draw, fold_sizes, subset_of
 from laplace_debiased.seeds import mixed_seed
-from laplace_debiased.sweep import SweepSummary
+from laplace_debiased.sweep import SweepSummary, at_least_single
 from laplace_debiased.uncertainty import SamplingError
 
 
@@ -202,7 +202,7 @@ class Estimator:
         """Compute the factors of a fold, scaled to all data."""
         fold = self._folds[index]
         kfacs, summary = self._source.kfacs(fold)
-        kfacs = scale_gradients(kfacs, self._note(summary, fold))
+        kfacs = scale_gradients(self._checked(kfacs), self._note(summary, fold))
         if self._surveyed is None:
             return kfacs
         pairs = zip(kfacs, self._surveyed[index], strict=True)
@@ -212,7 +212,16 @@ class Estimator:
         """Measure a fold's curvature along directions, scaled to all data."""
         fold = self._folds[index]
         curvatures, summary = self._source.directional_curvatures(fold, eigenvectors)
-        return scale_gradients(curvatures, self._note(summary, fold))
+        return scale_gradients(self._checked(curvatures), self._note(summary, fold))
+
+    def _checked(self, kfacs: list[Factors]) -> list[Factors]:
+        """Refuse curvature that overflowed; turn half precision into single."""
+        if not all(factor.isfinite().all() for own in kfacs for factor in own):
+            raise ValueError(
+                f"Curvature is not finite in {self._source.params[0].dtype}: use a "
+                "model in float32 or bfloat16."
+            )
+        return [[at_least_single(factor) for factor in own] for own in kfacs]
 
     def _note(self, summary: SweepSummary, fold: Fold) -> float:
         """Keep a summary, scaled to all data; return the scale."""
@@ -221,7 +230,7 @@ class Estimator:
         self._summaries.append(
             replace(
                 summary,
-                loss=scale * summary.loss,
+                loss=scale * at_least_single(summary.loss),
                 contributions=None if contributions is None else scale * contributions,
             )
         )

@@ -155,13 +155,15 @@ class KroneckerFactors:
         """Return the factors of each block.
 
         Args:
-            dtype: The factors' dtype.
+            dtype: The parameters' dtype. Factors of parameters in half precision, which
+                cannot hold sums over all data, are in single precision.
 
         Returns:
             ``[G, A]`` for each block with a weight, ``[G]`` for a bias. A weight and
             its bias hold the same G.
         """
         self._reduce_calls()
+        dtype = _accumulation_dtype(dtype)
         inputs = {
             name: (covariance / self._row_weights[name]).to(dtype)
             for name, covariance in self._input_covariances.items()
@@ -218,12 +220,14 @@ class DirectionalCurvatures:
         """Rotate and keep a batch of input rows ``[batch, S, groups, features]``."""
         for index, block in self._blocks_of(layer):
             if block.has_inputs:
-                own = _with_bias_column(rows) if block.is_joint else rows
+                own = rows.to(_accumulation_dtype(rows.dtype))
+                own = _with_bias_column(own) if block.is_joint else own
                 rotated = own @ self._eigenvectors[index][1]
                 self._inputs.setdefault(index, []).append(rotated)
 
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
         """Add a batch of gradient rows, which carry the square root of the weights."""
+        rows = rows.to(_accumulation_dtype(rows.dtype))
         for index, block in self._blocks_of(layer):
             basis = self._eigenvectors[index][0]
             if block.has_inputs:
@@ -232,7 +236,6 @@ class DirectionalCurvatures:
                 curvature, squares = _squared_gradients(rows, inputs, basis)
             else:
                 squared = (rows.flatten(2).sum(1) @ basis) ** 2
-                squared = squared.to(_accumulation_dtype(rows.dtype))
                 curvature, squares = squared.sum(0), squared.sum(1)
             self._curvatures[index] += curvature
             self.contributions.add(layer.name, squares)
@@ -241,11 +244,12 @@ class DirectionalCurvatures:
         """Return the curvatures of each block.
 
         Args:
-            dtype: The curvatures' dtype.
+            dtype: The parameters' dtype, as in :meth:`KroneckerFactors.kfacs`.
 
         Returns:
             ``[matrix]`` of shape ``[d_out, d_in]``, or ``[vector]`` for a bias.
         """
+        dtype = _accumulation_dtype(dtype)
         return [[curvature.to(dtype)] for curvature in self._curvatures]
 
 
@@ -263,14 +267,13 @@ def _squared_gradients(
         The sums over the batch ``[d_out, d_in]``, and over the gradient ``[batch]``.
     """
     _, positions, groups, d_in = inputs.shape
-    dtype = _accumulation_dtype(gradients.dtype)
     if groups == 1:
         gradients = gradients @ basis
         if positions == 1:
-            g, x = (rows.flatten(1).to(dtype) ** 2 for rows in (gradients, inputs))
+            g, x = (rows.flatten(1) ** 2 for rows in (gradients, inputs))
             return g.T @ x, g.sum(1) * x.sum(1)
 
-    total = inputs.new_zeros(len(basis), d_in, dtype=dtype)
+    total = inputs.new_zeros(len(basis), d_in)
     of_examples = []
     size = max(1, _CHUNK_ENTRIES // total.numel())
     # [batch, groups, positions, features]: one matrix product for an example and group
@@ -279,7 +282,7 @@ def _squared_gradients(
         products = (g.mT @ x).flatten(1, 2)
         if groups > 1:
             products = basis.T @ products
-        squares = products.to(dtype) ** 2
+        squares = products**2
         total += squares.sum(0)
         of_examples.append(squares.sum((1, 2)))
     return total, torch.cat(of_examples)

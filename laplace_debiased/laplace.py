@@ -20,7 +20,6 @@ from laplace.curvature.curvlinops import CurvlinopsInterface
 from laplace.utils import select_rows, split_batch
 from laplace.utils.enums import Likelihood
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from laplace_debiased.backends import CurvatureSource
@@ -214,6 +213,11 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         self.H = None
 
     @property
+    def _dtype(self) -> torch.dtype:
+        """The posterior's dtype: half precision cannot hold sums over all data."""
+        return torch.promote_types(super()._dtype, torch.float32)
+
+    @property
     def _fitted_params(self) -> list[Tensor]:
         """The parameters that the posterior is over."""
         return self.params
@@ -239,6 +243,23 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         return torch.cat(
             [p.expand(size) for p, size in zip(precisions, sizes, strict=True)]
         )
+
+    @property
+    def scatter(self) -> Tensor:
+        """Squared distance of the mean from the prior's, by the prior precision."""
+        delta = (self.mean - self.prior_mean).to(self._dtype)
+        return (delta * self.prior_precision_diag) @ delta
+
+    def square_norm(self, value: Tensor) -> Tensor:
+        """Compute the squared distance of parameters from the mean.
+
+        Args:
+            value: The parameters ``[params]``.
+
+        Returns:
+            The distance by the posterior precision.
+        """
+        return super().square_norm(value.to(self._dtype))
 
     def fit(
         self,
@@ -374,7 +395,7 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
     def _take_over(self, estimate: Estimate, num_data: float) -> None:
         """Make an estimate the posterior, at the model's parameters."""
         H = estimate.curvature.decompose(self.damping)
-        mean = parameters_to_vector(self._fitted_params)
+        mean = torch.cat([param.reshape(-1) for param in self._fitted_params])
         self.H_facs, self.H = estimate.curvature, H
         self.mean = mean if self.enable_backprop else mean.detach()
         self.loss, self.n_outputs = estimate.loss, estimate.num_outputs

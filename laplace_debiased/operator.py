@@ -238,7 +238,10 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
             for values in eigenvalues:
                 values[0] /= summary.total_weight
 
-        self._eigenvectors, self._eigenvalues = eigenvectors, eigenvalues
+        self._eigenvectors, self._eigenvalues = (
+            [[tensor.to(self.dtype) for tensor in block] for block in blocks]
+            for blocks in (eigenvectors, eigenvalues)
+        )
         self._num_data = summary.num_data
 
     def _sweep(self, data, accumulator, weights, description, index):

@@ -14,13 +14,15 @@ from torch.func import functional_call
 
 from laplace_debiased.guard import evaluating, unchanged_on_failure
 from laplace_debiased.predictive import LinearizedPredictive
+from laplace_debiased.sweep import at_least_single
 
 
 class Prediction:
     """Predicts as laplace-torch's ``KronLaplace`` does, which is to follow as a base.
 
     Without Jacobians, without writing into the model, which runs in eval mode whatever
-    its own, and with ``generator`` honoured.
+    its own, and with ``generator`` honoured. What is returned has the model's dtype;
+    moments of models in half precision are single on the way.
     """
 
     def __call__(
@@ -38,9 +40,13 @@ class Prediction:
         """
         self._generator = generator
         try:
-            return super().__call__(*args, generator=generator, **kwargs)
+            prediction = super().__call__(*args, generator=generator, **kwargs)
         finally:
             self._generator = None
+        if isinstance(prediction, Tensor):
+            return prediction.to(self.mean.dtype)
+        f_mu, f_var = prediction
+        return f_mu.to(self.mean.dtype), f_var.to(self.mean.dtype)
 
     def sample(
         self, n_samples: int = 100, generator: torch.Generator | None = None
@@ -54,7 +60,8 @@ class Prediction:
         Returns:
             Samples ``[n_samples, params]``.
         """
-        return super().sample(n_samples, generator or self._generator)
+        samples = super().sample(n_samples, generator or self._generator)
+        return samples.to(self.mean.dtype)
 
     def _glm_functional_samples(
         self,
@@ -64,9 +71,10 @@ class Prediction:
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        return super()._glm_functional_samples(
+        samples = super()._glm_functional_samples(
             f_mu, f_var, n_samples, diagonal_output, generator or self._generator
         )
+        return samples.to(self.mean.dtype)
 
     def _glm_predictive_distribution(
         self,
@@ -78,6 +86,7 @@ class Prediction:
         kind = "joint" if joint else "diagonal" if diagonal_output else "full"
         with evaluating(self.model):
             f_mu, f_var = self._output_moments(X, kind)
+        f_mu = at_least_single(f_mu)
         return (f_mu.flatten() if joint else f_mu), f_var
 
     def _output_moments(
@@ -125,13 +134,12 @@ class Prediction:
         laplace-torch writes the samples into the model; here it is called functionally.
         """
         X = X.to(self._device) if isinstance(X, Tensor) else X
-        names = self._fitted_names
-        shapes = [param.shape for param in self._fitted_params]
+        fitted = dict(zip(self._fitted_names, self._fitted_params, strict=True))
         for sample in self.sample(n_samples, generator):
-            parts = sample.split([shape.numel() for shape in shapes])
+            parts = sample.split([param.numel() for param in fitted.values()])
             params = {
-                name: part.view(shape)
-                for name, part, shape in zip(names, parts, shapes, strict=True)
+                name: part.view(param.shape).to(param.dtype)
+                for (name, param), part in zip(fitted.items(), parts, strict=True)
             }
             output = functional_call(self.model, params, (X,), model_kwargs)
             yield output if self.enable_backprop else output.detach()

@@ -51,7 +51,8 @@ class BlockPosterior:
 
     def rotate_inputs(self, rows: Tensor) -> Tensor:
         """Rotate input rows ``[batch, S, groups, d_in]``."""
-        return rows @ self.eigenvectors[1]
+        basis = self.eigenvectors[1]
+        return rows.to(basis.dtype) @ basis
 
     def covariance(
         self,
@@ -74,6 +75,7 @@ class BlockPosterior:
         Returns:
             ``[batch, C, C]``, ``[batch, C]`` or ``[batch * C, batch * C]``.
         """
+        gradients = gradients.to(self.precisions.dtype)
         if inputs is None:
             gradients = gradients.flatten(3).sum(2)[:, :, None, None]
             inputs = gradients.new_ones(len(gradients), 1, 1, 1)
@@ -186,12 +188,14 @@ class LinearizedPredictive:
 
         Returns:
             The mean ``[batch, C]``, and the covariance ``[batch, C, C]``,
-            ``[batch, C]`` or ``[batch * C, batch * C]``.
+            ``[batch, C]`` or ``[batch * C, batch * C]``, in the posterior's dtype.
 
         Raises:
             ValueError: If the network's output is not a matrix, or a layer cannot be
                 recorded.
         """
+        if batch_size == 0:
+            return self._of_no_examples(X, kind)
         if kind == "joint":
             return self._chunk(X, batch_size, kind)
         size = self._chunk_size(X, batch_size)
@@ -225,13 +229,22 @@ class LinearizedPredictive:
             return linear.output, covariance
         return linear.output.detach(), covariance.detach()
 
+    @torch.no_grad()
+    def _of_no_examples(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
+        """Return empty moments, for which no rows can be recorded."""
+        output = self._model(X)
+        count = output.shape[1]
+        shape = {"full": (0, count, count), "diagonal": (0, count), "joint": (0, 0)}
+        return output, self._posteriors[0].precisions.new_zeros(shape[kind])
+
     def _chunk_size(self, X: Inputs, batch_size: int) -> int:
         """Find out by one example how many fit into the memory limit."""
         if batch_size == 1:
             return 1
         example = select_rows(X, torch.arange(1), batch_size)
         one = example_entries(self._model, self._layers, example)
-        num_outputs, entry = one.output[0].numel(), one.output.element_size()
+        num_outputs = one.output[0].numel()
+        entry = self._posteriors[0].precisions.element_size()
         # gradient rows are stacked: both they and the stack are there at once
         entries = one.inputs + 2 * num_outputs * one.gradients + num_outputs**2
         # with a single position, Jacobians are never formed

@@ -209,6 +209,18 @@ def test_outputs_without_influence_of_a_layer_have_no_variance_from_it():
     assert relative_error(actual, expected) < 1e-10
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["mlp", "resnet"])
+def test_no_examples_have_empty_moments(name, kind):
+    model = network(name)
+    X, _ = batch(name, SIZE)
+    args = (model, list(model.parameters()), posterior_of(model))
+    mean, covariance = LinearizedPredictive(*args).moments(X[:0], 0, kind)
+    _, other = LinearizedPredictive(*args).moments(X[:1], 1, kind)
+    assert mean.shape == (0, NUM_OUTPUTS) and covariance.numel() == 0
+    assert (covariance.ndim, covariance.dtype) == (other.ndim, other.dtype)
+
+
 def test_outputs_must_be_a_matrix():
     model = nn.Sequential(nn.Linear(3, 2)).double()
     args = (model, list(model.parameters()), posterior_of(model))
