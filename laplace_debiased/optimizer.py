@@ -10,6 +10,7 @@ quadratic predicts the loss (Levenberg-Marquardt, as in Martens, 2010).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,16 @@ Closure = Callable[[], tuple[Tensor, Tensor]]
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
     """Join tensors of any memory layout to a vector."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _check_pair(returned: Any) -> None:
+    """Refuse what a closure returned unless it is losses and output."""
+    is_pair = isinstance(returned, tuple | list) and len(returned) == 2
+    if not is_pair or not all(isinstance(part, Tensor) for part in returned):
+        raise TypeError(
+            "A closure must return a pair of tensors, the losses and the network's "
+            f"output that they were computed from, got {type(returned).__name__}."
+        )
 
 
 class BatchQuadratic:
@@ -193,8 +204,19 @@ class DebiasedCG(Optimizer):
             "debias": debias,
         }
         super().__init__(params, defaults)
-        if len(self.param_groups) != 1:
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take the parameters; the constructor calls this once.
+
+        Args:
+            param_group: The parameters, and options of their own.
+
+        Raises:
+            ValueError: If there are parameters already.
+        """
+        if self.param_groups:
             raise ValueError("DebiasedCG supports one parameter group.")
+        super().add_param_group(param_group)
 
     @property
     def _params(self) -> list[Tensor]:
@@ -217,6 +239,7 @@ class DebiasedCG(Optimizer):
             The loss before the step, on the points that gave magnitudes.
 
         Raises:
+            TypeError: If a closure returns no pair of tensors.
             ValueError: If a closure's losses cannot be split, or losses, curvature or
                 step are not finite; the parameters then stay.
         """
@@ -268,7 +291,9 @@ class DebiasedCG(Optimizer):
 
         def call(closure: Closure) -> tuple[Tensor, Tensor]:
             with sdpa_kernel(SDPBackend.MATH):  # fused attention is not twice
-                return closure()  # differentiable
+                returned = closure()  # differentiable
+            _check_pair(returned)
+            return returned
 
         if magnitude_closure is not None:
             if not group["debias"]:

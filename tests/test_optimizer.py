@@ -311,3 +311,16 @@ def test_bad_batches_are_refused_and_change_nothing():
     groups = [{"params": [p]} for p in model.parameters()]
     with pytest.raises(ValueError, match="one parameter group"):
         DebiasedCG(groups)
+    optimizer = DebiasedCG([next(model.parameters())])
+    with pytest.raises(ValueError, match="one parameter group"):
+        optimizer.add_param_group({"params": list(model[2].parameters())})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_closures_must_return_losses_and_output(count):
+    model, (X, y) = network("mlp"), batch("mlp", SIZE)
+    closure = closure_over(model, X, y)
+    closures = [closure, lambda: closure()[0]][-count:]
+    with pytest.raises(TypeError, match=r"must return a pair .* got Tensor"):
+        DebiasedCG(model.parameters()).step(*closures)
