@@ -27,6 +27,7 @@ from laplace_debiased.eigenbasis import (
     to_eigenbasis,
 )
 from laplace_debiased.factors import DirectionalCurvatures, KroneckerFactors
+from laplace_debiased.guard import check_repeatable
 from laplace_debiased.layers import Block, curvature_blocks
 from laplace_debiased.output_curvature import Loss, OutputCurvature
 from laplace_debiased.seeds import mixed_seed
@@ -139,7 +140,8 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
 
     Args:
         model_func: The neural network, with output ``[batch, outputs]``. Its mode
-            (train or eval) is left as it is.
+            (train or eval) is left as it is; layers with batch statistics or dropout
+            must be in eval mode.
         loss_func: ``MSELoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss`` with
             reduction ``"sum"`` or ``"mean"`` (over the magnitude data).
         params: The parameters that the operator acts on.
@@ -215,8 +217,10 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
         """Compute eigenvectors and eigenvalues, by one pass over each source.
 
         Raises:
-            ValueError: If data or weights are not valid.
+            ValueError: If data or weights are not valid, or the network mixes examples
+                or is random.
         """
+        check_repeatable(self._model_func)
         directions = KroneckerFactors(self._blocks, self._kfac_approx)
         self._sweep(
             self._direction_data, directions, self._direction_weights, "Directions", 0

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from laplace_debiased.factors import KroneckerFactors
+from laplace_debiased.guard import check_repeatable
 from laplace_debiased.output_curvature import Loss, OutputCurvature
 from laplace_debiased.sweep import Inputs, sweep
 
@@ -23,7 +24,8 @@ def curvature_scores(
     :class:`~laplace_debiased.operator.DebiasedKFACLinearOperator`.
 
     Args:
-        model_func: The neural network, with output ``[batch, outputs]``.
+        model_func: The neural network, with output ``[batch, outputs]``; layers with
+            batch statistics or dropout must be in eval mode.
         loss_func: ``MSELoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss``.
         data: Batches ``(X, y)``, iterated over once.
 
@@ -31,8 +33,10 @@ def curvature_scores(
         Scores ``[points]``.
 
     Raises:
-        ValueError: If the loss is not supported, or data are empty or not valid.
+        ValueError: If the loss is not supported, data are empty or not valid, or the
+            network mixes examples or is random.
     """
+    check_repeatable(model_func)
     output_curvature = OutputCurvature(loss_func)
     nothing = KroneckerFactors([])
     return sweep(model_func, [], data, output_curvature, nothing, backward=False).traces

@@ -96,7 +96,8 @@ def sweep(
 
     Raises:
         ValueError: If the data are empty, not finite, or of a wrong shape or dtype,
-            there are not as many weights as examples, or the network mixes examples.
+            there are not as many weights as examples, weights are negative or all zero,
+            or the network mixes examples.
     """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
@@ -180,6 +181,8 @@ def _batch_weights(weights: Tensor | None, start: int, batch_size: int) -> Tenso
     """Return the weights of the batch that begins with example ``start``."""
     if weights is None:
         return torch.ones(batch_size)
+    if start == 0:
+        _check_weights(weights)
     own = weights[start : start + batch_size]
     if len(own) < batch_size:
         raise ValueError(
@@ -187,6 +190,18 @@ def _batch_weights(weights: Tensor | None, start: int, batch_size: int) -> Tenso
             "one each is needed."
         )
     return own
+
+
+def _check_weights(weights: Tensor) -> None:
+    if weights.ndim != 1:
+        shape = tuple(weights.shape)
+        raise ValueError(f"Weights must have shape [examples], got {shape}.")
+    valid = weights.isfinite() & (weights >= 0)
+    if not valid.all() or not weights.any():
+        raise ValueError(
+            "Weights must be finite and at least zero, and some of them positive, got "
+            f"{weights.min().item()}..{weights.max().item()}."
+        )
 
 
 def check_examples_are_separate(

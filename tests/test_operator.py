@@ -395,6 +395,31 @@ def test_weights_must_match_the_examples(count):
         linear_operator.compute()
 
 
+@pytest.mark.parametrize("role", ["direction_weights", "magnitude_weights"])
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (-torch.ones(SIZE), r"at least zero, .* got -1.0..-1.0"),
+        (torch.zeros(SIZE), "some of them positive"),
+        (torch.full((SIZE,), float("nan")), "Weights must be finite"),
+        (torch.ones(SIZE, 1), r"must have shape \[examples\], got \(40, 1\)"),
+    ],
+)
+def test_bad_weights_are_refused(weights, message, role):
+    linear_operator = operator(network("mlp"), *sources("mlp"), **{role: weights})
+    with pytest.raises(ValueError, match=message):
+        linear_operator.compute()
+
+
+@pytest.mark.parametrize("module", [nn.BatchNorm1d(3), nn.Dropout()])
+def test_models_that_vary_are_refused_and_stay(module):
+    model = nn.Sequential(network("mlp"), module.double().train())
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"Module '1' \({type(module).__name__}\)"):
+        operator(model, *sources("mlp")).compute()
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+
+
 def test_singular_operator_needs_damping():
     linear_operator = operator(network("mlp"), *sources("mlp"))
     with pytest.raises(ValueError, match="`damping` must make"):

@@ -46,3 +46,11 @@ def test_drawn_points_give_an_unbiased_operator():
     )
     assert (estimates.mean() - exact).abs() < 4 * estimates.std() / 200**0.5
     assert estimates.std() < 0.9 * uniform.std()
+
+
+def test_models_that_vary_are_refused_and_stay():
+    model = network("batch-norm-1d").train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"call `model.eval\(\)`"):
+        curvature_scores(model, nn.CrossEntropyLoss(), [batch("batch-norm-1d", SIZE)])
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
