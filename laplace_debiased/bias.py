@@ -7,7 +7,7 @@ Section 3 and Figure 2).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -17,7 +17,6 @@ import torch
 from curvlinops import GGNLinearOperator, HessianLinearOperator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from laplace_debiased.cg import cg
@@ -237,10 +236,10 @@ def bias_report(
         loss_func: The loss, with reduction ``"mean"`` or ``"sum"``; values are those of
             a mean over examples, of whatever the loss sums over in each.
         params: The parameters.
-        loader: Yields the training points.
+        loader: Yields the training points, as pairs ``(X, y)``.
         directions: ``"eigenvectors"`` (of the mini-batch's curvature, the largest
             first) or ``"cg"`` (those of conjugate gradients on its quadratic).
-        num_directions: Number of directions, K.
+        num_directions: Number of directions, K; of eigenvectors, fewer than parameters.
         batch_size: Number of points in a mini-batch.
         num_batches: Number of other, disjoint mini-batches.
         num_points: Number of points that are measured; None for all that the loader
@@ -255,6 +254,7 @@ def bias_report(
         The report.
 
     Raises:
+        TypeError: If the loader yields mappings.
         ValueError: If an argument is out of range or not supported, or the network
             mixes examples or is random.
     """
@@ -262,6 +262,13 @@ def bias_report(
     if directions not in DIRECTIONS:
         raise ValueError(
             f"`directions` must be one of {list(DIRECTIONS)}, got {directions!r}."
+        )
+    num_params = sum(param.numel() for param in params)
+    too_many = directions == "eigenvectors" and num_directions >= num_params
+    if num_directions < 1 or too_many:
+        raise ValueError(
+            f"`num_directions` must lie in 1..{num_params - 1}, got {num_directions}: "
+            f"there are {num_params} parameters."
         )
     points = draw_uniformly(loader, num_points, seed)
     needed = (1 + num_batches) * batch_size
@@ -271,6 +278,11 @@ def bias_report(
             f"{batch_size} points need {needed} points, but there are {len(points)}."
         )
     own_batch = list(loader_over(points.loader, points.indices[:batch_size]))
+    if isinstance(own_batch[0], Mapping):
+        raise TypeError(
+            "`loader` must yield pairs (X, y), of which X may be a mapping, but yields "
+            f"{type(own_batch[0]).__name__}."
+        )
     with sdpa_kernel(SDPBackend.MATH):  # fused attention is not twice differentiable
         columns = _directions(
             model_func,
@@ -343,23 +355,19 @@ def _directions(
     on_device = [
         (X.to(device) if isinstance(X, Tensor) else X, y.to(device)) for X, y in batch
     ]
-    gradient = parameters_to_vector(
-        [
-            sum(parts)
-            for parts in zip(
-                *(
-                    torch.autograd.grad(
-                        loss_func(model_func(X), y) * _share(loss_func, y, batch),
-                        params,
-                        allow_unused=True,
-                        materialize_grads=True,
-                    )
-                    for X, y in on_device
-                ),
-                strict=True,
+    gradients = zip(
+        *(
+            torch.autograd.grad(
+                loss_func(model_func(X), y) * _share(loss_func, y, batch),
+                params,
+                allow_unused=True,
+                materialize_grads=True,
             )
-        ]
+            for X, y in on_device
+        ),
+        strict=True,
     )
+    gradient = torch.cat([sum(parts).reshape(-1) for parts in gradients])
     quadratic = _Damped(operator, damping, _per_example(loss_func, batch))
     result = cg(quadratic, -quadratic.scale * gradient, rtol=0.0, max_iterations=count)
     if result.num_iterations == 0:

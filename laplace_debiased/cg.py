@@ -116,6 +116,8 @@ def cg(
     if limit < 1:
         raise ValueError(f"`max_iterations` must be at least 1, got {limit}.")
 
+    if not b.any():  # no tolerance relative to it can be met but by the origin
+        x0 = None
     start = torch.zeros_like(b) if x0 is None else x0
     residual = b if x0 is None else b - A @ x0
     # what is below rounding errors tells no direction

@@ -331,9 +331,30 @@ def test_the_model_stays_as_it_was(directions):
         ({"curvature": "fisher"}, "`curvature` must be one of"),
         ({"batch_size": 60}, "need 240 points, but there are 120"),
         ({"num_batches": 0}, "`num_batches` must be at least 1"),
-        ({"num_directions": 0}, "`k` must lie in"),
+        ({"num_directions": 0}, r"`num_directions` must lie in 1..42, got 0"),
+        ({"num_directions": 43}, r"`num_directions` must lie in 1..42, got 43"),
     ],
 )
 def test_bad_arguments_are_refused(problem, options, message):
     with pytest.raises(ValueError, match=message):
         report(problem, **options)
+
+
+def test_loaders_of_mappings_are_refused(problem):
+    model, params, X, y = problem
+    data = [{"x": x, "labels": label} for x, label in zip(X, y, strict=True)]
+    train = DataLoader(data, 16)
+    with pytest.raises(TypeError, match=r"yield pairs .* but yields dict"):
+        bias_report(model, nn.CrossEntropyLoss(), params, train, **OPTIONS)
+
+
+@pytest.mark.parametrize("directions", ["eigenvectors", "cg"])
+def test_parameters_may_have_any_memory_layout(directions):
+    name, reports = "cnn-stride-padding", []
+    train = DataLoader(TensorDataset(*batch(name, SIZE)), 16)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = network(name).to(memory_format=memory_format)
+        arguments = nn.CrossEntropyLoss(), list(model.parameters()), train
+        own = bias_report(model, *arguments, directions=directions, **OPTIONS)
+        reports.append(own.curvature.overall)
+    assert torch.allclose(*reports)

@@ -179,6 +179,9 @@ def test_limits_of_the_iteration():
     assert cg(A, b, max_iterations=3).num_iterations == 3
     zero = cg(A, torch.zeros_like(b))
     assert (zero.num_iterations, zero.termination) == (0, CONVERGED)
+    warm = cg(A, torch.zeros_like(b), torch.ones_like(b))
+    assert (warm.num_iterations, warm.termination) == (0, CONVERGED)
+    assert not warm.solution.any()  # as in SciPy
     exact = cg(A, b, torch.linalg.solve(A, b))
     assert (exact.num_iterations, exact.termination) == (0, CONVERGED)
 
