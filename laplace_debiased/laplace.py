@@ -56,7 +56,22 @@ from laplace_debiased.selection import (
 from laplace_debiased.sweep import Inputs, check_finite_inputs, check_two_examples
 from laplace_debiased.uncertainty import SamplingError
 
-# what a saved posterior has beyond laplace-torch's
+# what laplace-torch reads from a saved posterior
+_STATE = {
+    "H",
+    "cls_name",
+    "enable_backprop",
+    "likelihood",
+    "loss",
+    "mean",
+    "n_data",
+    "n_outputs",
+    "prior_mean",
+    "prior_precision",
+    "sigma_noise",
+    "temperature",
+}
+# what ours has beyond that
 _OWN_STATE = {
     "magnitudes",
     "num_points",
@@ -65,6 +80,12 @@ _OWN_STATE = {
     "sampling_error",
     "weight",
 }
+
+
+def _check_has(state_dict: dict[str, Any], keys: set[str]) -> None:
+    missing = keys - state_dict.keys()
+    if missing:
+        raise ValueError(f"`state_dict` lacks {sorted(missing)}.")
 
 
 class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
@@ -95,8 +116,8 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
             probabilities that grow with the curvature of the loss in the network's
             output, which takes forward passes; the pool also gives input covariances
             and the loss) or ``"uniform"``. None for ``"curvature"`` with the curvlinops
-            backends, the only ones that support it. In regression all points of the
-            pool are equally probable.
+            backends, the only ones that support it. In regression, all points of the
+            pool are equally probable with ``CurvlinopsGGN``.
         pool_size: Number of points in the pool; None for 32 times the budget.
         fisher_rank: Number of columns of the output curvature's square root that are
             kept for each point, the largest ones; one more column stands for the
@@ -146,6 +167,7 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
             fisher_rank=fisher_rank,
             seed=seed,
         )
+        check_integer("memory_limit", memory_limit, 1)
         self.memory_limit = memory_limit
         self._strict = strict
         self._generator: torch.Generator | None = None
@@ -585,6 +607,7 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
             self._load(state_dict)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        _check_has(state_dict, _STATE)
         own = self.debiasing.magnitudes
         if state_dict.get("magnitudes", own) != own:
             raise ValueError(
@@ -592,9 +615,7 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
                 f"object {own!r}."
             )
         if state_dict["cls_name"] == type(self).__name__:
-            missing = _OWN_STATE - state_dict.keys()
-            if missing:
-                raise ValueError(f"`state_dict` lacks {sorted(missing)}.")
+            _check_has(state_dict, _OWN_STATE)
             self._load_parameters(state_dict["parameters"])
         ParametricLaplace.load_state_dict(self, state_dict)
         self.H_facs = CURVATURES[own](**state_dict["H"])

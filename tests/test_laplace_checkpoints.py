@@ -69,3 +69,14 @@ def test_checkpoints_of_other_kinds_are_refused():
         la.load_state_dict(reference.state_dict())
     with pytest.raises(AttributeError, match="not fitted"):
         debiased(model).state_dict()
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_incomplete_checkpoints_are_refused(subset):
+    la = debiased(network("mlp"), subset=subset)
+    la.fit(loader())
+    state_dict = la.state_dict()
+    del state_dict["prior_precision"]
+    for incomplete in ({}, la.model.state_dict(), state_dict):
+        with pytest.raises(ValueError, match=r"lacks .*'prior_precision'"):
+            la.load_state_dict(incomplete)
