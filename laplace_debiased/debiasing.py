@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+from laplace.curvature import CurvatureInterface, EFInterface
+from laplace.curvature.curvlinops import CurvlinopsInterface
+
 from laplace_debiased.operator import check_magnitudes
 
 MIN_BUDGET = 8
@@ -67,6 +70,48 @@ class Debiasing:
             raise ValueError(
                 f"`num_folds` must be at most `budget`, got {self.num_folds} folds for "
                 f"{self.budget} points."
+            )
+
+    def check_damping(self, damping: bool) -> None:
+        """Refuse laplace-torch's damping where eigenvalues do not factor."""
+        if damping and self.magnitudes == "ggn":
+            raise ValueError(
+                "`damping=True` needs factored eigenvalues: use `magnitudes='kfac'`."
+            )
+
+    def check_backend(
+        self, backend: type[CurvatureInterface], stochastic: bool
+    ) -> None:
+        """Refuse settings that a backend does not support.
+
+        Args:
+            backend: The backend.
+            stochastic: Whether it samples labels.
+
+        Raises:
+            ValueError: If a setting needs another backend.
+        """
+        is_curvlinops = issubclass(backend, CurvlinopsInterface)
+        if self.magnitudes == "ggn" and not is_curvlinops:
+            raise ValueError(
+                "`magnitudes='ggn'` needs a curvlinops backend, got "
+                f"{backend.__name__}: use `CurvlinopsGGN` or `magnitudes='kfac'`."
+            )
+        if self.sampling == "curvature" and not is_curvlinops:
+            raise ValueError(
+                "`sampling='curvature'` needs a curvlinops backend, got "
+                f"{backend.__name__}: use `CurvlinopsGGN` or `sampling='uniform'`."
+            )
+        if self.fisher_rank is None:
+            return
+        if not is_curvlinops or issubclass(backend, EFInterface):
+            raise ValueError(
+                f"`fisher_rank` needs `CurvlinopsGGN`, got {backend.__name__}."
+            )
+        if stochastic:
+            raise ValueError(
+                "`fisher_rank` needs exact output curvature: it does not go with "
+                "`stochastic=True`, which samples labels."
             )
 
     @property

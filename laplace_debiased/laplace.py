@@ -14,8 +14,7 @@ from typing import Any
 from warnings import warn
 
 import torch
-from laplace import KronLaplace, KronLLLaplace, ParametricLaplace
-from laplace.curvature import CurvatureInterface, EFInterface
+from laplace import KronLaplace, KronLLLaplace
 from laplace.curvature.curvlinops import CurvlinopsInterface
 from laplace.utils import select_rows, split_batch
 from laplace.utils.enums import Likelihood
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from laplace_debiased.backends import CurvatureSource
-from laplace_debiased.curvature import CURVATURES
+from laplace_debiased.checkpoint import Checkpoint
 from laplace_debiased.debiasing import Debiasing, check_integer
 from laplace_debiased.diagnostics import Diagnostics
 from laplace_debiased.estimation import Earlier, Estimate, Estimator
@@ -56,39 +55,8 @@ from laplace_debiased.selection import (
 from laplace_debiased.sweep import Inputs, check_finite_inputs, check_two_examples
 from laplace_debiased.uncertainty import SamplingError
 
-# what laplace-torch reads from a saved posterior
-_STATE = {
-    "H",
-    "cls_name",
-    "enable_backprop",
-    "likelihood",
-    "loss",
-    "mean",
-    "n_data",
-    "n_outputs",
-    "prior_mean",
-    "prior_precision",
-    "sigma_noise",
-    "temperature",
-}
-# what ours has beyond that
-_OWN_STATE = {
-    "magnitudes",
-    "num_points",
-    "num_updates",
-    "parameters",
-    "sampling_error",
-    "weight",
-}
 
-
-def _check_has(state_dict: dict[str, Any], keys: set[str]) -> None:
-    missing = keys - state_dict.keys()
-    if missing:
-        raise ValueError(f"`state_dict` lacks {sorted(missing)}.")
-
-
-class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
+class KronDebiasedLaplace(Checkpoint, Diagnostics, Prediction, KronLaplace):
     """Laplace approximation with debiased K-FAC over all weights.
 
     Has the interface of laplace-torch's ``KronLaplace`` and its keywords. Parameters in
@@ -179,48 +147,10 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
         # laplace-torch's last-layer class forgets `damping` on the way
         arguments = signature(super().__init__).bind(model, likelihood, *args, **kwargs)
         self.damping = arguments.arguments.get("damping", False)
-        self._check_ggn_support(self.damping, self._backend_cls)
-        self._check_sampling_support(self._backend_cls)
-        self._check_fisher_rank_support(self._backend_cls)
-
-    def _check_ggn_support(
-        self, damping: bool, backend: type[CurvatureInterface]
-    ) -> None:
-        if self.debiasing.magnitudes != "ggn":
-            return
-        if damping:
-            raise ValueError(
-                "`damping=True` needs factored eigenvalues: use `magnitudes='kfac'`."
-            )
-        if not issubclass(backend, CurvlinopsInterface):
-            raise ValueError(
-                "`magnitudes='ggn'` needs a curvlinops backend, got "
-                f"{backend.__name__}: use `CurvlinopsGGN` or `magnitudes='kfac'`."
-            )
-
-    def _check_sampling_support(self, backend: type[CurvatureInterface]) -> None:
-        if self.debiasing.sampling == "curvature" and not issubclass(
-            backend, CurvlinopsInterface
-        ):
-            raise ValueError(
-                "`sampling='curvature'` needs a curvlinops backend, got "
-                f"{backend.__name__}: use `CurvlinopsGGN` or `sampling='uniform'`."
-            )
-
-    def _check_fisher_rank_support(self, backend: type[CurvatureInterface]) -> None:
-        if self.debiasing.fisher_rank is None:
-            return
-        if not issubclass(backend, CurvlinopsInterface) or issubclass(
-            backend, EFInterface
-        ):
-            raise ValueError(
-                f"`fisher_rank` needs `CurvlinopsGGN`, got {backend.__name__}."
-            )
-        if self._backend_kwargs.get("stochastic"):
-            raise ValueError(
-                "`fisher_rank` needs exact output curvature: it does not go with "
-                "`stochastic=True`, which samples labels."
-            )
+        self.debiasing.check_damping(self.damping)
+        self.debiasing.check_backend(
+            self._backend_cls, self._backend_kwargs.get("stochastic", False)
+        )
 
     def _find_left_out(self, model: nn.Module) -> list[LeftOut]:
         """Find the parameters in layers that are not supported."""
@@ -571,71 +501,6 @@ class KronDebiasedLaplace(Diagnostics, Prediction, KronLaplace):
             self.debiasing.fisher_rank,
             progress_bar,
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the fitted posterior.
-
-        Returns:
-            A dictionary of plain values and tensors, which ``torch.load`` reads with
-            ``weights_only=True``.
-
-        Raises:
-            AttributeError: If there is no fit yet.
-        """
-        state_dict = ParametricLaplace.state_dict(self)
-        state_dict["H"] = self.H_facs.state_dict()
-        state_dict["weight"] = self._weight
-        state_dict["num_points"] = self._num_points
-        state_dict["num_updates"] = self._num_updates
-        error = self.sampling_error
-        state_dict["sampling_error"] = error and error.state_dict()
-        state_dict["magnitudes"] = self.debiasing.magnitudes
-        state_dict["parameters"] = self._fitted_names
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a fitted posterior.
-
-        Args:
-            state_dict: From :meth:`state_dict`.
-
-        Raises:
-            ValueError: If it is of another class, kind of magnitudes, likelihood or
-                network, or lacks an entry. Then the last posterior stays.
-        """
-        with unchanged_on_failure(self):
-            self._load(state_dict)
-
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        _check_has(state_dict, _STATE)
-        own = self.debiasing.magnitudes
-        if state_dict.get("magnitudes", own) != own:
-            raise ValueError(
-                f"`state_dict` has {state_dict['magnitudes']!r} magnitudes, this "
-                f"object {own!r}."
-            )
-        if state_dict["cls_name"] == type(self).__name__:
-            _check_has(state_dict, _OWN_STATE)
-            self._load_parameters(state_dict["parameters"])
-        ParametricLaplace.load_state_dict(self, state_dict)
-        self.H_facs = CURVATURES[own](**state_dict["H"])
-        self._weight = state_dict["weight"]
-        self._num_points = state_dict["num_points"]
-        self._num_updates = state_dict["num_updates"]
-        error = state_dict["sampling_error"]
-        self.sampling_error = error and SamplingError.from_state_dict(error)
-        self.H = self.H_facs.decompose(self.damping)
-
-    def _load_parameters(self, names: list[str]) -> None:
-        """Leave out what the saved posterior left out, too."""
-        unknown = set(names) - set(self._fitted_names)
-        if unknown:
-            raise ValueError(
-                f"`state_dict` is of other parameters than the model's: it has "
-                f"{sorted(unknown)}, which are not fitted here."
-            )
-        named = dict(self.model.named_parameters())
-        self._fit_only([named[name] for name in names])
 
 
 class KronDebiasedLLLaplace(LastLayer, KronDebiasedLaplace, KronLLLaplace):
