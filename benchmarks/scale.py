@@ -44,6 +44,7 @@ BUDGET = 128
 FIXED_PRIOR = 10.0
 NUM_DIRECTIONS = 10
 NUM_IMAGES = 500
+BIAS_TICKS = (1, 1.2, 1.5, 2, 3, 5)
 # WideResNet would take as long as all others
 ARCHITECTURES = [name for name in RECIPES if name != "WideResNet"]
 LEARNING_RATE = 2e-3
@@ -244,7 +245,7 @@ def write_figure(path: Path, results: dict[str, Any]) -> None:
         path: Where to write the figure.
         results: Results of each value of each factor.
     """
-    with rc_context(figure_style(ncols=len(results), height_to_width_ratio=1.8)):
+    with rc_context(figure_style(ncols=len(results), height_to_width_ratio=3)):
         figure = Figure()
         panels = figure.subplots(2, len(results), sharex="col", sharey="row")
         for (upper, lower), (name, values) in zip(
@@ -254,9 +255,11 @@ def write_figure(path: Path, results: dict[str, Any]) -> None:
                 _draw(upper, values, [gap(r, row, 0) for r in values.values()], row)
             bias = [np.array(result["bias"]) for result in values.values()]
             _draw(lower, values, bias, "bias", color="black")
-            lower.set(xlabel=name)
+            lower.set(xlabel=name, yscale="log")
         panels[0, 0].set_ylabel(f"NLL above full\ndata, {AT_FIXED} (%)")
         panels[1, 0].set_ylabel("curvature,\nown / held-out")
+        panels[1, 0].set_yticks(BIAS_TICKS, [f"{tick:g}" for tick in BIAS_TICKS])
+        panels[1, 0].yaxis.set_minor_formatter(NullFormatter())
         figure.legend(
             *panels[0, 0].get_legend_handles_labels(),
             loc="outside lower center",
@@ -272,7 +275,7 @@ def _draw(
     if not all(value.isdigit() for value in values):
         positions = range(len(values))
         axis.errorbar(positions, means, stds, fmt=".", label=label, **style)
-        axis.set_xticks(positions, list(values), rotation=90)
+        axis.set_xticks(positions, list(values), rotation=90, fontsize=6)
         return
     numbers = [int(value) for value in values]
     axis.errorbar(numbers, means, stds, fmt=".-", label=label, **style)
