@@ -45,7 +45,7 @@ FIXED_PRIOR = 10.0
 NUM_DIRECTIONS = 10
 NUM_IMAGES = 500
 BIAS_TICKS = (1, 1.2, 1.5, 2, 3, 5)
-# WideResNet would take as long as all others
+# without the largest
 ARCHITECTURES = [name for name in RECIPES if name != "WideResNet"]
 LEARNING_RATE = 2e-3
 ARCHITECTURE = "architecture"
