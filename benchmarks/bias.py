@@ -50,7 +50,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import bias_report
-from laplace_debiased.bias import BiasReport, Comparison
+from laplace_debiased.quadratics.bias import BiasReport, Comparison
 
 KINDS = ("eigenvectors", "cg")
 MAX_ITERATIONS = 30

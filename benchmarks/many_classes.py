@@ -24,8 +24,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from laplace_debiased import KronDebiasedLaplace
-from laplace_debiased.curvature import average
-from laplace_debiased.eigenbasis import Factors
+from laplace_debiased.curvature.eigenbasis import Factors
+from laplace_debiased.curvature.streams import average
 
 
 def fit(

@@ -44,7 +44,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from laplace_debiased import Laplace, eigenbasis
+from laplace_debiased import Laplace
+from laplace_debiased.curvature import eigenbasis
 
 NUM_TOKENS = 128
 TIME_LIMIT = 1800.0

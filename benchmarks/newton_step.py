@@ -36,7 +36,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import TensorDataset
 
 from laplace_debiased import cg, debiased_cg
-from laplace_debiased.cg import CGResult
+from laplace_debiased.quadratics.cg import CGResult
 
 DATASET = "fashion-mnist"
 WIDTH = 8

@@ -27,12 +27,12 @@ from laplace_debiased import (
     EigenbasisMatrix,
     KronDebiasedLaplace,
 )
-from laplace_debiased.curvature import average
-from laplace_debiased.eigenbasis import Factors, decompose, project
-from laplace_debiased.layers import Block, curvature_blocks
-from laplace_debiased.linearization import Linearization, linearize
-from laplace_debiased.predictive import rotated_jacobians
-from laplace_debiased.selection import find_layers
+from laplace_debiased.curvature.eigenbasis import Factors, decompose, project
+from laplace_debiased.curvature.streams import average
+from laplace_debiased.predictive.moments import rotated_jacobians
+from laplace_debiased.rows.layers import Block, curvature_blocks
+from laplace_debiased.rows.linearization import Linearization, linearize
+from laplace_debiased.rows.selection import find_layers
 
 PRIORS = (1.0, 10.0, 31.6, 100.0, 1000.0)
 FIT_BATCH_SIZE = 256

@@ -23,7 +23,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from unittest import mock
 
 import torch
 from common import Progress, figure_style, parse, study_parser, write_report
@@ -44,9 +43,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from laplace_debiased import EigenbasisMatrix
-from laplace_debiased.curvature import average
-from laplace_debiased.eigenbasis import Factors, decompose, project
-from laplace_debiased.sampling import draw
+from laplace_debiased.curvature.eigenbasis import Factors, decompose, project
+from laplace_debiased.curvature.streams import average
 
 DATASET = "fashion-mnist"
 NETWORKS = ("MLP", "all-convolutional", "ResNet")
@@ -80,8 +78,7 @@ def other_floor(
     problem: Problem, factors: list[Factors], floor: float, **options
 ) -> Result:
     """Change the share of the uniform distribution in a draw's probabilities."""
-    with mock.patch("laplace_debiased.estimation.draw", partial(draw, floor=floor)):
-        return ours(problem, factors, **options)
+    return ours(problem, factors, sampling_floor=floor, **options)
 
 
 def repeated_splits(problem: Problem, factors: list[Factors], **options) -> Result:

@@ -6,20 +6,30 @@ Importing the package registers the structure ``"kron_debiased"`` with laplace-t
 
 from laplace import Laplace
 
-from laplace_debiased.bias import BiasReport, bias_report
-from laplace_debiased.cg import CGResult, cg, debiased_cg
-from laplace_debiased.derivatives import (
+from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
+from laplace_debiased.curvature.operator import DebiasedKFACLinearOperator
+from laplace_debiased.curvature.scores import curvature_scores
+from laplace_debiased.posterior.laplace import (
+    KronDebiasedLaplace,
+    KronDebiasedLLLaplace,
+)
+from laplace_debiased.quadratics.bias import BiasReport, bias_report
+from laplace_debiased.quadratics.cg import CGResult, cg, debiased_cg
+from laplace_debiased.quadratics.derivatives import (
     DirectionalDerivatives,
     directional_derivatives,
 )
-from laplace_debiased.eigenbasis import EigenbasisMatrix
-from laplace_debiased.eigenspace import overlap, principal_angles, top_eigenspace
-from laplace_debiased.laplace import KronDebiasedLaplace, KronDebiasedLLLaplace
-from laplace_debiased.operator import DebiasedKFACLinearOperator
-from laplace_debiased.optimizer import DebiasedCG
-from laplace_debiased.sampling import draw
-from laplace_debiased.scores import curvature_scores
-from laplace_debiased.spectra import EigenspaceComparison, compare_eigenspaces
+from laplace_debiased.quadratics.eigenspace import (
+    overlap,
+    principal_angles,
+    top_eigenspace,
+)
+from laplace_debiased.quadratics.eigenspace_comparison import (
+    EigenspaceComparison,
+    compare_eigenspaces,
+)
+from laplace_debiased.quadratics.optimizer import DebiasedCG
+from laplace_debiased.sampling.folds import draw
 
 __all__ = [
     "BiasReport",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from laplace_debiased.comparison.environment import default_data_root
 from laplace_debiased.comparison.networks import RECIPES
-from laplace_debiased.debiasing import MIN_BUDGET
+from laplace_debiased.posterior.settings import MIN_BUDGET
 
 _EXTRA_MODULES = ("matplotlib", "netcal", "sklearn", "tueplots")
 

@@ -3,7 +3,7 @@
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import Laplace
-from laplace_debiased.sampling import draw_uniformly
+from laplace_debiased.sampling.folds import draw_uniformly
 from tests.cases import batch
 
 SIZE = 60

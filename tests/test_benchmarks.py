@@ -278,7 +278,7 @@ def test_networks_fit_their_images(benchmarks, dataset):
     import torch
     from networks import IMAGES, full_size_recipes, recipes
 
-    from laplace_debiased.selection import select
+    from laplace_debiased.rows.selection import select
 
     images = IMAGES[dataset]
     channels, size, classes = images

@@ -15,7 +15,7 @@ from laplace import KronLaplace
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from laplace_debiased.laplace import KronDebiasedLaplace
+from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 
 FULL_DATA = "full data"
 

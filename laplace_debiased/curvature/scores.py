@@ -1,0 +1,42 @@
+"""Scores by which points are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from laplace_debiased.curvature.factors import KroneckerFactors
+from laplace_debiased.rows.model_state import check_repeatable
+from laplace_debiased.rows.output_curvature import Loss, OutputCurvature
+from laplace_debiased.rows.sweep import Inputs, sweep
+
+
+def curvature_scores(
+    model_func: nn.Module, loss_func: Loss, data: Iterable[tuple[Inputs, Tensor]]
+) -> Tensor:
+    r"""Compute the trace of each point's loss curvature in the output.
+
+    A point's curvature is :math:`J_n^\top \Lambda_n J_n`, and the trace of
+    :math:`\Lambda_n` tells its scale by a forward pass alone. After training, few
+    points have most of it. With
+    :func:`~laplace_debiased.sampling.folds.draw`, they give points and weights for
+    :class:`~laplace_debiased.curvature.operator.DebiasedKFACLinearOperator`.
+
+    Args:
+        model_func: The neural network, with output ``[batch, outputs]``; layers with
+            batch statistics or dropout must be in eval mode.
+        loss_func: ``MSELoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss``.
+        data: Batches ``(X, y)``, iterated over once.
+
+    Returns:
+        Scores ``[points]``.
+
+    Raises:
+        ValueError: If the loss is not supported, data are empty or not valid, or the
+            network mixes examples or is random.
+    """
+    check_repeatable(model_func)
+    output_curvature = OutputCurvature(loss_func)
+    nothing = KroneckerFactors([])
+    return sweep(model_func, [], data, output_curvature, nothing, backward=False).traces

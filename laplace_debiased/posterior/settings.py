@@ -1,0 +1,187 @@
+"""The settings of a debiased fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from laplace.curvature import CurvatureInterface, EFInterface
+from laplace.curvature.curvlinops import CurvlinopsInterface
+
+from laplace_debiased.curvature.operator import check_magnitudes
+
+MIN_BUDGET = 8
+POOL_FACTOR = 32
+SAMPLINGS = ("curvature", "uniform")
+ESTIMATORS = ("two_batch", "cross_fit")
+
+
+@dataclass(frozen=True)
+class Debiasing:
+    """How directions and magnitudes are obtained.
+
+    Args:
+        magnitudes: ``"kfac"`` or ``"ggn"``.
+        direction_fraction: Share of the points that give directions, with two batches;
+            ``"auto"`` for the best one by theory.
+        budget: Number of points that get backward passes; None for all.
+        sampling: How the budget is drawn: ``"curvature"`` or ``"uniform"``; None for
+            the former if the backend allows it.
+        pool_size: Number of points that curvature sampling draws from; None for
+            ``POOL_FACTOR`` times the budget.
+        sampling_floor: Share of the uniform distribution in curvature sampling, in
+            (0, 1], which bounds the weights.
+        estimator: ``"two_batch"`` or ``"cross_fit"``.
+        num_folds: Number of folds of ``"cross_fit"``.
+        fisher_rank: Number of backward passes for each point, but for one, if the
+            network has more outputs; None for as many as outputs.
+        seed: Seed of the assignment, and of sampled labels.
+
+    Raises:
+        TypeError: If an argument has a wrong type.
+        ValueError: If an argument is out of range.
+    """
+
+    magnitudes: str = "kfac"
+    direction_fraction: float | str = 0.5
+    budget: int | None = None
+    sampling: str | None = None
+    pool_size: int | None = None
+    sampling_floor: float = 0.1
+    estimator: str = "cross_fit"
+    num_folds: int = 2
+    fisher_rank: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        check_magnitudes(self.magnitudes)
+        if self.sampling is not None:
+            _check_choice("sampling", self.sampling, SAMPLINGS)
+        _check_choice("estimator", self.estimator, ESTIMATORS)
+        if self.direction_fraction != "auto":
+            _check_fraction("direction_fraction", self.direction_fraction)
+        if self.budget is not None:
+            check_integer("budget", self.budget, MIN_BUDGET)
+        if self.pool_size is not None:
+            check_integer("pool_size", self.pool_size, MIN_BUDGET)
+        if not 0 < self.sampling_floor <= 1:
+            raise ValueError(
+                f"`sampling_floor` must lie in (0, 1], got {self.sampling_floor}."
+            )
+        check_integer("num_folds", self.num_folds, 2)
+        if self.fisher_rank is not None:
+            check_integer("fisher_rank", self.fisher_rank, 1)
+        check_integer("seed", self.seed)
+        if self.budget is not None and self.num_folds > self.budget:
+            raise ValueError(
+                f"`num_folds` must be at most `budget`, got {self.num_folds} folds for "
+                f"{self.budget} points."
+            )
+
+    def check_damping(self, damping: bool) -> None:
+        """Refuse laplace-torch's damping where eigenvalues do not factor."""
+        if damping and self.magnitudes == "ggn":
+            raise ValueError(
+                "`damping=True` needs factored eigenvalues: use `magnitudes='kfac'`."
+            )
+
+    def check_backend(
+        self, backend: type[CurvatureInterface], stochastic: bool
+    ) -> None:
+        """Refuse settings that a backend does not support.
+
+        Args:
+            backend: The backend.
+            stochastic: Whether it samples labels.
+
+        Raises:
+            ValueError: If a setting needs another backend.
+        """
+        is_curvlinops = issubclass(backend, CurvlinopsInterface)
+        if self.magnitudes == "ggn" and not is_curvlinops:
+            raise ValueError(
+                "`magnitudes='ggn'` needs a curvlinops backend, got "
+                f"{backend.__name__}: use `CurvlinopsGGN` or `magnitudes='kfac'`."
+            )
+        if self.sampling == "curvature" and not is_curvlinops:
+            raise ValueError(
+                "`sampling='curvature'` needs a curvlinops backend, got "
+                f"{backend.__name__}: use `CurvlinopsGGN` or `sampling='uniform'`."
+            )
+        if self.fisher_rank is None:
+            return
+        if not is_curvlinops or issubclass(backend, EFInterface):
+            raise ValueError(
+                f"`fisher_rank` needs `CurvlinopsGGN`, got {backend.__name__}."
+            )
+        if stochastic:
+            raise ValueError(
+                "`fisher_rank` needs exact output curvature: it does not go with "
+                "`stochastic=True`, which samples labels."
+            )
+
+    @property
+    def num_candidates(self) -> int | None:
+        """Number of points that a budget is drawn from by curvature."""
+        if self.budget is None:
+            return None
+        if self.pool_size is None:
+            return POOL_FACTOR * self.budget
+        return max(self.pool_size, self.budget)
+
+    @property
+    def cross_fit(self) -> bool:
+        """Whether each fold gives directions and magnitudes."""
+        return self.estimator == "cross_fit"
+
+    @property
+    def finds_share(self) -> bool:
+        """Whether the share of the points that give directions is to be found."""
+        return not self.cross_fit and self.direction_fraction == "auto"
+
+    def shares(self, best: float | None = None) -> list[float]:
+        """Return the share of the points in each fold.
+
+        Args:
+            best: The share that ``"auto"`` stands for; needed only then.
+
+        Returns:
+            The shares.
+        """
+        if self.cross_fit:
+            return [1 / self.num_folds] * self.num_folds
+        fraction = best if self.finds_share else self.direction_fraction
+        return [fraction, 1 - fraction]
+
+
+def _check_fraction(name: str, value: Any) -> None:
+    if not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a float or 'auto', got {value!r}.")
+    if not 0 < value < 1:
+        raise ValueError(
+            f"`{name}` must lie strictly between 0 and 1, or be 'auto', got {value}."
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+
+
+def check_integer(name: str, value: Any, smallest: int | None = None) -> None:
+    """Refuse what is no integer, or too small a one.
+
+    Args:
+        name: The argument's name.
+        value: Its value. NumPy's integers are integers, too; booleans are not meant.
+        smallest: The smallest value allowed.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is too small.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an int, got {value!r}.")
+    if smallest is not None and value < smallest:
+        raise ValueError(f"`{name}` must be at least {smallest}, got {value}.")

@@ -1,0 +1,298 @@
+r"""Moments of the linearized network's output, without Jacobians.
+
+With the Jacobian :math:`J_n` of the outputs of example n, the output covariance is
+:math:`J_n P^{-1} J_n^\top`. In the eigenbasis of a block, :math:`P^{-1}` is diagonal,
+and the rotated Jacobian of output c is :math:`\tilde J_{nc,ij} = \sum_s \tilde g_{ncsi}
+\tilde x_{nsj}`, from rotated gradient rows and input rows, so that
+
+.. math::
+    \mathrm{Cov}_{ncd} = \sum_{ij} \tilde J_{nc,ij} \tilde J_{nd,ij} / \lambda_{ij}.
+
+Without weight sharing (one position s) this is :math:`\sum_i \tilde g_{nci}
+\tilde g_{ndi} r_{ni}` with :math:`r_{ni} = \sum_j \tilde x_{nj}^2 / \lambda_{ij}`: the
+rotated Jacobian is never formed. Otherwise it is formed for one layer at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from laplace.utils import select_rows
+from torch import Tensor, nn
+
+from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, Factors
+from laplace_debiased.rows.layers import curvature_blocks
+from laplace_debiased.rows.linearization import (
+    Linearization,
+    contract_positions,
+    example_entries,
+    linearize,
+)
+from laplace_debiased.rows.selection import find_layers
+from laplace_debiased.rows.sweep import Inputs
+
+KINDS = ("full", "diagonal", "joint")
+# the memory allocator uses the same pages for all Jacobians that are no larger
+JACOBIAN_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class BlockPosterior:
+    """One block of the posterior precision.
+
+    Args:
+        eigenvectors: ``[U_G, U_A]``, or ``[U_G]`` for a vector.
+        precisions: Eigenvalues of the precision ``[d_out, d_in]`` or ``[d_out]``.
+    """
+
+    eigenvectors: Factors
+    precisions: Tensor
+
+    def rotate_inputs(self, rows: Tensor) -> Tensor:
+        """Rotate input rows ``[batch, S, groups, d_in]``."""
+        basis = self.eigenvectors[1]
+        return rows.to(basis.dtype) @ basis
+
+    def covariance(
+        self,
+        gradients: Tensor,
+        inputs: Tensor | None,
+        kind: str,
+        jacobian_bytes: int = JACOBIAN_BYTES,
+    ) -> Tensor:
+        """Compute this block's share of the output covariance.
+
+        Args:
+            gradients: Gradient rows of each output ``[batch, C, S, groups, d_out /
+                groups]``, or ``[1, C, ...]`` if they are the same for all examples.
+            inputs: Rotated input rows ``[batch, S, groups, d_in]``; None for a vector,
+                whose only input is one.
+            kind: ``"full"``, ``"diagonal"`` or ``"joint"``.
+            jacobian_bytes: What the rotated Jacobians of some examples may take, but
+                for a single example's and a joint covariance's.
+
+        Returns:
+            ``[batch, C, C]``, ``[batch, C]`` or ``[batch * C, batch * C]``.
+        """
+        gradients = gradients.to(self.precisions.dtype)
+        if inputs is None:
+            gradients = gradients.flatten(3).sum(2)[:, :, None, None]
+            inputs = gradients.new_ones(len(gradients), 1, 1, 1)
+        if kind == "joint":
+            jacobians = self._scaled_jacobians(gradients, inputs)
+            flat = jacobians.flatten(0, 1).flatten(1)
+            return flat @ flat.T
+        if gradients.shape[2:4] == (1, 1):
+            return self._without_sharing(gradients, inputs, kind, jacobian_bytes)
+        entries = gradients.shape[1] * self.precisions.numel()
+        size = max(1, jacobian_bytes // (entries * gradients.element_size()))
+        parts = zip(gradients.split(size), inputs.split(size), strict=True)
+        return torch.cat([self._with_sharing(*part, kind) for part in parts])
+
+    def _without_sharing(
+        self, gradients: Tensor, inputs: Tensor, kind: str, some_bytes: int
+    ) -> Tensor:
+        """Contract Jacobians of rank one, which are never formed."""
+        rotated = gradients.flatten(2) @ self.eigenvectors[0]
+        precisions = self.precisions.reshape(rotated.shape[2], -1)
+        variances = (inputs.flatten(1) ** 2 @ precisions.reciprocal().T)[:, None]
+        if len(rotated) > 1:
+            if kind == "diagonal":
+                return (variances @ rotated.mT**2).squeeze(1)
+            return (rotated * variances) @ rotated.mT
+        # the same gradients for all examples make one product for many of them
+        (rows,) = rotated
+        if kind == "diagonal":
+            return variances.squeeze(1) @ rows.T**2
+        covariance = variances.new_empty(len(inputs), len(rows), len(rows))
+        size = max(1, some_bytes // (rows.numel() * rows.element_size()))
+        for start in range(0, len(inputs), size):
+            part = slice(start, start + size)
+            covariance[part] = (rows * variances[part]) @ rows.T
+        return covariance
+
+    def _with_sharing(self, gradients: Tensor, inputs: Tensor, kind: str) -> Tensor:
+        """Contract the Jacobians of some examples."""
+        flat = self._scaled_jacobians(gradients, inputs).flatten(2)
+        return flat.square().sum(2) if kind == "diagonal" else flat @ flat.mT
+
+    def _scaled_jacobians(self, gradients: Tensor, inputs: Tensor) -> Tensor:
+        """Rotate the Jacobians, and divide by the root of the precision.
+
+        Returns:
+            ``[batch, C, d_out, d_in]``.
+        """
+        basis = self.eigenvectors[0]
+        jacobians = rotated_jacobians(gradients, inputs, basis)
+        return jacobians.mul_(self.precisions.reshape(len(basis), -1).rsqrt())
+
+
+def rotated_jacobians(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tensor:
+    """Rotate the Jacobian in a layer's weight into its eigenbasis.
+
+    Args:
+        gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]``.
+        inputs: Rotated input rows ``[batch, S, groups, d_in]``.
+        basis: Eigenvectors for the gradients ``[d_out, d_out]``.
+
+    Returns:
+        The Jacobian ``[batch, C, d_out, d_in]``.
+    """
+    _, positions, num_groups, d_in = inputs.shape
+    if num_groups > 1 or positions > d_in:
+        return basis.T @ contract_positions(gradients, inputs)
+    rotated = gradients.flatten(0, 3) @ basis  # a single matrix product
+    return contract_positions(rotated.view(gradients.shape), inputs)
+
+
+class LinearizedPredictive:
+    """Output moments of a network that is linearized in some of its parameters.
+
+    Args:
+        model: The network, with output ``[batch, C]``.
+        params: The parameters, in the order of the posterior's blocks.
+        posterior: Posterior precision.
+        memory_limit: Bytes that the rows of a chunk of examples, and the rotated
+            Jacobians of some of them in one layer, may take. The examples of a joint
+            covariance are not chunked.
+        differentiable: Whether gradients flow to the inputs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: list[Tensor],
+        posterior: EigenbasisMatrix,
+        memory_limit: int = 2**30,
+        differentiable: bool = False,
+    ):
+        self._model = model
+        self._layers = find_layers(model, params)
+        self._blocks = curvature_blocks(self._layers, separate_weight_and_bias=True)
+        self._posteriors = block_posteriors(posterior)
+        self._memory_limit = memory_limit
+        self._jacobian_bytes = min(JACOBIAN_BYTES, memory_limit // 4)
+        self._differentiable = differentiable
+
+    def moments(
+        self, X: Inputs, batch_size: int, kind: str = "full"
+    ) -> tuple[Tensor, Tensor]:
+        """Compute mean and covariance of the outputs.
+
+        Args:
+            X: Inputs, a tensor or a mapping.
+            batch_size: Number of examples.
+            kind: ``"full"`` (of each example's outputs), ``"diagonal"`` (their
+                variances) or ``"joint"`` (of all examples' outputs).
+
+        Returns:
+            The mean ``[batch, C]``, and the covariance ``[batch, C, C]``,
+            ``[batch, C]`` or ``[batch * C, batch * C]``, in the posterior's dtype.
+
+        Raises:
+            ValueError: If the network's output is not a matrix, or a layer cannot be
+                recorded.
+        """
+        if batch_size == 0:
+            return self._of_no_examples(X, kind)
+        if kind == "joint":
+            return self._chunk(X, batch_size, kind)
+        size = self._chunk_size(X, batch_size)
+        if size >= batch_size:
+            return self._chunk(X, batch_size, kind)
+        chunks = [
+            self._chunk(select_rows(X, indices, batch_size), len(indices), kind)
+            for indices in torch.arange(batch_size).split(size)
+        ]
+        means, covariances = zip(*chunks, strict=True)
+        return torch.cat(means), torch.cat(covariances)
+
+    def _linearize(self, X: Inputs, batch_size: int) -> Linearization:
+        return linearize(self._model, self._layers, X, batch_size, self._differentiable)
+
+    def _chunk(self, X: Inputs, batch_size: int, kind: str) -> tuple[Tensor, Tensor]:
+        linear = self._linearize(X, batch_size)
+        covariance = sum(
+            posterior.covariance(
+                linear.gradients[block.layer.name],
+                posterior.rotate_inputs(linear.inputs.pop(block.layer.name))
+                if block.has_inputs
+                else None,
+                kind,
+                self._jacobian_bytes,
+            )
+            for block, posterior in zip(self._blocks, self._posteriors, strict=True)
+            if block.layer.name in linear.gradients
+        )
+        if self._differentiable:
+            return linear.output, covariance
+        return linear.output.detach(), covariance.detach()
+
+    @torch.no_grad()
+    def _of_no_examples(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
+        """Return empty moments, for which no rows can be recorded."""
+        output = self._model(X)
+        count = output.shape[1]
+        shape = {"full": (0, count, count), "diagonal": (0, count), "joint": (0, 0)}
+        return output, self._posteriors[0].precisions.new_zeros(shape[kind])
+
+    def _chunk_size(self, X: Inputs, batch_size: int) -> int:
+        """Find out by one example how many fit into the memory limit."""
+        if batch_size == 1:
+            return 1
+        example = select_rows(X, torch.arange(1), batch_size)
+        one = example_entries(self._model, self._layers, example)
+        num_outputs = one.output[0].numel()
+        entry = self._posteriors[0].precisions.element_size()
+        # gradient rows are stacked: both they and the stack are there at once
+        entries = one.inputs + 2 * num_outputs * one.gradients + num_outputs**2
+        # with a single position, Jacobians are never formed
+        shared = [
+            posterior.precisions.numel()
+            for block, posterior in zip(self._blocks, self._posteriors, strict=True)
+            if block.has_inputs and one.positions[block.layer.name] > 1
+        ]
+        largest = max(shared, default=0)
+        jacobians = max(self._jacobian_bytes, entry * num_outputs * largest)
+        # the transpose comes on top of the Jacobians themselves
+        available = self._memory_limit - 2 * jacobians
+        return max(1, available // (entry * entries))
+
+
+def block_posteriors(posterior: EigenbasisMatrix) -> list[BlockPosterior]:
+    """Split a posterior precision into its blocks."""
+    return [
+        BlockPosterior(vectors, precisions)
+        for vectors, precisions in zip(
+            posterior.eigenvectors, posterior.spectra(), strict=True
+        )
+    ]
+
+
+def last_layer_covariance(
+    features: Tensor, posterior: EigenbasisMatrix, kind: str = "full"
+) -> Tensor:
+    """Compute the output covariance of a linear last layer from its features.
+
+    The gradient of output c in the layer's output is the c-th unit vector, whatever the
+    example, so that no backward pass is needed.
+
+    Args:
+        features: Input of the last layer ``[batch, d_in]``.
+        posterior: Posterior precision of its weight and, if it has one, its bias.
+        kind: As in :meth:`LinearizedPredictive.moments`.
+
+    Returns:
+        ``[batch, C, C]``, ``[batch, C]`` or ``[batch * C, batch * C]``.
+    """
+    weight, *bias = block_posteriors(posterior)
+    num_outputs = len(weight.eigenvectors[0])
+    gradients = torch.eye(num_outputs, dtype=features.dtype, device=features.device)
+    gradients, rows = gradients[None, :, None, None], features[:, None, None]
+    if kind == "joint":
+        gradients = gradients.expand(len(features), *gradients.shape[1:])
+    covariance = weight.covariance(gradients, weight.rotate_inputs(rows), kind)
+    for block in bias:  # the same for all examples
+        covariance += block.covariance(gradients, None, kind)
+    return covariance

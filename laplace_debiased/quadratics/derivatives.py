@@ -1,0 +1,400 @@
+r"""Slopes and curvatures of mini-batch quadratics along many directions.
+
+Along a direction d, a quadratic with gradient g and curvature H has the slope
+:math:`d^\top g` and the curvature :math:`d^\top (H + \delta I) d`. Both are sums over
+examples. With the Jacobian J of an example's output and the Hessian :math:`\Lambda` of
+its loss in the output,
+
+.. math::
+    d^\top g = \sum_n (J_n d)^\top \nabla \ell_n, \qquad
+    d^\top H d = \sum_n (J_n d)^\top \Lambda_n (J_n d)
+
+for the generalized Gauss-Newton matrix; the Hessian's is a derivative of the slope.
+The products :math:`J_n d` come from forward mode, one pass for each direction, or from
+the rows of the Jacobian, one backward pass for each output, whatever the number of
+directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from laplace.utils import select_rows
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from laplace_debiased.rows.layers import curvature_blocks
+from laplace_debiased.rows.linearization import contract_positions, linearize
+from laplace_debiased.rows.model_state import check_repeatable
+from laplace_debiased.rows.output_curvature import Loss, OutputCurvature, example_losses
+from laplace_debiased.rows.selection import find_layers, select
+from laplace_debiased.rows.sweep import Inputs, check_finite_inputs, check_targets
+
+CURVATURES = ("ggn", "hessian")
+MODES = ("auto", "forward", "reverse")
+
+Parameters = dict[str, Tensor]
+# from inputs and targets of a batch to slopes and curvatures, both [batch, K]
+Measure = Callable[[Inputs, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class DirectionalDerivatives:
+    """Slopes and curvatures along K directions, example by example.
+
+    Args:
+        slopes: What each example contributes to the slopes, ``[examples, K]``.
+        curvatures: What each example contributes to the curvatures, without damping,
+            ``[examples, K]``.
+        scale: Factor on the sums over examples: one over their number if the loss is
+            their mean, else one.
+        damping: Curvature of the damping along each direction ``[K]``.
+    """
+
+    slopes: Tensor
+    curvatures: Tensor
+    scale: float
+    damping: Tensor
+
+    @property
+    def slope(self) -> Tensor:
+        """Slopes of all examples together, ``[K]``."""
+        return self.scale * self.slopes.sum(0)
+
+    @property
+    def curvature(self) -> Tensor:
+        """Curvatures of all examples together, with damping, ``[K]``."""
+        return self.scale * self.curvatures.sum(0) + self.damping
+
+
+def directional_derivatives(
+    model_func: nn.Module,
+    loss_func: Loss,
+    params: list[Tensor],
+    data: Iterable[tuple[Inputs, Tensor]],
+    directions: Tensor,
+    *,
+    curvature: str = "ggn",
+    damping: float = 0.0,
+    mode: str = "auto",
+    memory_limit: int = 2**30,
+    progressbar: bool = False,
+) -> DirectionalDerivatives:
+    """Compute slopes and curvatures along directions.
+
+    Args:
+        model_func: The neural network, with output ``[batch, outputs]``, whose examples
+            do not mix. Its mode (train or eval) is left as it is; layers with batch
+            statistics or dropout must be in eval mode.
+        loss_func: ``MSELoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss`` with
+            reduction ``"sum"`` or ``"mean"`` (over all data).
+        params: The parameters that the quadratic is over.
+        data: Batches ``(X, y)``, iterated over once.
+        directions: Directions as columns ``[params, K]``, of any norm.
+        curvature: ``"ggn"`` or ``"hessian"``.
+        damping: Damping, added to the curvature along unit vectors.
+        mode: ``"forward"`` for one forward-mode pass for each direction, ``"reverse"``
+            for one backward pass for each output (GGN and supported layers only),
+            ``"auto"`` for the latter where it is possible and takes fewer passes.
+        memory_limit: Bytes that derivatives may take at a time; more directions or
+            examples are taken in turns.
+        progressbar: Whether to show a progress bar over the batches.
+
+    Returns:
+        Slopes and curvatures of each example.
+
+    Raises:
+        ValueError: If an argument is not supported, shapes do not match, the data are
+            empty or not finite, or the network mixes examples or is random.
+    """
+    check_repeatable(model_func)
+    for name, value, choices in (
+        ("curvature", curvature, CURVATURES),
+        ("mode", mode, MODES),
+    ):
+        if value not in choices:
+            raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+    OutputCurvature(loss_func)  # refuses what is not supported
+    num_params = sum(param.numel() for param in params)
+    if directions.ndim != 2 or len(directions) != num_params:
+        raise ValueError(
+            f"`directions` must have shape [{num_params}, K], one column for each "
+            f"direction, got {tuple(directions.shape)}."
+        )
+    if mode == "reverse" and curvature == "hessian":
+        raise ValueError("`mode='reverse'` needs `curvature='ggn'`, got 'hessian'.")
+
+    measure: Measure | None = None
+    slopes, curvatures, num_outputs = [], [], 0
+    for X, y in tqdm(data, "[Directional derivatives]", disable=not progressbar):
+        device = directions.device
+        X, y = (X.to(device) if isinstance(X, Tensor) else X), y.to(device)
+        check_finite_inputs(X)
+        with torch.no_grad():
+            output = model_func(X)
+        y, num_outputs = check_targets(output, y, loss_func), output.shape[1]
+        if measure is None:
+            if mode == "auto":
+                mode = _mode(model_func, params, curvature, directions, num_outputs)
+            build = {
+                ("forward", "ggn"): _forward_ggn,
+                ("forward", "hessian"): _forward_hessian,
+                ("reverse", "ggn"): _reverse_ggn,
+            }[mode, curvature]
+            measure = build(model_func, loss_func, params, directions, memory_limit)
+        slope, bend = measure(X, y)
+        slopes.append(slope)
+        curvatures.append(bend)
+    if not slopes:
+        raise ValueError("The data source is empty: there is nothing to measure.")
+    return DirectionalDerivatives(
+        torch.cat(slopes),
+        torch.cat(curvatures),
+        _scale(loss_func, sum(len(slope) for slope in slopes), num_outputs),
+        damping * directions.square().sum(0),
+    )
+
+
+def _mode(
+    model_func: nn.Module,
+    params: list[Tensor],
+    curvature: str,
+    directions: Tensor,
+    num_outputs: int,
+) -> str:
+    """Choose the mode that takes fewer passes."""
+    _, left_out = select(model_func, params)
+    possible = curvature == "ggn" and not left_out
+    return "reverse" if possible and num_outputs < directions.shape[1] else "forward"
+
+
+def _scale(loss_func: Loss, num_data: int, num_outputs: int) -> float:
+    """Return the factor between the sum of the examples' losses and the loss."""
+    if loss_func.reduction == "sum":
+        return 1.0
+    per_example = 1 if isinstance(loss_func, nn.CrossEntropyLoss) else num_outputs
+    return 1 / (num_data * per_example)
+
+
+def _reverse_ggn(
+    model_func: nn.Module,
+    loss_func: Loss,
+    params: list[Tensor],
+    directions: Tensor,
+    memory_limit: int,
+) -> Measure:
+    r"""Multiply directions by the rows of the Jacobian.
+
+    A layer's change of the output along a direction D is :math:`\sum_s g_s^\top D x_s`.
+    Either the Jacobian :math:`\sum_s g_s x_s^\top` is formed for each output, or the
+    product :math:`D x_s` for each position, whichever takes fewer multiplications.
+    """
+    layers = find_layers(model_func, params)
+    blocks = curvature_blocks(layers, separate_weight_and_bias=True)
+    parts = directions.split([param.numel() for param in params])
+    by_block = [parts[block.positions[0]] for block in blocks]
+    num_directions = directions.shape[1]
+
+    def measure(X: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        example = linearize(
+            model_func, layers, select_rows(X, torch.arange(1), len(y)), 1
+        )
+        rows = sum(rows.numel() for rows in example.inputs.values())
+        rows += 2 * sum(rows.numel() for rows in example.gradients.values())
+        size = max(2, memory_limit // (rows * example.output.element_size()))
+        parts = torch.arange(len(y)).split(size)
+        measured = [
+            measure_some(select_rows(X, part, len(y)), y[part]) for part in parts
+        ]
+        slopes, curvatures = zip(*measured, strict=True)
+        return torch.cat(slopes), torch.cat(curvatures)
+
+    def measure_some(X: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        linear = linearize(model_func, layers, X, len(y), check=True)
+        output = linear.output.detach()
+        changes = output.new_zeros(*output.shape, num_directions)
+        for block, part in zip(blocks, by_block, strict=True):
+            name = block.layer.name
+            if name not in linear.gradients:
+                continue
+            gradients = linear.gradients[name]
+            if not block.has_inputs:
+                changes += gradients.flatten(3).sum(2) @ part
+                continue
+            inputs = linear.inputs[name]
+            multiply, entries = _cheaper_product(gradients, inputs, num_directions)
+            size = max(1, memory_limit // (3 * entries * output.element_size()))
+            for examples in torch.arange(len(y)).split(size):
+                changes[examples] += multiply(
+                    gradients[examples], inputs[examples], part
+                )
+        return _slopes_and_curvatures(loss_func, output, changes.movedim(2, 0), y)
+
+    return measure
+
+
+def _cheaper_product(
+    gradients: Tensor, inputs: Tensor, num_directions: int
+) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]:
+    """Choose how a layer's changes of the output are computed.
+
+    Args:
+        gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]``.
+        inputs: Input rows ``[batch, S, groups, d_in]``.
+        num_directions: Number of directions, K.
+
+    Returns:
+        A function of gradients, inputs and directions ``[d_out * d_in, K]`` to changes
+        ``[batch, C, K]``, and how many entries it forms for an example.
+    """
+    _, num_outputs, positions, groups, d_out = gradients.shape
+    d_in = inputs.shape[-1]
+    by_jacobians = num_outputs * (positions + num_directions) * d_in
+    by_positions = positions * num_directions * (d_in + num_outputs)
+    if groups == 1 and by_positions < by_jacobians:
+        return _through_positions, positions * d_out * num_directions
+    return _through_jacobians, num_outputs * groups * d_out * d_in
+
+
+def _through_jacobians(gradients: Tensor, inputs: Tensor, directions: Tensor) -> Tensor:
+    return contract_positions(gradients, inputs).flatten(2) @ directions
+
+
+def _through_positions(gradients: Tensor, inputs: Tensor, directions: Tensor) -> Tensor:
+    d_in, num_directions = inputs.shape[-1], directions.shape[1]
+    # [d_in, d_out * K], so that products are those of one matrix
+    flat = directions.reshape(-1, d_in, num_directions).transpose(0, 1).flatten(1)
+    products = (inputs.squeeze(2) @ flat).view(len(inputs), -1, num_directions)
+    return gradients.flatten(2) @ products
+
+
+def _slopes_and_curvatures(
+    loss_func: Loss, output: Tensor, changes: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Turn changes of the output into slopes and curvatures.
+
+    Args:
+        loss_func: The loss.
+        output: Network output ``[batch, C]``.
+        changes: Its change along each direction ``[K, batch, C]``.
+        y: Targets.
+
+    Returns:
+        Slopes and curvatures of each example, both ``[batch, K]``.
+    """
+    gradient = grad(lambda f: example_losses(loss_func, f, y).sum())
+
+    def derivatives(change: Tensor) -> tuple[Tensor, Tensor]:
+        slope, bend = jvp(gradient, (output,), (change,))
+        return (slope * change).sum(1), (bend * change).sum(1)
+
+    slopes, curvatures = vmap(derivatives)(changes)
+    return slopes.T, curvatures.T
+
+
+def _forward_ggn(
+    model_func: nn.Module,
+    loss_func: Loss,
+    params: list[Tensor],
+    directions: Tensor,
+    memory_limit: int,
+) -> Measure:
+    """Differentiate the output along each direction."""
+    network, at = _functional(model_func, params)
+
+    def measure(X: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        def change(direction: Parameters) -> Tensor:
+            return jvp(lambda values: network(values, X), (at,), (direction,))[1]
+
+        chunk = _chunk_size(model_func, X, memory_limit)
+        changes = torch.cat(
+            [vmap(change)(part) for part in _chunks(directions, at, chunk)]
+        )
+        with torch.no_grad():
+            output = network(at, X)
+        return _slopes_and_curvatures(loss_func, output, changes, y)
+
+    return measure
+
+
+def _forward_hessian(
+    model_func: nn.Module,
+    loss_func: Loss,
+    params: list[Tensor],
+    directions: Tensor,
+    memory_limit: int,
+) -> Measure:
+    """Differentiate the losses twice along each direction."""
+    network, at = _functional(model_func, params)
+
+    def measure(X: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        def derivatives(direction: Parameters) -> tuple[Tensor, Tensor]:
+            def slope(values: Parameters) -> Tensor:
+                def losses(values: Parameters) -> Tensor:
+                    return example_losses(loss_func, network(values, X), y)
+
+                return jvp(losses, (values,), (direction,))[1]
+
+            return jvp(slope, (at,), (direction,))
+
+        chunk = _chunk_size(model_func, X, memory_limit // 2)
+        parts = [vmap(derivatives)(part) for part in _chunks(directions, at, chunk)]
+        slopes, curvatures = zip(*parts, strict=True)
+        return torch.cat(slopes).T, torch.cat(curvatures).T
+
+    return measure
+
+
+def _functional(
+    model_func: nn.Module, params: list[Tensor]
+) -> tuple[Callable[[Parameters, Inputs], Tensor], Parameters]:
+    """Return the network as a function of the parameters, and their values by name."""
+    names = {id(param): name for name, param in model_func.named_parameters()}
+    if any(id(param) not in names for param in params):
+        raise ValueError("`params` must be parameters of the model.")
+    at = {names[id(param)]: param.detach() for param in params}
+    others = {
+        name: param.detach()
+        for name, param in model_func.named_parameters()
+        if name not in at
+    }
+
+    def network(values: Parameters, X: Inputs) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
+            return functional_call(model_func, others | values, (X,))
+
+    return network, at
+
+
+def _chunks(directions: Tensor, like: Parameters, size: int) -> Iterable[Parameters]:
+    """Yield directions as tangents ``[size, *shape]`` of each parameter."""
+    sizes = [value.numel() for value in like.values()]
+    for rows in directions.T.split(size):
+        yield {
+            name: part.reshape(len(rows), *value.shape)
+            for (name, value), part in zip(
+                like.items(), rows.split(sizes, dim=1), strict=True
+            )
+        }
+
+
+@torch.no_grad()
+def _chunk_size(model_func: nn.Module, X: Inputs, memory_limit: int) -> int:
+    """Find how many directions fit, by the largest activation of the network."""
+    sizes = []
+
+    def note(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.numel() * output.element_size())
+
+    handles = [module.register_forward_hook(note) for module in model_func.modules()]
+    try:
+        model_func(X)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(1, memory_limit // (6 * max(sizes)))

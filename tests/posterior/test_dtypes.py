@@ -1,0 +1,104 @@
+"""Posteriors of models in any precision and memory layout."""
+
+from unittest import mock
+
+import pytest
+import torch
+from laplace.curvature.asdl import AsdlGGN
+from torch import nn
+
+from tests.cases import batch, network
+from tests.fits import SUBSETS, debiased, loader
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_models_dtype_is_followed(dtype, magnitudes, subset):
+    exact = debiased(network("mlp"), subset=subset, magnitudes=magnitudes)
+    exact.fit(loader())
+    la = debiased(network("mlp", dtype=dtype), subset=subset, magnitudes=magnitudes)
+    la.fit(loader(dtype=dtype))
+    X, _ = batch("mlp", 5, dtype=dtype)
+    tensors = [la(X), la(X, pred_type="nn", link_approx="mc"), la.sample(1), la.mean]
+    for link in ("mc", "bridge"):
+        tensors.append(la(X, link_approx=link))
+    for kind in ("glm", "nn"):
+        tensors.append(la.functional_samples(X, pred_type=kind))
+    assert {tensor.dtype for tensor in tensors} == {dtype}
+    # sums over all data, which half precision cannot hold
+    sums = [la.loss, la.H.eigenvectors[0][0], la.H.eigenvalues[0][0]]
+    sums += [la.log_marginal_likelihood(), la.log_prob(la.mean)]
+    precise = torch.promote_types(dtype, torch.float32)
+    assert {tensor.dtype for tensor in sums} == {precise}
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    error = (la.H.diag().sum() / exact.H.diag().sum() - 1).abs()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_curvature_of_many_data_does_not_overflow_in_half_precision(
+    likelihood, magnitudes, subset
+):
+    values = []
+    for dtype in (torch.float64, torch.float16):
+        model = network("mlp", dtype=dtype)
+        train = loader(likelihood=likelihood, dtype=dtype)
+        la = debiased(model, likelihood, subset, magnitudes=magnitudes)
+        with mock.patch(
+            "laplace_debiased.sampling.folds.dataset_size", return_value=10**6
+        ):
+            la.fit(train)
+        assert max(values.max() for (values, *_) in la.H.eigenvalues) > 65504
+        X = train.dataset.tensors[0][:5]
+        prediction = la(X)
+        if likelihood == "regression":
+            _, prediction = prediction
+        values.append((prediction.double(), la.log_marginal_likelihood().double()))
+    for exact, half in zip(*values, strict=True):
+        assert torch.allclose(half, exact, rtol=0.02, atol=1e-7)
+
+
+def test_curvature_that_is_not_finite_is_refused():
+    model = network("mlp", dtype=torch.float16)
+    model[0].weight.data.zero_()
+    model[2].weight.data.fill_(6e4)
+    la = debiased(model, "regression", backend=AsdlGGN)
+    train = loader(likelihood="regression", dtype=torch.float16)
+    with pytest.raises(ValueError, match="Curvature is not finite in"):
+        la.fit(train)
+
+
+def test_a_body_in_half_precision_may_have_a_head_in_single():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            parts = network("mlp", dtype=torch.float32)
+            self.body, self.head = parts[0].bfloat16(), parts[2]
+
+        def forward(self, x):
+            return self.head(self.body(x.bfloat16()).tanh().float())
+
+    train = loader(dtype=torch.float32)
+    X = train.dataset.tensors[0][:5]
+    exact, la = debiased(network("mlp", dtype=torch.float32)), debiased(Mixed())
+    exact.fit(train)
+    la.fit(train)
+    assert torch.allclose(la(X), exact(X), atol=0.01)
+    options = {"pred_type": "nn", "link_approx": "mc", "n_samples": 3}
+    assert la(X, **options).dtype == torch.float32
+
+
+def test_parameters_may_have_any_memory_layout():
+    name, train = "cnn-stride-padding", loader("cnn-stride-padding")
+    X, predictions = train.dataset.tensors[0][:5], []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        la = debiased(network(name).to(memory_format=memory_format))
+        la.fit(train)
+        options = {"pred_type": "nn", "link_approx": "mc", "n_samples": 3}
+        torch.manual_seed(0)
+        predictions.append([la(X), la(X, **options)])
+    for prediction, expected in zip(*predictions, strict=True):
+        assert torch.allclose(prediction, expected)
