@@ -3,7 +3,7 @@
 All fits see the same points; a debiased fit splits them into directions and magnitudes.
 Times are taken in turn in one process, and compared pair by pair.
 
-    python benchmarks/fit_cost.py --out benchmarks/results
+    python benchmarks/fit_cost.py --out DIR
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import RESULTS, conv_net, write_report
 from laplace.curvature import AsdlGGN
 from laplace.curvature.curvlinops import CurvlinopsGGN
+from shared.command_line import add_out
+from shared.networks import conv_net_for_timing
+from shared.reports import write_report
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import Laplace
 
+STUDY = Path(__file__).stem
 BACKENDS = {"CurvlinopsGGN": CurvlinopsGGN, "AsdlGGN": AsdlGGN}
 
 
@@ -65,7 +68,7 @@ def ratios(
 def measure(points: int, images: int, repeats: int) -> dict:
     """Measure fits on a number of points, and predictions on a number of images."""
     torch.manual_seed(0)
-    model = conv_net()
+    model = conv_net_for_timing()
     X, y = torch.randn(points, 1, 28, 28), torch.randint(10, (points,))
     loader = DataLoader(TensorDataset(X, y), batch_size=128)
 
@@ -117,13 +120,13 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=512)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    add_out(parser, STUDY)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
 
     results = measure(arguments.points, arguments.images, arguments.repeats)
     settings = {k: v for k, v in vars(arguments).items() if k != "out"}
-    write_report(arguments.out, "fit_cost", settings, results, table(results))
+    write_report(arguments.out, STUDY, settings, results, table(results))
 
 
 if __name__ == "__main__":

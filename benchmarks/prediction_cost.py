@@ -17,19 +17,16 @@ import warnings
 from pathlib import Path
 
 import torch
-from common import (
-    RESULTS,
-    conv_net,
-    in_own_process,
-    peak_megabytes,
-    reset_peak,
-    write_report,
-)
+from shared.command_line import add_out
+from shared.networks import conv_net_for_timing
+from shared.processes import in_own_process, peak_megabytes, reset_peak
+from shared.reports import write_report
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import Laplace
 
+STUDY = Path(__file__).stem
 STRUCTURES = {"KronLaplace": "kron", "debiased": "kron_debiased"}
 # network, posterior, images, and how many of them at once
 CASES = [
@@ -61,7 +58,7 @@ def fitted(network: str, structure: str) -> tuple[object, torch.Tensor]:
         The posterior and 1,000 inputs.
     """
     if network == "conv net":
-        model, X = conv_net(), torch.randn(1000, 1, 28, 28)
+        model, X = conv_net_for_timing(), torch.randn(1000, 1, 28, 28)
         y, subset, options = torch.randint(10, (1000,)), "all", {}
     else:
         model = nn.Sequential(nn.Flatten(), nn.Identity(), nn.Linear(FEATURES, CLASSES))
@@ -99,6 +96,7 @@ def run_case(
         start = time.perf_counter()
         try:
             for part in X[:images].split(at_once):
+                # laplace-torch's, which both posteriors have
                 la._glm_predictive_distribution(part)
         except (RuntimeError, MemoryError) as error:
             return {"error": _reason(error)}
@@ -146,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--case", type=int, help="run one case in this process")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    add_out(parser, STUDY)
     arguments = parser.parse_args()
     if arguments.case is not None:
         print(json.dumps(run_case(*CASES[arguments.case], arguments.repeats)))
@@ -160,7 +158,7 @@ def main() -> None:
         rows.append(dict(zip(names, case, strict=True)) | result)
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     settings = {"repeats": arguments.repeats}
-    write_report(arguments.out, "prediction_cost", settings, rows, table(rows))
+    write_report(arguments.out, STUDY, settings, rows, table(rows))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     dataset, budget, out = arguments.dataset, arguments.budget, arguments.out
     try:
-        from laplace_debiased.comparison.data import load
+        from laplace_debiased.comparison.data import load_split
         from laplace_debiased.comparison.experiment import compare
         from laplace_debiased.comparison.results import write_results
     except ModuleNotFoundError as error:
@@ -38,16 +38,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        data = load(dataset, arguments.data_root)
+        split = load_split(dataset, arguments.data_root)
     except OSError as error:
         parser.error(str(error))
-    if budget > len(data.train):
+    if budget > len(split.train):
         parser.error(
-            f"argument --budget: must be at most {len(data.train)}, the training "
+            f"argument --budget: must be at most {len(split.train)}, the training "
             f"points of {dataset}, got {budget}"
         )
-    runs = compare(data, RECIPES[dataset], budget, arguments.seeds)
-    print(write_results(out, runs, data, dataset, budget))
+    runs = compare(split, RECIPES[dataset], budget, arguments.seeds)
+    print(write_results(out, runs, split, dataset, budget))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budget",
         type=_at_least(MIN_BUDGET),
         default=128,
-        help="training points of each estimator that does not use all",
+        help="training points of each posterior that does not use all",
     )
     parser.add_argument(
         "--seeds",

@@ -97,8 +97,8 @@ NETWORKS = {
 # part of the names of parameters that stay at their trained values
 LEFT_OUT = {
     "convnext": ["layer_scale"],
-    "vit": ["class_token", "pos_embedding", "in_proj", "out_proj"],
-    "swin": ["relative_position_bias_table", "attn.qkv", "attn.proj"],
+    "vit": ["class_token", "pos_embedding"],
+    "swin": ["relative_position_bias_table"],
     "hugging-face-vit": ["cls_token", "position_embeddings"],
     "bert": ["embeddings.word", "embeddings.position", "embeddings.token_type"],
 }

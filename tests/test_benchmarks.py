@@ -12,10 +12,13 @@ import pytest
 from laplace_debiased.comparison.environment import default_data_root
 from laplace_debiased.comparison.experiment import Run
 from laplace_debiased.comparison.metrics import Scores
-from laplace_debiased.comparison.report import table as main_table
+from laplace_debiased.comparison.report import table as comparison_table
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+RESULTS = FOLDER / "results"
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
+SHARED = sorted(f"shared.{path.stem}" for path in FOLDER.glob("shared/*.py"))
+STUDIES = [name for name in MODULES if name != "fill_tables"]
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def benchmarks(monkeypatch):
 
 
 def test_all_benchmarks_can_be_imported():
-    program = f"import {', '.join(MODULES)}"
+    program = f"import {', '.join(MODULES + SHARED)}"
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],
         cwd=FOLDER,
@@ -36,7 +39,7 @@ def test_all_benchmarks_can_be_imported():
 def test_an_interrupted_study_resumes_where_it_stopped(benchmarks, tmp_path):
     from argparse import Namespace
 
-    from common import Progress
+    from shared.reports import Progress
 
     settings = Namespace(out=tmp_path / "new", data_root="here", budget=8)
     calls = []
@@ -58,21 +61,21 @@ def test_an_interrupted_study_resumes_where_it_stopped(benchmarks, tmp_path):
 
 
 QUICK = [
-    ("sampling_quality", "estimators"),
-    ("sampling_quality", "settings"),
-    ("sampling_quality", "fractions"),
-    ("sampling_quality", "fractions", "--magnitudes", "ggn", "--shares", "0.3", "auto"),
-    ("bias", "directions"),
-    ("bias", "dependence"),
-    ("newton_step",),
-    ("optimization",),
-    ("many_classes",),
-    ("calibration",),
-    ("pipeline",),
-    ("peers",),
-    ("scale",),
-    ("full_data_cost",),
-    ("network_cost",),
+    ("few_points_against_full_data",),
+    ("pool_floor_and_folds",),
+    ("share_of_directions",),
+    ("share_of_directions", "--magnitudes", "ggn", "--shares", "0.3", "auto"),
+    ("bias_along_directions",),
+    ("what_bias_depends_on",),
+    ("newton_step_stability",),
+    ("training_by_conjugate_gradients",),
+    ("many_classes_backward_passes",),
+    ("calibration_by_prior_precision",),
+    ("quality_under_shift",),
+    ("comparison_with_peers",),
+    ("gain_by_architecture_and_scale",),
+    ("fit_time_against_full_data",),
+    ("full_size_network_cost",),
 ]
 
 
@@ -94,9 +97,10 @@ def test_studies_run_in_a_quick_mode(benchmarks, monkeypatch, tmp_path, command)
 
 
 def test_networks_are_named_with_their_dataset(benchmarks, capsys):
-    from common import add_problems, run_problems, study_parser
+    from shared.command_line import add_problems, run_problems, study_parser
 
-    parser = study_parser("A study.")
+    parser = study_parser("A study.", "study")
+    assert parser.get_default("out") == RESULTS / "study"
     add_problems(parser, ["mnist/MLP"])
     assert parser.parse_args([]).problems == [("mnist", "MLP")]
     settings = parser.parse_args(["--problems", "a/b", "c/d", "a/e"])
@@ -108,7 +112,7 @@ def test_networks_are_named_with_their_dataset(benchmarks, capsys):
 
 
 def test_sampled_predictives_take_every_second_prior(benchmarks):
-    from calibration import table
+    from calibration_by_prior_precision import table
 
     def runs(*nll):
         return [{"nll": list(nll), "ece": [0.5 * value for value in nll]}]
@@ -126,7 +130,7 @@ def runs_with_excess(*values):
 
 
 def test_trend_of_the_bias_uses_all_seeds(benchmarks):
-    from bias import dependence_table, trend
+    from what_bias_depends_on import table, trend
 
     power = {str(v): runs_with_excess(*[0.1 * v**0.5] * 3) for v in (0, 1, 4, 9)}
     assert trend(power) == pytest.approx((0.5, 0), abs=1e-12)
@@ -135,13 +139,13 @@ def test_trend_of_the_bias_uses_all_seeds(benchmarks):
     slope, error = trend(noisy)
     assert slope == pytest.approx(1)
     assert error != error  # without the second seed there is no excess
-    lines = dependence_table({"width": {**noisy, "4": runs_with_excess(-0.2, 0.1)}})
+    lines = table({"width": {**noisy, "4": runs_with_excess(-0.2, 0.1)}})
     assert lines.endswith("| width | 4 | 0.95 ± 0.21 | none: no excess at 4 |")
 
 
 def test_error_of_the_trend_is_the_jackknife_over_seeds(benchmarks):
     import numpy as np
-    from bias import trend
+    from what_bias_depends_on import trend
 
     excess = {"1": (0.1, 0.2, 0.3), "2": (0.5, 0.3, 0.4)}
     _, error = trend({v: runs_with_excess(*e) for v, e in excess.items()})
@@ -154,7 +158,7 @@ def test_error_of_the_trend_is_the_jackknife_over_seeds(benchmarks):
 
 
 def test_optimizers_are_tuned_by_as_many_trials_and_edges_are_told(benchmarks):
-    from optimization import METHODS
+    from training_by_conjugate_gradients import METHODS
 
     for method in METHODS.values():
         assert len({tuple(settings.items()) for settings in method.settings}) == 20
@@ -165,85 +169,129 @@ def test_optimizers_are_tuned_by_as_many_trials_and_edges_are_told(benchmarks):
 
 
 def test_a_study_is_restricted_to_some_rows(benchmarks):
-    from argparse import Namespace
+    from few_points_against_full_data import ROWS as OF_ESTIMATORS
+    from share_of_directions import ROWS, chosen_rows
+    from shared.closeness import with_magnitudes
 
-    from sampling_quality import STUDIES, chosen_rows
-
-    def labels(study, magnitudes, shares):
-        chosen = Namespace(study=study, magnitudes=magnitudes, shares=shares)
-        return list(chosen_rows(chosen))
-
-    assert labels("fractions", ["ggn"], ["0.3", "auto"]) == ["ggn: 0.3", "ggn: auto"]
-    assert len(STUDIES["fractions"]) == 20
-    of_kfac = labels("estimators", ["kfac"], ["0.3"])
-    assert of_kfac == [k for k in STUDIES["estimators"] if k.startswith("kfac")]
+    chosen = chosen_rows(["ggn"], ["0.3", "auto"])
+    assert list(chosen) == ["ggn: 0.3", "ggn: auto"]
+    assert len(ROWS) == 20
+    of_kfac = with_magnitudes(OF_ESTIMATORS, ["kfac"])
+    assert list(of_kfac) == [k for k in OF_ESTIMATORS if k.startswith("kfac")]
 
 
-def test_tables_are_put_between_their_marks(benchmarks, tmp_path, monkeypatch):
-    import readme
+def test_quick_results_are_kept_apart(benchmarks, monkeypatch, tmp_path):
+    from shared.command_line import parse, study_parser
 
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "cost.md").write_text("| a |\n")
-    monkeypatch.setattr(readme, "BENCHMARKS", tmp_path)
-    text = "before\n<!-- table: cost -->\nold\n<!-- end -->\nafter\n"
+    def out(*arguments):
+        monkeypatch.setattr(sys, "argv", ["study", *arguments])
+        return parse(study_parser("A study.", "study")).out
+
+    assert out() == RESULTS / "study"
+    assert out("--quick") == RESULTS / "quick" / "study"
+    assert out("--quick", "--out", str(tmp_path)) == tmp_path
+
+
+def test_tables_are_put_between_their_marks(benchmarks, tmp_path):
+    from fill_tables import filled
+
+    (tmp_path / "cost.md").write_text("| a |\n")
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- table: cost -->\nold\n<!-- end -->\nafter\n")
     expected = "before\n<!-- table: cost -->\n| a |\n<!-- end -->\nafter\n"
-    assert readme.filled(text) == readme.filled(expected) == expected
+    assert filled(page) == expected
+    page.write_text(expected)
+    assert filled(page) == expected
+
+
+def test_pages_show_the_committed_tables(benchmarks):
+    from fill_tables import PAGES, filled
+
+    for page in PAGES:
+        assert filled(page) == page.read_text(), page
+
+
+def test_every_study_has_a_page_with_its_results_and_its_command():
+    overview = (FOLDER / "README.md").read_text()
+    folders = {path.name for path in RESULTS.iterdir() if path.name != "quick"}
+    assert folders == {*STUDIES, "default_comparison"}
+    for folder in folders:
+        page = (RESULTS / folder / "README.md").read_text()
+        assert f"results/{folder}/README.md" in overview
+        command = f"python benchmarks/{folder}.py"
+        assert ("python -m laplace_debiased" if folder not in STUDIES else command) in (
+            page
+        )
+        for path in (RESULTS / folder).iterdir():
+            if path.suffix == ".md" and path.name != "README.md":
+                assert f"<!-- table: {path.stem} -->" in page
+            if path.suffix == ".png":
+                assert f"({path.name})" in page
+
+
+def test_library_is_used_by_its_public_names():
+    of_library = re.compile(r"(?:from|import) (laplace_debiased\S*)")
+    for path in [*FOLDER.glob("*.py"), *FOLDER.glob("shared/*.py")]:
+        if path.stem != "internals":
+            for name in of_library.findall(path.read_text()):
+                assert re.fullmatch(r"laplace_debiased(\.comparison\.\w+)?", name), path
 
 
 def test_results_say_which_commit_gave_them():
-    for path in (FOLDER / "results").glob("*.json"):
+    numbers = list(RESULTS.glob("*/*.json"))
+    assert len(numbers) == len(STUDIES) + 1  # two of the comparison, none of training
+    for path in numbers:
         commit = json.loads(path.read_text())["environment"]["commit"]
         assert re.fullmatch("[0-9a-f]{7,}", commit), path.name  # and not dirty
 
 
-# the functions that make tables, where they are not a study's only one
-TABLES = {
-    "sampling_estimators": "sampling_quality.table",
-    "sampling_estimators_short": "sampling_quality.short_table",
-    "sampling_fractions": "sampling_quality.table",
-    "sampling_settings": "sampling_quality.table",
-    "bias_directions": "bias.directions_table",
-    "bias_dependence": "bias.dependence_table",
+OPTIONS_OF_TABLES = {
+    "calibration_by_prior_precision": ["priors"],
+    "many_classes_backward_passes": ["exact_seconds"],
 }
-OPTIONS_OF_TABLES = {"calibration": ["priors"], "many_classes": ["exact_seconds"]}
 
 
 def test_the_table_of_networks_is_made_of_their_records(benchmarks):
-    import networks
+    import trained_networks
 
-    assert (FOLDER / "results" / "networks.md").read_text() == networks.table() + "\n"
+    path = RESULTS / "trained_networks" / "trained_networks.md"
+    assert path.read_text() == trained_networks.table() + "\n"
 
 
 @pytest.mark.parametrize(
     "path",
-    sorted(set(FOLDER.glob("results/*.md")) - {FOLDER / "results" / "networks.md"}),
+    sorted(path.with_suffix(".md") for path in RESULTS.glob("*/*.json")),
     ids=lambda path: path.stem,
 )
 def test_tables_are_made_of_the_numbers(benchmarks, path):
-    name = path.stem
-    numbers = path.with_name(f"{name.removesuffix('_short')}.json")
-    report = json.loads(numbers.read_text())
+    report = json.loads(path.with_suffix(".json").read_text())
     if "runs" in report:
         runs = [
             Run(**run | {"scores": Scores(**run["scores"]), "probabilities": None})
             for run in report["runs"]
         ]
-        assert path.read_text() == main_table(runs) + "\n"
+        assert path.read_text() == comparison_table(runs) + "\n"
         return
-    module, _, function = TABLES.get(name, f"{name}.table").partition(".")
-    options = {
-        option: report["settings"][option] for option in OPTIONS_OF_TABLES.get(name, ())
-    }
-    table = getattr(import_module(module), function)
-    assert path.read_text() == table(report["results"], **options) + "\n"
+    names = OPTIONS_OF_TABLES.get(path.stem, ())
+    options = {name: report["settings"][name] for name in names}
+    study = import_module(path.stem)
+    assert path.read_text() == study.table(report["results"], **options) + "\n"
+
+
+def test_the_short_table_is_made_of_the_numbers(benchmarks):
+    from few_points_against_full_data import STUDY, short_table
+
+    numbers = json.loads((RESULTS / STUDY / f"{STUDY}.json").read_text())
+    table = (RESULTS / STUDY / f"{STUDY}_short.md").read_text()
+    assert table == short_table(numbers["results"]) + "\n"
 
 
 @pytest.mark.parametrize(
     "path", sorted(FOLDER.glob("checkpoints/*/*.json")), ids=lambda path: path.stem
 )
 def test_checkpoints_are_those_of_the_recipes(benchmarks, path):
-    from networks import recipe_for, trained
     from safetensors.torch import load_file
+    from shared.training import recipe_for, trained
 
     name, seed = path.stem.rsplit("-", 1)
     recipe = recipe_for(name, path.parent.name)
@@ -258,16 +306,16 @@ def test_checkpoints_are_those_of_the_recipes(benchmarks, path):
 
 
 def test_data_of_many_classes(benchmarks, monkeypatch):
-    import networks
     import torch
+    from shared import data as module
     from torch.utils.data import TensorDataset
 
     X, y = torch.rand(12, 1, 4, 4), torch.arange(12) % 10
-    fake = networks.Data(TensorDataset(X, y), X[:5], y[:5])
-    monkeypatch.setattr(networks, "load", lambda *_: fake)
-    data = networks.problem_data(networks.PAIRS, Path("unused"))
+    fake = module.TrainTestSplit(TensorDataset(X, y), X[:5], y[:5])
+    monkeypatch.setattr(module, "load_split", lambda *_: fake)
+    data = module.problem_data(module.PAIRS, Path("unused"))
     images, labels = data.train.tensors
-    assert images.shape == (networks.NUM_PAIRS, 1, 4, 8)
+    assert images.shape == (module.NUM_PAIRS, 1, 4, 8)
     assert labels.max() < 100
     left = (X == images[0, :, :, :4]).flatten(1).all(1).nonzero()[0]
     assert labels[0] // 10 == y[left]
@@ -276,22 +324,21 @@ def test_data_of_many_classes(benchmarks, monkeypatch):
 @pytest.mark.parametrize("dataset", ["fashion-mnist", "cifar100"])
 def test_networks_fit_their_images(benchmarks, dataset):
     import torch
-    from networks import IMAGES, full_size_recipes, recipes
-
-    from laplace_debiased.rows.selection import select
+    from shared.data import IMAGES
+    from shared.internals import unsupported_parameters
+    from shared.training import full_size_recipes, recipes
 
     images = IMAGES[dataset]
     channels, size, classes = images
     for recipe in (recipes(images) | full_size_recipes(images)).values():
-        with torch.device("meta"):
-            model = recipe.build().eval()
-            output = model(torch.empty(2, channels, size, size))
-        assert output.shape == (2, classes)
-        assert not select(model, list(model.parameters()))[1]
+        model, X = recipe.build().eval(), torch.randn(2, channels, size, size)
+        assert model(X).shape == (2, classes)
+        assert not unsupported_parameters(model, X)
 
 
 def test_full_size_networks_are_the_known_ones(benchmarks):
-    from networks import IMAGES, full_size_recipes
+    from shared.data import IMAGES
+    from shared.training import full_size_recipes
 
     sizes = {
         name: sum(p.numel() for p in recipe.build().parameters())
@@ -304,19 +351,19 @@ def test_full_size_networks_are_the_known_ones(benchmarks):
 
 
 def test_splits_are_those_of_the_paper(benchmarks, monkeypatch):
-    import networks
     import torch
+    from shared import data as module
     from torch.utils.data import TensorDataset
 
     def load(dataset, root, num_test=1000):
         y = torch.arange(50_000)
         X = y[:, None].float()
-        return networks.Data(TensorDataset(X, y), X[:num_test], y[:num_test])
+        return module.TrainTestSplit(TensorDataset(X, y), X[:num_test], y[:num_test])
 
-    monkeypatch.setattr(networks, "load", load)
+    monkeypatch.setattr(module, "load_split", load)
     root = Path("unused")
-    train, inputs, _ = networks.problem_data("cifar10", root)
-    validation, _ = networks.validation_data("cifar10", root)
+    train, inputs, _ = module.problem_data("cifar10", root)
+    validation, _ = module.validation_data("cifar10", root)
     assert (len(train), len(validation), len(inputs)) == (40_000, 10_000, 10_000)
     assert not set(train.tensors[1].tolist()) & set(validation[:, 0].tolist())
 
@@ -326,7 +373,7 @@ def test_temperature_scaling_finds_the_temperature(benchmarks):
     from types import SimpleNamespace
 
     import torch
-    from peers import Case, temperature_scaling
+    from comparison_with_peers import Case, temperature_scaling
 
     torch.manual_seed(0)
     logits = 2 * torch.randn(2000, 4)
@@ -334,3 +381,35 @@ def test_temperature_scaling_finds_the_temperature(benchmarks):
     overconfident = SimpleNamespace(model=lambda X: 3 * X)
     predict, _ = temperature_scaling(Case(overconfident, (logits, y), [], 0))
     assert torch.allclose(predict(logits).float(), logits.softmax(1), atol=0.03)
+
+
+def test_eigendecompositions_alone_are_timed(benchmarks):
+    import torch
+    from full_size_network_cost import DecompositionTimer
+
+    matrix = torch.eye(300)
+    with DecompositionTimer() as timer:
+        torch.linalg.eigh(matrix)
+        seconds = timer.seconds
+        matrix @ matrix
+    assert timer.seconds == seconds > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_predictions_at_many_priors_are_those_of_the_posterior(benchmarks):
+    import torch
+    from shared.networks import mlp
+    from shared.predictions import glm_probabilities
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from laplace_debiased import KronDebiasedLaplace
+
+    torch.manual_seed(0)
+    model = mlp((5,), inputs=6, classes=3)
+    X, y = torch.randn(40, 6), torch.randint(3, (40,))
+    la = KronDebiasedLaplace(model, "classification")
+    la.fit(DataLoader(TensorDataset(X, y), 20))
+    (predictions,) = glm_probabilities([(la.H, (1.0, 10.0))], model, X)
+    for prior, probabilities in zip((1.0, 10.0), predictions, strict=True):
+        la.prior_precision = prior
+        torch.testing.assert_close(probabilities, la(X), atol=1e-5, rtol=1e-4)

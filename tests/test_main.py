@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from laplace_debiased import __main__ as job
-from laplace_debiased.comparison.estimators import ESTIMATORS
 from laplace_debiased.comparison.networks import RECIPES
+from laplace_debiased.comparison.posteriors import POSTERIORS
 
 
 def test_job_compares_estimators_on_digits(tmp_path, capsys):
@@ -16,7 +16,7 @@ def test_job_compares_estimators_on_digits(tmp_path, capsys):
 
     captured = capsys.readouterr()
     rows = re.findall(r"^\| (\w[\w ,]*?) +\|", captured.out, re.MULTILINE)
-    assert rows == ["MAP", *ESTIMATORS]
+    assert rows == ["MAP", *POSTERIORS]
     assert "seed 0" in captured.err
     assert "link_approx" not in captured.err
 
@@ -56,7 +56,7 @@ def test_missing_dataset_is_named(tmp_path, monkeypatch, capsys):
     def fail(dataset, root):
         raise FileNotFoundError(f"{dataset} is not in {root}")
 
-    monkeypatch.setattr("laplace_debiased.comparison.data.load", fail)
+    monkeypatch.setattr("laplace_debiased.comparison.data.load_split", fail)
     monkeypatch.setenv("LAPLACE_DEBIASED_DATA", str(tmp_path / "data"))
     with pytest.raises(SystemExit) as caught:
         job.main(["--dataset", "mnist", "--out", str(tmp_path)])

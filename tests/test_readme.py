@@ -3,7 +3,21 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [
+    README,
+    ROOT / "benchmarks" / "README.md",
+    *sorted(ROOT.glob("benchmarks/results/*/README.md")),
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+]
+
+
+def shown_tables(page):
+    return re.findall(
+        r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL
+    )
 
 
 def test_snippets_run_in_order():
@@ -16,36 +30,43 @@ def test_snippets_run_in_order():
     assert namespace["probabilities"].shape == (5, 3)
 
 
-READMES = [README, README.parent / "benchmarks" / "README.md"]
-RESULTS = README.parent / "benchmarks" / "results"
-
-
-@pytest.mark.parametrize("readme", READMES, ids=["project", "benchmarks"])
-def test_tables_are_the_committed_results(readme):
-    tables = re.findall(
-        r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", readme.read_text(), re.DOTALL
-    )
-    assert len(tables) >= 3
-    for name, table in tables:
-        assert table == (RESULTS / f"{name}.md").read_text(), name
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_are_the_committed_results(page):
+    for path, table in shown_tables(page):
+        assert table == (page.parent / f"{path}.md").read_text(), path
 
 
 def test_every_result_is_shown():
-    text = "".join(readme.read_text() for readme in READMES)
-    assert all(path.stem in text for path in RESULTS.glob("*.md"))
+    shown = {
+        (page.parent / f"{path}.md").resolve()
+        for page in PAGES
+        for path, _ in shown_tables(page)
+    }
+    results = {
+        path
+        for path in (ROOT / "benchmarks" / "results").glob("*/*.md")
+        if path.name != "README.md"
+    }
+    assert {path.resolve() for path in results} == shown
 
 
-@pytest.mark.parametrize("readme", READMES, ids=["project", "benchmarks"])
-def test_figures_exist(readme):
-    figures = re.findall(r"!\[.*?\]\((.*?)\)", readme.read_text())
-    assert figures
-    assert all((readme.parent / figure).is_file() for figure in figures)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_figures_lead_somewhere(page):
+    targets = re.findall(r"\]\((.*?)\)", page.read_text())
+    for target in targets:
+        if "://" not in target:
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_readme_is_short_and_has_a_figure_and_a_table():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 150
+    assert len(re.findall(r"!\[.*?\]\(.*?\)", text)) == len(shown_tables(README)) == 1
 
 
 def test_commands_are_the_ones_that_ci_runs():
-    ci = (README.parent / ".ci" / "run").read_text()
+    ci = (ROOT / ".ci" / "run").read_text()
     assert "README.md" in ci
-    assert 'pip install ".[test]" && python -m pytest' in README.read_text()
-    assert 'pip install ".[benchmarks]" && python -m laplace_debiased' in (
-        README.read_text()
-    )
+    lines = README.read_text().splitlines()
+    assert 'pip install ".[test]" && python -m pytest' in lines
+    assert 'pip install ".[benchmarks]" && python -m laplace_debiased' in lines

@@ -22,8 +22,8 @@ _TORCHVISION = {
 }
 
 
-class Data(NamedTuple):
-    """A classification problem.
+class TrainTestSplit(NamedTuple):
+    """Labelled points to train a classifier on, and others to test it on.
 
     Args:
         train: Training points, standardized inputs and class indices.
@@ -36,7 +36,9 @@ class Data(NamedTuple):
     test_labels: Tensor
 
 
-def load(dataset: str, root: Path, num_test: int = NUM_TEST_IMAGES) -> Data:
+def load_split(
+    dataset: str, root: Path, num_test: int = NUM_TEST_IMAGES
+) -> TrainTestSplit:
     """Load a dataset.
 
     Args:
@@ -61,7 +63,7 @@ def load(dataset: str, root: Path, num_test: int = NUM_TEST_IMAGES) -> Data:
     return _standardized(X, y, X_test[chosen], y_test[chosen])
 
 
-def _digits() -> Data:
+def _digits() -> TrainTestSplit:
     """Split the 8x8 digits, ``[points, 64]``, always in the same way."""
     X, X_test, y, y_test = (
         torch.as_tensor(part)
@@ -72,17 +74,21 @@ def _digits() -> Data:
     return _standardized(X.float(), y, X_test.float(), y_test)
 
 
-def _standardized(X: Tensor, y: Tensor, X_test: Tensor, y_test: Tensor) -> Data:
+def _standardized(
+    X: Tensor, y: Tensor, X_test: Tensor, y_test: Tensor
+) -> TrainTestSplit:
     """Scale inputs by mean and standard deviation of all training entries."""
     mean, std = X.mean(), X.std()
-    return Data(TensorDataset((X - mean) / std, y), (X_test - mean) / std, y_test)
+    return TrainTestSplit(
+        TensorDataset((X - mean) / std, y), (X_test - mean) / std, y_test
+    )
 
 
 def raw_images(dataset: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
     """Return all images of a torchvision dataset.
 
     Args:
-        dataset: As in :func:`load`.
+        dataset: As in :func:`load_split`.
         root: Folder of torchvision's datasets.
         train: Whether to return training points.
 

@@ -1,20 +1,21 @@
-"""Train, fit, predict: every estimator on every seed."""
+"""Train, fit, predict: every posterior on every seed."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
 from time import perf_counter
+from typing import cast
 
 import torch
 from laplace import KronLaplace
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from laplace_debiased.comparison.data import Data
-from laplace_debiased.comparison.estimators import ESTIMATORS
+from laplace_debiased.comparison.data import TrainTestSplit
 from laplace_debiased.comparison.metrics import Scores, score
-from laplace_debiased.comparison.networks import Recipe, train
+from laplace_debiased.comparison.posteriors import POSTERIORS
+from laplace_debiased.comparison.training import Recipe, train
 
 MAP = "MAP"
 PRIOR_PRECISIONS = tuple(10 ** (half / 2) for half in range(-2, 7))
@@ -25,10 +26,10 @@ _PREDICTION_BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class Run:
-    """One estimator with one seed.
+    """One posterior with one seed, or the network alone.
 
     Args:
-        estimator: Its name.
+        estimator: Name in ``POSTERIORS``, or ``MAP``.
         seed: The seed.
         scores: Test scores, at the chosen prior precision.
         probabilities: The predictions behind them, ``[points, classes]``.
@@ -48,55 +49,57 @@ class Run:
     curve: list[float] | None = None
 
 
-def compare(data: Data, recipe: Recipe, budget: int, num_seeds: int) -> list[Run]:
-    """Run all estimators on all seeds; each seed has a network and a draw of its own.
+def compare(
+    split: TrainTestSplit, recipe: Recipe, budget: int, num_seeds: int
+) -> list[Run]:
+    """Fit all posteriors on all seeds; each seed has a network and a draw of its own.
 
     Args:
-        data: Training and test points.
+        split: Training and test points.
         recipe: How to build and train a network.
-        budget: Number of training points for estimators that do not use all.
+        budget: Number of training points for posteriors that do not use all.
         num_seeds: Number of seeds.
 
     Returns:
         The runs, seed by seed.
     """
     runs = []
-    with tqdm(total=num_seeds * (1 + len(ESTIMATORS))) as bar:
+    with tqdm(total=num_seeds * (1 + len(POSTERIORS))) as bar:
         for seed in range(num_seeds):
             bar.set_description(f"seed {seed}: training")
-            model = train(recipe, data.train, seed)
-            runs.append(_map_run(model, data, seed))
+            model = train(recipe, split.train, seed).model
+            runs.append(_map_run(model, split, seed))
             bar.update()
-            for estimator in ESTIMATORS:
+            for estimator in POSTERIORS:
                 bar.set_description(f"seed {seed}: {estimator}")
-                runs.append(_laplace_run(estimator, model, data, budget, seed))
+                runs.append(_laplace_run(estimator, model, split, budget, seed))
                 bar.update()
     return runs
 
 
-def _map_run(model: nn.Module, data: Data, seed: int) -> Run:
+def _map_run(model: nn.Module, split: TrainTestSplit, seed: int) -> Run:
     with torch.no_grad():
-        probabilities = model(data.test_inputs).softmax(-1)
-    return Run(MAP, seed, score(probabilities, data.test_labels), probabilities)
+        probabilities = model(split.test_inputs).softmax(-1)
+    return Run(MAP, seed, score(probabilities, split.test_labels), probabilities)
 
 
 def _laplace_run(
-    estimator: str, model: nn.Module, data: Data, budget: int, seed: int
+    estimator: str, model: nn.Module, split: TrainTestSplit, budget: int, seed: int
 ) -> Run:
     start = perf_counter()
-    laplace, num_points = ESTIMATORS[estimator](model, data.train, budget, seed)
+    laplace, num_points = POSTERIORS[estimator](model, split.train, budget, seed)
     fit_seconds = perf_counter() - start
     prior_precision = choose_prior_precision(laplace)
-    probabilities = predict(laplace, data.test_inputs)
+    probabilities = predict(laplace, split.test_inputs)
     return Run(
         estimator,
         seed,
-        score(probabilities, data.test_labels),
+        score(probabilities, split.test_labels),
         probabilities,
         num_points,
         prior_precision,
         fit_seconds,
-        nll_curve(laplace, data.test_inputs, data.test_labels),
+        nll_curve(laplace, split.test_inputs, split.test_labels),
     )
 
 
@@ -128,7 +131,8 @@ def predict(laplace: KronLaplace, inputs: Tensor) -> Tensor:
     Returns:
         Class probabilities ``[points, classes]``.
     """
-    return torch.cat([laplace(X) for X in inputs.split(_PREDICTION_BATCH_SIZE)])
+    parts = [laplace(X) for X in inputs.split(_PREDICTION_BATCH_SIZE)]
+    return torch.cat(cast(list[Tensor], parts))
 
 
 def nll_curve(laplace: KronLaplace, inputs: Tensor, labels: Tensor) -> list[float]:

@@ -10,25 +10,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import sem
 from torch import Tensor
-from tueplots import axes, figsizes, fontsizes
 from tueplots.constants.color import palettes
 
-from laplace_debiased.comparison.estimators import ESTIMATORS, FULL_DATA
 from laplace_debiased.comparison.experiment import MAP, PRIOR_PRECISIONS, Run
+from laplace_debiased.comparison.posteriors import FULL_DATA, POSTERIORS
 from laplace_debiased.comparison.report import group_by_estimator, reliabilities
+from laplace_debiased.comparison.style import figure_style
 
 _COLORS = {
     MAP: "grey",
-    **dict(zip(ESTIMATORS, (f"#{c}" for c in palettes.paultol_bright), strict=False)),
+    **dict(zip(POSTERIORS, (f"#{c}" for c in palettes.paultol_bright), strict=False)),
 }
 
 
 def write_figure(path: Path, runs: list[Run], labels: Tensor, title: str) -> None:
     """Draw the figure.
 
-    Left: mean test NLL of each estimator, with its standard error shaded and a dot
+    Left: mean test NLL of each posterior, with its standard error shaded and a dot
     where the marginal likelihood is largest. Middle: the NLL's difference to the
-    full-data estimator, which a seed shares network and test points with. Right:
+    full-data posterior, which a seed shares network and test points with. Right:
     accuracy over confidence where the marginal likelihood is largest.
 
     Args:
@@ -37,7 +37,9 @@ def write_figure(path: Path, runs: list[Run], labels: Tensor, title: str) -> Non
         labels: Test labels ``[points]``.
         title: What was compared.
     """
-    with rc_context(_style()):
+    style = figure_style(num_columns=3)
+    style |= {"figure.titlesize": style["axes.titlesize"], "lines.markersize": 4}
+    with rc_context(style):
         figure = Figure()
         nll_axis, excess_axis, reliability_axis = figure.subplots(1, 3)
         _draw_nll(nll_axis, runs)
@@ -48,19 +50,6 @@ def write_figure(path: Path, runs: list[Run], labels: Tensor, title: str) -> Non
             *nll_axis.get_legend_handles_labels(), loc="outside lower center", ncols=5
         )
         figure.savefig(path, dpi=200)
-
-
-def _style() -> dict:
-    fonts = fontsizes.neurips2023()
-    return {
-        **figsizes.neurips2023(ncols=3, rel_width=1.4, height_to_width_ratio=0.9),
-        **fonts,
-        **axes.lines(),
-        **axes.grid(),
-        "axes.grid": True,
-        "figure.titlesize": fonts["axes.titlesize"],
-        "lines.markersize": 4,
-    }
 
 
 def _draw_nll(axis: Axes, runs: list[Run]) -> None:
@@ -80,7 +69,7 @@ def _draw_nll(axis: Axes, runs: list[Run]) -> None:
 def _draw_excess_nll(axis: Axes, runs: list[Run]) -> None:
     groups = group_by_estimator(runs)
     full = _curves(groups[FULL_DATA])
-    for estimator in ESTIMATORS:
+    for estimator in POSTERIORS:
         _draw_band(axis, _curves(groups[estimator]) - full, estimator)
     axis.set(xscale="log", xlabel="prior precision", ylabel="test NLL $-$ full data")
 

@@ -13,9 +13,9 @@ import torch
 from scipy.stats import sem
 from torch import Tensor
 
-from laplace_debiased.comparison.estimators import FULL_DATA
 from laplace_debiased.comparison.experiment import PRIOR_PRECISIONS, Run
 from laplace_debiased.comparison.metrics import reliability
+from laplace_debiased.comparison.posteriors import FULL_DATA
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,25 @@ def table(runs: list[Run]) -> str:
 
 
 def _cell(values: list[float | None], column: Column) -> str:
-    if None in values:
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
         return "-"
     if column.robust:
-        return format(median(values), column.format)
-    average = format(mean(values), column.format)
-    if len(values) == 1:
+        return format(median(numbers), column.format)
+    average = format(mean(numbers), column.format)
+    if len(numbers) == 1:
         return average
-    return f"{average} ± {format(sem(values), column.format.lstrip('+'))}"
+    return f"{average} ± {format(sem(numbers), column.format.lstrip('+'))}"
 
 
 def _markdown(rows: list[list[str]]) -> str:
     """Align rows, the first of which is the header; numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligns = [str.ljust, *[str.rjust] * (len(widths) - 1)]
     header, *body = (
-        [align(*cell) for align, *cell in zip(aligns, row, widths, strict=True)]
+        [
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         for row in rows
     )
     rule = ["-" * width for width in widths]

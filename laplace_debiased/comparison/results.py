@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from laplace_debiased.comparison.data import Data
+from laplace_debiased.comparison.data import TrainTestSplit
 from laplace_debiased.comparison.environment import environment
 from laplace_debiased.comparison.experiment import Run
 from laplace_debiased.comparison.figure import write_figure
@@ -12,16 +12,16 @@ from laplace_debiased.comparison.report import table, write_numbers
 
 
 def write_results(
-    out: Path, runs: list[Run], data: Data, dataset: str, budget: int
+    out: Path, runs: list[Run], split: TrainTestSplit, dataset: str, budget: int
 ) -> str:
     """Write figure, table and numbers, named after the dataset.
 
     Args:
         out: An existing folder.
         runs: The runs.
-        data: What they were trained and tested on.
+        split: What they were trained and tested on.
         dataset: Its name.
-        budget: Number of training points of the estimators that do not use all.
+        budget: Number of training points of the posteriors that do not use all.
 
     Returns:
         The table, what it shows, and where the files are.
@@ -32,16 +32,16 @@ def write_results(
         "dataset": dataset,
         "budget": budget,
         "seeds": num_seeds,
-        "training_points": len(data.train),
-        "test_points": len(data.test_labels),
+        "training_points": len(split.train),
+        "test_points": len(split.test_labels),
     }
-    title = f"{dataset}: {len(data.train)} training points, budget {budget}"
+    title = f"{dataset}: {len(split.train)} training points, budget {budget}"
     figure, numbers = out / f"{dataset}.png", out / f"{dataset}.json"
     (out / f"{dataset}.md").write_text(table(runs) + "\n")
-    write_numbers(numbers, runs, data.test_labels, settings)
-    write_figure(figure, runs, data.test_labels, title)
+    write_numbers(numbers, runs, split.test_labels, settings)
+    write_figure(figure, runs, split.test_labels, title)
     return (
-        f"{title}, {len(data.test_labels)} test points\n"
+        f"{title}, {len(split.test_labels)} test points\n"
         f"Mean ± standard error, number of seeds: {num_seeds}\n\n"
         f"{table(runs)}\n\nFigure: {figure}\nNumbers: {numbers}"
     )

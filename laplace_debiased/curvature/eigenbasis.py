@@ -4,14 +4,15 @@ A layer's curvature is :math:`(U_G \otimes U_A) \mathrm{diag}(\lambda)
 (U_G \otimes U_A)^\top`. Its eigenvalues are either *factored*,
 :math:`\lambda_{ij} = l_i m_j`, as in K-FAC, or a full matrix
 :math:`\lambda_{ij}`, as in EKFAC (George et al., 2018, arXiv 1806.03884). A bias has
-one factor. Eigenvectors are kept as lists ``[U_G, U_A]`` or ``[U_G]``; eigenvalues as
-``[l, m]`` (factored), ``[matrix]`` or ``[vector]``.
+one factor. laplace-torch's matrices are over parameters, one block for each, while
+weight and bias of a layer share :math:`U_G`: here, and here alone, layers are split.
+A block's eigenvectors are lists ``[U_G, U_A]`` or ``[U_G]``; its eigenvalues ``[l, m]``
+(factored), ``[matrix]`` or ``[vector]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,102 +20,12 @@ from laplace.utils import block_diag, kron
 from laplace.utils.matrix import KronDecomposed
 from torch import Tensor
 
-Factors = list[Tensor]
-
-
-def symmetric_eigh(matrix: Tensor, fast: bool = False) -> tuple[Tensor, Tensor]:
-    """Decompose a symmetric matrix.
-
-    In double precision: single precision is two times faster, but leaves errors of 1e-6
-    times the largest eigenvalue in the reconstruction.
-
-    Args:
-        matrix: Symmetric matrix ``[d, d]``.
-        fast: Whether to use the matrix's own precision.
-
-    Returns:
-        Eigenvalues ``[d]``, and eigenvectors ``[d, d]`` as columns, in the matrix's
-        dtype.
-    """
-    values, vectors = _eigh(matrix if fast else matrix.double())
-    return values.to(matrix.dtype), vectors.to(matrix.dtype)
-
-
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Decompose in the matrix's precision if that is enough for the algorithm."""
-    if matrix.dtype.itemsize >= 4:
-        # in single precision it need not converge: not for few points, for instance
-        with suppress(torch.linalg.LinAlgError):
-            return torch.linalg.eigh(matrix)
-    return torch.linalg.eigh(matrix.double())
-
-
-def eigendecompose(
-    kfacs: list[Factors], fast: bool = False
-) -> tuple[list[Factors], list[Factors]]:
-    """Compute eigenvectors and eigenvalues of Kronecker factors.
-
-    Args:
-        kfacs: Factors of each block. A weight and its bias may hold the same tensor,
-            which is then decomposed once.
-        fast: Whether the factors' own precision is enough, as it is for measuring
-            magnitudes: there the errors of the eigenvectors enter squared.
-
-    Returns:
-        Eigenvectors, and eigenvalues, of each factor of each block.
-    """
-    known: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def decomposed(factor: Tensor) -> tuple[Tensor, Tensor]:
-        if id(factor) not in known:
-            known[id(factor)] = symmetric_eigh(factor, fast)
-        return known[id(factor)]
-
-    parts = [[decomposed(factor) for factor in factors] for factors in kfacs]
-    return (
-        [[vectors for _, vectors in block] for block in parts],
-        [[values for values, _ in block] for block in parts],
-    )
-
-
-def decompose(kfacs: list[Factors], fast: bool = False) -> list[Factors]:
-    """Compute the eigenvectors alone, as :func:`eigendecompose` does.
-
-    Args:
-        kfacs: Factors of each block.
-        fast: Whether the factors' own precision is enough.
-
-    Returns:
-        Eigenvectors of each factor of each block.
-    """
-    return eigendecompose(kfacs, fast)[0]
-
-
-def project(kfacs: list[Factors], eigenvectors: list[Factors]) -> list[Factors]:
-    r"""Measure Kronecker factors along given directions.
-
-    These are the ``kfac`` magnitudes of Tatzel et al., 2024 (arXiv 2410.14325,
-    Section 4.2): :math:`\lambda_{ij} = (u_{G,i}^\top \tilde G u_{G,i})
-    (u_{A,j}^\top \tilde A u_{A,j})`.
-
-    Args:
-        kfacs: Factors of each block.
-        eigenvectors: Directions for each factor of each block.
-
-    Returns:
-        Factored eigenvalues of each block.
-    """
-    return [
-        [
-            ((factor @ directions) * directions).sum(0).clamp(min=0)
-            for factor, directions in zip(factors, vectors, strict=True)
-        ]
-        for factors, vectors in zip(kfacs, eigenvectors, strict=True)
-    ]
+from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
+from laplace_debiased.rows.layers import Layer
 
 
 def spectrum(
-    eigenvalues: Factors, delta: Tensor | float = 0.0, damping: bool = False
+    eigenvalues: Sequence[Tensor], delta: Tensor | float = 0.0, damping: bool = False
 ) -> Tensor:
     r"""Compute a block's eigenvalues, shifted by a prior precision.
 
@@ -136,7 +47,7 @@ def spectrum(
     return torch.outer(outer, inner) + delta
 
 
-def to_eigenbasis(block: Tensor, eigenvectors: Factors) -> Tensor:
+def to_eigenbasis(block: Tensor, eigenvectors: Sequence[Tensor]) -> Tensor:
     """Rotate parameters into the eigenbasis.
 
     Args:
@@ -152,7 +63,7 @@ def to_eigenbasis(block: Tensor, eigenvectors: Factors) -> Tensor:
     return gradient_vectors.T @ block @ input_vectors
 
 
-def from_eigenbasis(coordinates: Tensor, eigenvectors: Factors) -> Tensor:
+def from_eigenbasis(coordinates: Tensor, eigenvectors: Sequence[Tensor]) -> Tensor:
     """Invert :func:`to_eigenbasis`."""
     return to_eigenbasis(coordinates, [vectors.T for vectors in eigenvectors])
 
@@ -178,8 +89,8 @@ class EigenbasisMatrix(KronDecomposed):
 
     def __init__(
         self,
-        eigenvectors: list[Factors],
-        eigenvalues: list[Factors],
+        eigenvectors: list[list[Tensor]],
+        eigenvalues: list[list[Tensor]],
         deltas: Tensor | None = None,
         damping: bool = False,
     ):
@@ -196,7 +107,9 @@ class EigenbasisMatrix(KronDecomposed):
         super().__init__(eigenvectors, eigenvalues, deltas, damping)
 
     def _replace(
-        self, eigenvalues: list[Factors] | None = None, deltas: Tensor | None = None
+        self,
+        eigenvalues: list[list[Tensor]] | None = None,
+        deltas: Tensor | None = None,
     ) -> EigenbasisMatrix:
         return EigenbasisMatrix(
             self.eigenvectors,
@@ -234,7 +147,7 @@ class EigenbasisMatrix(KronDecomposed):
     def clone(self) -> EigenbasisMatrix:
         """Copy the matrix with all of its tensors."""
 
-        def copy(blocks: list[Factors]) -> list[Factors]:
+        def copy(blocks: list[list[Tensor]]) -> list[list[Tensor]]:
             return [[tensor.clone() for tensor in block] for block in blocks]
 
         return EigenbasisMatrix(
@@ -341,3 +254,40 @@ class EigenbasisMatrix(KronDecomposed):
             basis = vectors[0] if len(vectors) == 1 else kron(*vectors)
             blocks.append((basis * values.flatten() ** exponent) @ basis.T)
         return block_diag(blocks)
+
+
+def by_parameter(
+    layers: Sequence[Layer],
+    directions: Sequence[Kronecker],
+    magnitudes: Sequence[Kronecker] | Sequence[Spectrum],
+    damping: bool = False,
+) -> EigenbasisMatrix:
+    """Split layers into their parameters.
+
+    Args:
+        layers: The layers.
+        directions: The eigenvectors of each.
+        magnitudes: The eigenvalues of each.
+        damping: Whether a prior precision is spread over the factors.
+
+    Returns:
+        A matrix with a block for each parameter, in the order of their positions.
+    """
+    blocks: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+    for layer, vectors, values in zip(layers, directions, magnitudes, strict=True):
+        if layer.matrix is not None:
+            own = [values.matrix] if isinstance(values, Spectrum) else values.tensors()
+            blocks[layer.matrix] = vectors.tensors(), _present(own)
+        if layer.vector is not None:
+            first = values.vector if isinstance(values, Spectrum) else values.gradients
+            blocks[layer.vector] = _present([vectors.gradients]), _present([first])
+    ordered = [blocks[position] for position in sorted(blocks)]
+    return EigenbasisMatrix(
+        [vectors for vectors, _ in ordered],
+        [values for _, values in ordered],
+        damping=damping,
+    )
+
+
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]

@@ -1,42 +1,46 @@
-"""Debiased K-FAC as a linear operator, in curvlinops' conventions.
-
-The top eigenvectors of a mini-batch's curvature are extreme for that batch only, so
-curvature along them is overestimated. Debiasing takes *directions* (eigenvectors) from
-one data source and *magnitudes* (directional curvatures) from another:
-
-- Tatzel, L., Mucsányi, B., Hackel, O., Hennig, P. (2024). Debiasing Mini-Batch
-  Quadratics for Applications in Deep Learning (arXiv 2410.14325), Section 4.2.
-"""
+"""Debiased K-FAC as a linear operator, in curvlinops' conventions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
-from curvlinops import FisherType, KFACType
-from curvlinops._torch_base import CurvatureLinearOperator, PyTorchLinearOperator
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.eigenbasis import (
-    Factors,
-    decompose,
-    from_eigenbasis,
-    project,
-    spectrum,
-    to_eigenbasis,
+from laplace_debiased.curvature.curvlinops_adapter import (
+    EigenbasisLinearOperator,
+    LinearOperator,
+    block_positions,
 )
-from laplace_debiased.curvature.factors import DirectionalCurvatures, KroneckerFactors
-from laplace_debiased.rows.layers import Block, curvature_blocks
+from laplace_debiased.curvature.debias import (
+    Debiased,
+    project,
+    scale_gradients,
+    two_batch,
+)
+from laplace_debiased.curvature.directional import DirectionalCurvatures
+from laplace_debiased.curvature.factors import (
+    EXPAND,
+    KroneckerFactors,
+    check_approximation,
+    is_joint,
+)
+from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
+from laplace_debiased.rows.inputs import Inputs, on_device
+from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.model_state import check_repeatable
-from laplace_debiased.rows.output_curvature import Loss, OutputCurvature
+from laplace_debiased.rows.output_curvature import TYPE_2, Loss, OutputCurvature
+from laplace_debiased.rows.recorder import Substitution, run, stand_ins
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.selection import find_layers
-from laplace_debiased.rows.sweep import Inputs, sweep
+from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
 
 MAGNITUDES = ("kfac", "ggn")
-
-Data = Iterable[tuple[Inputs, Tensor]]
+# of saved operators; those of version 0.1 before had none
+FORMAT = 2
 
 
 def check_magnitudes(magnitudes: str) -> None:
@@ -54,74 +58,7 @@ def check_magnitudes(magnitudes: str) -> None:
         )
 
 
-def apply_spectra(
-    blocks: list[Block],
-    eigenvectors: list[Factors],
-    spectra: list[Tensor],
-    M: list[Tensor],
-) -> list[Tensor]:
-    """Multiply a block-diagonal matrix, given by its eigendecomposition.
-
-    Args:
-        blocks: The blocks.
-        eigenvectors: Eigenvectors of each block.
-        spectra: Eigenvalues of each block, of the block's shape.
-        M: Matrix in tensor list format, ``[*param.shape, columns]`` for each parameter.
-
-    Returns:
-        The product, in the same format.
-    """
-    product: list[Tensor | None] = [None] * len(M)
-    for block, vectors, values in zip(blocks, eigenvectors, spectra, strict=True):
-        parts = [M[position].movedim(-1, 0) for position in block.positions]
-        columns = [p.reshape(len(p), *block.shape[:-1], -1) for p in parts]
-        matrix = torch.cat(columns, dim=-1)
-        matrix = from_eigenbasis(to_eigenbasis(matrix, vectors) * values, vectors)
-        columns = matrix.split([column.shape[-1] for column in columns], dim=-1)
-        for position, part, column in zip(block.positions, parts, columns, strict=True):
-            product[position] = column.reshape(part.shape).movedim(0, -1)
-    return product
-
-
-class EigenbasisLinearOperator(PyTorchLinearOperator):
-    """A symmetric operator, given by its eigendecomposition.
-
-    Args:
-        params: The parameters it acts on.
-        blocks: Its diagonal blocks.
-        eigenvectors: Eigenvectors of each block.
-        spectra: Eigenvalues of each block, of the block's shape.
-    """
-
-    SELF_ADJOINT = True
-
-    def __init__(
-        self,
-        params: list[Tensor],
-        blocks: list[Block],
-        eigenvectors: list[Factors],
-        spectra: list[Tensor],
-    ):
-        shapes = [tuple(param.shape) for param in params]
-        super().__init__(shapes, shapes)
-        self._blocks, self._eigenvectors = blocks, eigenvectors
-        self._spectra = spectra
-
-    def _matmat(self, M: list[Tensor]) -> list[Tensor]:
-        return apply_spectra(self._blocks, self._eigenvectors, self._spectra, M)
-
-    @property
-    def device(self) -> torch.device:
-        """The operator's device."""
-        return self._spectra[0].device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The operator's dtype."""
-        return self._spectra[0].dtype
-
-
-class DebiasedKFACLinearOperator(CurvatureLinearOperator):
+class DebiasedKFACLinearOperator(LinearOperator):
     r"""K-FAC with eigenvectors from one data source and eigenvalues from another.
 
     For each layer, K-FAC on the direction data gives :math:`G \otimes A` with
@@ -136,7 +73,8 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
 
     With the same data in both roles these are K-FAC and EKFAC. Each source is iterated
     over once, when the operator is first used or by :meth:`compute`; if the model
-    changes afterwards, build a new operator.
+    changes afterwards, build a new operator. Unsupported uses of the parameters are
+    refused then, since it takes a run of the network to see them.
 
     Args:
         model_func: The neural network, with output ``[batch, outputs]``. Its mode
@@ -159,7 +97,7 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
             order of the data. A weight of two counts an example twice.
         magnitude_weights: A weight for each magnitude example.
         seed: Seed for sampled labels, which differ between the two sources.
-        progressbar: Whether to show progress bars.
+        progressbar: Whether to show progress bars (curvlinops' name).
 
     Raises:
         ValueError: If an argument is not supported.
@@ -171,15 +109,15 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
         self,
         model_func: nn.Module,
         loss_func: Loss,
-        params: list[Tensor],
-        direction_data: Data,
-        magnitude_data: Data,
+        params: Sequence[Tensor],
+        direction_data: Iterable[tuple[Inputs, Tensor]],
+        magnitude_data: Iterable[tuple[Inputs, Tensor]],
         *,
         magnitudes: str = "kfac",
-        fisher_type: str = FisherType.TYPE2,
+        fisher_type: str = TYPE_2,
         mc_samples: int = 1,
         fisher_rank: int | None = None,
-        kfac_approx: str = KFACType.EXPAND,
+        kfac_approx: str = EXPAND,
         separate_weight_and_bias: bool = True,
         direction_weights: Tensor | None = None,
         magnitude_weights: Tensor | None = None,
@@ -187,109 +125,162 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
         progressbar: bool = False,
     ):
         check_magnitudes(magnitudes)
+        check_approximation(kfac_approx)
         self._output_curvature = OutputCurvature(
             loss_func, fisher_type, mc_samples, fisher_rank
         )
-        self._layers = find_layers(model_func, params)
-        self._blocks = curvature_blocks(self._layers, separate_weight_and_bias)
-        KroneckerFactors(self._blocks, kfac_approx)  # refuses an unknown `kfac_approx`
-        self._magnitudes = magnitudes
-        self._kfac_approx = kfac_approx
-        self._separate_weight_and_bias = separate_weight_and_bias
-        self._direction_data, self._direction_weights = (
-            direction_data,
-            direction_weights,
-        )
-        self._magnitude_weights = magnitude_weights
-        self._seed = seed
-        self._eigenvectors: list[Factors] | None = None
-        self._eigenvalues: list[Factors] | None = None
-        self._num_data: int | None = None
-
-        # curvlinops' own constructor reads the data up to twice, to count them
         self._model_func, self._loss_func = model_func, loss_func
-        self._params, self._data = list(params), magnitude_data
-        self._progressbar = progressbar
-        shapes = self._get_in_shape()
-        PyTorchLinearOperator.__init__(self, shapes, shapes)
+        self._params = list(params)
+        self._magnitudes, self._kfac_approx = magnitudes, kfac_approx
+        self._joint = not separate_weight_and_bias
+        self._data = {"Directions": direction_data, "Magnitudes": magnitude_data}
+        self._weights = {
+            "Directions": direction_weights,
+            "Magnitudes": magnitude_weights,
+        }
+        self._seed, self._progress_bar = seed, progressbar
+        self._layers: list[Layer] = []
+        self._debiased: Debiased | None = None
+        self._product: EigenbasisLinearOperator | None = None
+        shapes = [tuple(param.shape) for param in self._params]
+        super().__init__(shapes, shapes)
 
     def compute(self) -> None:
         """Compute eigenvectors and eigenvalues, by one pass over each source.
 
         Raises:
-            ValueError: If data or weights are not valid, or the network mixes examples
-                or is random.
+            ValueError: If data or weights are not valid, a parameter is not supported,
+                or the network mixes examples or is random.
         """
         check_repeatable(self._model_func)
-        directions = KroneckerFactors(self._blocks, self._kfac_approx)
-        self._sweep(
-            self._direction_data, directions, self._direction_weights, "Directions", 0
-        )
-        eigenvectors = decompose(directions.kfacs(self.dtype))
+        data = iter(self._data["Directions"])
+        first = list(_first(data))
+        for X, y in first:
+            X = on_device(X, self.device)
+            self._layers = find_layers(self._model_func, self._params, X, len(y))
+        accumulator = self._kronecker_factors()
+        self._sweep("Directions", chain(first, data), accumulator)
+        self._debiased = two_batch(accumulator.factors(), self._measure)
+        self._product = None
 
+    def _kronecker_factors(self) -> KroneckerFactors:
+        return KroneckerFactors(
+            self._layers, self._params, self._kfac_approx, self._joint
+        )
+
+    def _measure(self, directions: list[Kronecker]) -> list[Kronecker] | list[Spectrum]:
+        """Measure the magnitude data along directions."""
+        data = self._data["Magnitudes"]
         if self._magnitudes == "kfac":
-            magnitudes = KroneckerFactors(self._blocks, self._kfac_approx)
-        else:
-            magnitudes = DirectionalCurvatures(self._blocks, eigenvectors)
-        summary = self._sweep(
-            self._data, magnitudes, self._magnitude_weights, "Magnitudes", 1
-        )
-        if self._magnitudes == "kfac":
-            eigenvalues = project(magnitudes.kfacs(self.dtype), eigenvectors)
-        else:
-            eigenvalues = magnitudes.eigenvalues(self.dtype)
-        if self._loss_func.reduction == "mean":
-            for values in eigenvalues:
-                values[0] /= summary.total_weight
+            factors = self._kronecker_factors()
+            scale = self._scale(self._sweep("Magnitudes", data, factors))
+            return scale_gradients(project(factors.factors(), directions), scale)
+        curvatures = DirectionalCurvatures(self._layers, directions, self._joint)
+        scale = self._scale(self._sweep("Magnitudes", data, curvatures))
+        return [own.map(partial(torch.mul, scale)) for own in curvatures.spectra()]
 
-        self._eigenvectors, self._eigenvalues = (
-            [[tensor.to(self.dtype) for tensor in block] for block in blocks]
-            for blocks in (eigenvectors, eigenvalues)
-        )
-        self._num_data = summary.num_data
+    def _scale(self, summary: SweepSummary) -> float:
+        """Factor from sums over the magnitude data to the loss."""
+        is_mean = self._loss_func.reduction == "mean"
+        return 1 / summary.total_weight if is_mean else 1.0
 
-    def _sweep(self, data, accumulator, weights, description, index):
+    def _sweep(
+        self,
+        role: str,
+        data: Iterable[tuple[Inputs, Tensor]],
+        accumulator: Accumulator,
+    ) -> SweepSummary:
+        source = self._data[role]
         return sweep(
             self._model_func,
+            self._params,
             self._layers,
             data,
             self._output_curvature,
             accumulator,
-            weights=weights,
-            seed=mixed_seed(self._seed, index),
-            progress_bar=self._progressbar,
-            description=description,
+            weights=self._weights[role],
+            seed=mixed_seed(self._seed, list(self._data).index(role)),
+            progress_bar=self._progress_bar,
+            description=role,
+            num_points=_num_points(source),
         )
 
-    def _maybe_compute(self) -> None:
-        if self._eigenvalues is None:
+    def _computed(self) -> Debiased:
+        if self._debiased is None:
             self.compute()
-
-    def _get_normalization_factor(self, X: Inputs, y: Tensor) -> float:
-        if self._loss_func.reduction == "sum":
-            return 1.0
-        self._maybe_compute()
-        return len(y) / self._num_data
+        assert self._debiased is not None
+        return self._debiased
 
     @property
-    def eigenvectors(self) -> list[Factors]:
+    def device(self) -> torch.device:
+        """The operator's device."""
+        return self._params[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The operator's dtype."""
+        return self._params[0].dtype
+
+    def _layer_spectra(self) -> list[list[Tensor]]:
+        """Eigenvalues of the blocks of each layer, the matrix's first."""
+        magnitudes = self._computed().magnitudes
+        return [
+            [values.to(self.dtype) for values in self._own_spectra(layer, own)]
+            for layer, own in zip(self._layers, magnitudes, strict=True)
+        ]
+
+    def _own_spectra(self, layer: Layer, own: Kronecker | Spectrum) -> list[Tensor]:
+        if isinstance(own, Spectrum):
+            return own.tensors()
+        outer, *inner = own.tensors()
+        spectra = [torch.outer(outer, values) for values in inner]
+        if layer.vector is not None and not is_joint(layer, self._joint):
+            spectra.append(outer)
+        return spectra
+
+    def _ordered(self, of_layers: list[list[Any]]) -> list[Any]:
+        """Order what belongs to the blocks of each layer by their first parameter."""
+        first = [
+            positions[0]
+            for layer, own in zip(self._layers, of_layers, strict=True)
+            for positions in block_positions(layer, len(own) == 1)
+        ]
+        flat = [item for own in of_layers for item in own]
+        return [flat[k] for k in sorted(range(len(flat)), key=first.__getitem__)]
+
+    @property
+    def eigenvectors(self) -> list[list[Tensor]]:
         """Eigenvectors of each block: ``[U_G, U_A]``, or ``[U_G]`` for a bias."""
-        self._maybe_compute()
-        return self._eigenvectors
+        directions = self._computed().directions
+        spectra = self._layer_spectra()
+        return self._ordered(
+            [
+                [vectors.tensors()[: values.ndim] for values in own]
+                for vectors, own in zip(directions, spectra, strict=True)
+            ]
+        )
 
     @property
     def spectra(self) -> list[Tensor]:
         """Eigenvalues of each block, ``[d_out, d_in]`` or ``[d_out]``."""
-        self._maybe_compute()
-        return [spectrum(values) for values in self._eigenvalues]
+        return self._ordered(self._layer_spectra())
+
+    def _with_spectra(self, spectra: list[list[Tensor]]) -> EigenbasisLinearOperator:
+        vectors = [
+            own.map(lambda tensor: tensor.to(self.dtype))
+            for own in self._computed().directions
+        ]
+        return EigenbasisLinearOperator(self._params, self._layers, vectors, spectra)
 
     def _matmat(self, M: list[Tensor]) -> list[Tensor]:
-        return apply_spectra(self._blocks, self.eigenvectors, self.spectra, M)
+        if self._product is None:
+            self._product = self._with_spectra(self._layer_spectra())
+        return self._product._matmat(M)
 
     @property
     def trace(self) -> Tensor:
         """Trace of the operator."""
-        return sum(values.sum() for values in self.spectra)
+        return torch.stack([values.sum() for values in self.spectra]).sum()
 
     @property
     def det(self) -> Tensor:
@@ -299,12 +290,13 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
     @property
     def logdet(self) -> Tensor:
         """Log determinant of the operator, minus infinity if it is singular."""
-        return sum(values.log().sum() for values in self.spectra)
+        return torch.stack([values.log().sum() for values in self.spectra]).sum()
 
     @property
     def frobenius_norm(self) -> Tensor:
         """Frobenius norm of the operator."""
-        return sum(values.square().sum() for values in self.spectra).sqrt()
+        squares = [values.square().sum() for values in self.spectra]
+        return torch.stack(squares).sum().sqrt()
 
     def inverse(self, damping: float = 0.0) -> EigenbasisLinearOperator:
         """Invert the damped operator.
@@ -318,19 +310,38 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
         Raises:
             ValueError: If the damped operator is not positive definite.
         """
-        damped = [values + damping for values in self.spectra]
-        smallest = min(values.min().item() for values in damped)
+        damped = [[values + damping for values in own] for own in self._layer_spectra()]
+        smallest = min(values.min().item() for own in damped for values in own)
         if smallest <= 0:
             raise ValueError(
                 f"`damping` must make all eigenvalues positive, got {damping}, which "
                 f"leaves {smallest}."
             )
-        return EigenbasisLinearOperator(
-            self._params,
-            self._blocks,
-            self.eigenvectors,
-            [values.reciprocal() for values in damped],
-        )
+        return self._with_spectra([[v.reciprocal() for v in own] for own in damped])
+
+    def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
+        """Compute gradient and loss on the magnitude data, as curvlinops does.
+
+        Returns:
+            The gradient in each parameter, and the loss.
+        """
+        is_mean = self._loss_func.reduction == "mean"
+        values = stand_ins(self._model_func, self._params)
+        own = [values[id(param)] for param in self._params]
+        total = torch.zeros((), dtype=self.dtype, device=self.device)
+        gradients, count = [torch.zeros_like(value) for value in own], 0
+        for X, y in self._data["Magnitudes"]:
+            X, y = on_device(X, self.device), y.to(self.device)
+            with torch.enable_grad(), Substitution(values):
+                loss = self._loss_func(run(self._model_func, X), y)
+                loss = loss * len(y) if is_mean else loss
+                parts = torch.autograd.grad(
+                    loss, own, allow_unused=True, materialize_grads=True
+                )
+            gradients = [a + b for a, b in zip(gradients, parts, strict=True)]
+            total, count = total + loss.detach(), count + len(y)
+        scale = 1 / count if is_mean else 1.0
+        return [scale * gradient for gradient in gradients], scale * total
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was computed, and by which settings.
@@ -338,12 +349,14 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
         Returns:
             A dictionary of plain values and tensors, without the model.
         """
-        self._maybe_compute()
+        computed = self._computed()
         return {
+            "format": FORMAT,
             "settings": self._settings(),
-            "eigenvectors": self._eigenvectors,
-            "eigenvalues": self._eigenvalues,
-            "num_data": self._num_data,
+            "layers": [layer.state_dict() for layer in self._layers],
+            "directions": [dict(vars(own)) for own in computed.directions],
+            "magnitudes": [dict(vars(own)) for own in computed.magnitudes],
+            "own": [dict(vars(own)) for own in computed.own],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -353,34 +366,74 @@ class DebiasedKFACLinearOperator(CurvatureLinearOperator):
             state_dict: From :meth:`state_dict`.
 
         Raises:
-            ValueError: If settings or shapes differ.
+            ValueError: If format, settings or shapes differ.
         """
+        if state_dict.get("format") != FORMAT:
+            raise ValueError(
+                f"`state_dict` has format {state_dict.get('format')}, this version "
+                f"reads format {FORMAT}: compute the operator again."
+            )
         settings = self._settings()
         if state_dict["settings"] != settings:
             raise ValueError(
                 f"`state_dict` was computed with {state_dict['settings']}, this "
                 f"operator has {settings}."
             )
-        eigenvectors = state_dict["eigenvectors"]
-        shapes = [tuple(len(v) for v in vectors) for vectors in eigenvectors]
-        expected = [block.shape for block in self._blocks]
-        if shapes != expected:
-            raise ValueError(
-                f"`state_dict` has blocks of shapes {shapes}, the model {expected}."
-            )
-        self._eigenvectors = eigenvectors
-        self._eigenvalues = state_dict["eigenvalues"]
-        self._num_data = state_dict["num_data"]
+        layers = [Layer.from_state_dict(own) for own in state_dict["layers"]]
+        _check_layers(layers, self._params)
+        kind = Kronecker if self._magnitudes == "kfac" else Spectrum
+        self._debiased = Debiased(
+            [Kronecker(**own) for own in state_dict["directions"]],
+            [kind(**own) for own in state_dict["magnitudes"]],
+            [Kronecker(**own) for own in state_dict["own"]],
+        )
+        self._layers, self._product = layers, None
 
     def _settings(self) -> dict[str, Any]:
+        curvature = self._output_curvature
         return {
             "loss": type(self._loss_func).__name__,
             "reduction": self._loss_func.reduction,
             "magnitudes": self._magnitudes,
-            "fisher_type": str(FisherType(self._output_curvature.fisher_type).value),
-            "mc_samples": self._output_curvature.mc_samples,
-            "fisher_rank": self._output_curvature.fisher_rank,
-            "kfac_approx": str(KFACType(self._kfac_approx).value),
-            "separate_weight_and_bias": self._separate_weight_and_bias,
+            "fisher_type": _plain(curvature.fisher_type),
+            "mc_samples": curvature.mc_samples,
+            "fisher_rank": curvature.fisher_rank,
+            "kfac_approx": _plain(self._kfac_approx),
+            "separate_weight_and_bias": not self._joint,
             "seed": self._seed,
         }
+
+
+def _plain(value: str) -> str:
+    """Return the string that a member of curvlinops' enumerations stands for."""
+    return str(getattr(value, "value", value))
+
+
+def _num_points(source: Iterable[tuple[Inputs, Tensor]]) -> int | None:
+    """Return the number of points, unless it takes reading them."""
+    if isinstance(source, list | tuple):
+        return sum(len(y) for _, y in source)
+    return None
+
+
+def _first(data: Iterator[tuple[Inputs, Tensor]]) -> Iterator[tuple[Inputs, Tensor]]:
+    """Yield the first batch, if there is one."""
+    for batch in data:
+        yield batch
+        return
+
+
+def _check_layers(layers: list[Layer], params: Sequence[Tensor]) -> None:
+    """Refuse layers that are not those of parameters."""
+    sizes: dict[int, int] = {}
+    for layer in layers:
+        if layer.matrix is not None:
+            sizes[layer.matrix] = layer.d_out * layer.d_in
+        if layer.vector is not None:
+            sizes[layer.vector] = layer.d_out
+    saved = [sizes[position] for position in sorted(sizes)]
+    expected = [param.numel() for param in params]
+    if saved != expected:
+        raise ValueError(
+            f"`state_dict` has parameters of {saved} entries, the model {expected}."
+        )

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.factors import KroneckerFactors
+from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import Loss, OutputCurvature
-from laplace_debiased.rows.sweep import Inputs, sweep
+from laplace_debiased.rows.sweep import Nothing, sweep
 
 
 def curvature_scores(
@@ -20,7 +20,8 @@ def curvature_scores(
     A point's curvature is :math:`J_n^\top \Lambda_n J_n`, and the trace of
     :math:`\Lambda_n` tells its scale by a forward pass alone. After training, few
     points have most of it. With
-    :func:`~laplace_debiased.sampling.folds.draw`, they give points and weights for
+    :func:`~laplace_debiased.sampling.draw.draw_points`, they give points and
+    weights for
     :class:`~laplace_debiased.curvature.operator.DebiasedKFACLinearOperator`.
 
     Args:
@@ -38,5 +39,8 @@ def curvature_scores(
     """
     check_repeatable(model_func)
     output_curvature = OutputCurvature(loss_func)
-    nothing = KroneckerFactors([])
-    return sweep(model_func, [], data, output_curvature, nothing, backward=False).traces
+    summary = sweep(
+        model_func, [], [], data, output_curvature, Nothing(), backward=False
+    )
+    assert summary.traces is not None
+    return summary.traces

@@ -8,65 +8,71 @@ eigenvectors from some of the training points and eigenvalues measured on others
 
 from __future__ import annotations
 
-from dataclasses import replace
-from inspect import signature
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from math import pi
 from typing import Any
 from warnings import warn
 
 import torch
-from laplace import KronLaplace, KronLLLaplace
-from laplace.curvature.curvlinops import CurvlinopsInterface
-from laplace.utils import select_rows, split_batch
-from laplace.utils.enums import Likelihood
+import torchmetrics
+from laplace import KronLaplace
+from laplace.curvature import CurvatureInterface
+from laplace.utils import batch_size
+from laplace.utils.enums import (
+    Likelihood,
+    LinkApprox,
+    PredType,
+    PriorStructure,
+    TuningMethod,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from laplace_debiased.posterior.diagnostics import Diagnostics
-from laplace_debiased.posterior.last_layer import LastLayer
-from laplace_debiased.posterior.measuring import Earlier, Estimate, Estimator
-from laplace_debiased.posterior.prediction import Prediction
+from laplace_debiased.curvature.streams import Curvature
+from laplace_debiased.posterior import diagnostics, fitting, state
+from laplace_debiased.posterior.measuring import Estimate
 from laplace_debiased.posterior.sampling_error import SamplingError
-from laplace_debiased.posterior.settings import Debiasing, check_integer
-from laplace_debiased.posterior.sources import CurvatureSource
-from laplace_debiased.posterior.state import Checkpoint
-from laplace_debiased.rows.layers import Block, curvature_blocks
-from laplace_debiased.rows.model_state import (
-    check_repeatable,
-    frozen,
-    measuring,
-    unchanged_on_failure,
-)
-from laplace_debiased.rows.seeds import mixed_seed
-from laplace_debiased.rows.selection import (
-    LeftOut,
-    find_layers,
-    notice,
-    refusal,
-    select,
-    unrecorded,
-)
-from laplace_debiased.rows.sweep import Inputs, check_finite_inputs, check_two_examples
-from laplace_debiased.sampling.folds import (
-    Folds,
-    Points,
-    draw_uniformly,
-    explicit_folds,
-    loader_of_batch,
-)
-from laplace_debiased.sampling.shares import best_share, effective_rank
+from laplace_debiased.posterior.settings import Settings, check_integer
+from laplace_debiased.predictive.moments import LinearizedPredictive
+from laplace_debiased.predictive.samples import sampled_outputs
+from laplace_debiased.quadratics.bias import BiasReport
+from laplace_debiased.rows.inputs import Inputs, at_least_single, on_device
+from laplace_debiased.rows.model_state import evaluating, unchanged_on_failure
+from laplace_debiased.rows.selection import Selection
+from laplace_debiased.sampling.loaders import loader_of_batch
+
+# laplace-torch's `__call__` does not pass its generator on to where it samples
+_GENERATOR: ContextVar[torch.Generator | None] = ContextVar("generator", default=None)
 
 
-class KronDebiasedLaplace(Checkpoint, Diagnostics, Prediction, KronLaplace):
+class KronDebiasedLaplace(KronLaplace):
     """Laplace approximation with debiased K-FAC over all weights.
 
-    Has the interface of laplace-torch's ``KronLaplace`` and its keywords. Parameters in
-    layers that are not supported stay at their trained values, and a warning lists them
+    Has the interface of laplace-torch's ``KronLaplace`` and its keywords. Parameters
+    whose uses are not supported stay at their trained values, and a warning lists them
     when the posterior is fitted.
+
+    GLM predictions need no Jacobians, predictions do not write into the model, which
+    runs in eval mode whatever its own, and ``generator`` is honoured everywhere. What
+    is returned has the model's dtype; moments of models in half precision are single on
+    the way.
 
     Args:
         model: The trained network.
         likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
-        *args: Further arguments of ``KronLaplace``.
+        sigma_noise: As in ``KronLaplace``, like all that follow until ``magnitudes``.
+        prior_precision: A scalar, or one for each parameter tensor.
+        prior_mean: Mean of the prior.
+        temperature: Temperature of the likelihood.
+        enable_backprop: Whether gradients flow through predictions to the inputs.
+        dict_key_x: Key of the inputs in mappings.
+        dict_key_y: Key of the targets in mappings.
+        backend: A curvature backend of laplace-torch; None for ``CurvlinopsGGN``.
+        damping: Whether to spread the prior precision over the Kronecker factors.
+        backend_kwargs: Keywords of the backend.
+        asdl_fisher_kwargs: Options of the backend's Kronecker factors; with curvlinops
+            ``mc_samples`` and ``kfac_approx``.
         magnitudes: Which directional curvature replaces the eigenvalues: ``"kfac"``
             (that of the other points' K-FAC, the paper's) or ``"ggn"`` (that of each
             layer's exact GGN block; needs a curvlinops backend).
@@ -97,8 +103,7 @@ class KronDebiasedLaplace(Checkpoint, Diagnostics, Prediction, KronLaplace):
         seed: Makes draw and assignment of the points reproducible.
         memory_limit: Bytes that a GLM prediction may take for a chunk of examples; may
             be changed at any time.
-        strict: Whether to refuse parameters in layers that are not supported.
-        **kwargs: Further keywords of ``KronLaplace``.
+        strict: Whether to refuse parameters whose uses are not supported.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -106,13 +111,23 @@ class KronDebiasedLaplace(Checkpoint, Diagnostics, Prediction, KronLaplace):
     """
 
     _key = ("all", "kron_debiased")
-    _accumulates = True
 
     def __init__(
         self,
         model: nn.Module,
         likelihood: Likelihood | str,
-        *args: Any,
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
+        damping: bool = False,
+        backend_kwargs: dict[str, Any] | None = None,
+        asdl_fisher_kwargs: dict[str, Any] | None = None,
+        *,
         magnitudes: str = "kfac",
         budget: int | None = None,
         estimator: str = "cross_fit",
@@ -125,48 +140,72 @@ class KronDebiasedLaplace(Checkpoint, Diagnostics, Prediction, KronLaplace):
         seed: int = 0,
         memory_limit: int = 2**30,
         strict: bool = False,
-        **kwargs: Any,
     ):
-        self.debiasing = Debiasing(
-            magnitudes=magnitudes,
-            budget=budget,
-            estimator=estimator,
-            num_folds=num_folds,
-            direction_fraction=direction_fraction,
-            sampling=sampling,
-            pool_size=pool_size,
-            sampling_floor=sampling_floor,
-            fisher_rank=fisher_rank,
-            seed=seed,
+        self._configure(
+            Settings(
+                magnitudes=magnitudes,
+                budget=budget,
+                estimator=estimator,
+                num_folds=num_folds,
+                direction_fraction=direction_fraction,
+                sampling=sampling,
+                pool_size=pool_size,
+                sampling_floor=sampling_floor,
+                fisher_rank=fisher_rank,
+                seed=seed,
+            ),
+            memory_limit,
+            strict,
         )
-        check_integer("memory_limit", memory_limit, 1)
-        self.memory_limit = memory_limit
-        self._strict = strict
-        self._generator: torch.Generator | None = None
-        self._weight, self._num_points, self._num_updates = 0, 0, 0
-        self.sampling_error: SamplingError | None = None
-        self._left_out = self._find_left_out(model)
-        with frozen([param for entry in self._left_out for param in entry.params]):
-            super().__init__(model, likelihood, *args, **kwargs)
-        # laplace-torch's last-layer class forgets `damping` on the way
-        arguments = signature(super().__init__).bind(model, likelihood, *args, **kwargs)
-        self.damping = arguments.arguments.get("damping", False)
-        self.debiasing.check_damping(self.damping)
-        self.debiasing.check_backend(
-            self._backend_cls, self._backend_kwargs.get("stochastic", False)
+        super().__init__(
+            model,
+            likelihood,
+            sigma_noise,
+            prior_precision,
+            prior_mean,
+            temperature,
+            enable_backprop,
+            dict_key_x,
+            dict_key_y,
+            backend,
+            damping,
+            backend_kwargs,
+            asdl_fisher_kwargs,
         )
+        self._check_settings()
 
-    def _find_left_out(self, model: nn.Module) -> list[LeftOut]:
-        """Find the parameters in layers that are not supported."""
-        trainable = [param for param in model.parameters() if param.requires_grad]
-        _, left_out = select(model, trainable)
-        if left_out and self._strict:
-            raise ValueError(refusal(left_out))
-        return left_out
+    def _configure(self, settings: Settings, memory_limit: int, strict: bool) -> None:
+        """Take over what laplace-torch does not know of, before anything is built."""
+        check_integer("memory_limit", memory_limit, 1)
+        self.settings, self.memory_limit, self.strict = settings, memory_limit, strict
+        self._estimate: Estimate | None = None
+        self._selection: Selection | None = None
+        self._seen = fitting.Seen()
+
+    def _check_settings(self) -> None:
+        """Refuse settings that do not go with laplace-torch's."""
+        self.settings.check_damping(self.damping)
+        fitting.check_backend(self)
+        # those with an own forward pass are not known before it is run
+        self._candidates = list(self.params)
+
+    @property
+    def curvature(self) -> Curvature | None:
+        """What was measured, and grows with further data; None before the first fit."""
+        return None if self._estimate is None else self._estimate.curvature
+
+    @property
+    def sampling_error(self) -> SamplingError | None:
+        """The error by which points were used; None if the backend does not tell."""
+        return None if self._estimate is None else self._estimate.error
 
     def _init_H(self) -> None:
         # laplace-torch allocates factors, which it then replaces
         self.H = None
+
+    def _check_H_init(self) -> None:
+        if self._estimate is None:
+            raise AttributeError("Laplace not fitted. Run fit() first.")
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -174,15 +213,9 @@ class KronDebiasedLaplace(Checkpoint, Diagnostics, Prediction, KronLaplace):
         return torch.promote_types(super()._dtype, torch.float32)
 
     @property
-    def _fitted_params(self) -> list[Tensor]:
+    def fitted_params(self) -> list[Tensor]:
         """The parameters that the posterior is over."""
         return self.params
-
-    @property
-    def _fitted_names(self) -> list[str]:
-        """Their names in the model."""
-        fitted = {id(param) for param in self._fitted_params}
-        return [n for n, p in self.model.named_parameters() if id(p) in fitted]
 
     @KronLaplace.prior_precision.setter
     def prior_precision(self, prior_precision: float | Tensor) -> None:
@@ -194,7 +227,7 @@ class KronDebiasedLaplace(Checkpoint, Diagnostics, Prediction, KronLaplace):
     @property
     def prior_precision_diag(self) -> Tensor:
         """Diagonal of the prior precision, ``[params]``."""
-        sizes = [param.numel() for param in self._fitted_params]
+        sizes = [param.numel() for param in self.fitted_params]
         precisions = self.prior_precision.expand(len(sizes))
         return torch.cat(
             [p.expand(size) for p, size in zip(precisions, sizes, strict=True)]
@@ -220,9 +253,10 @@ class KronDebiasedLaplace(Checkpoint, Diagnostics, Prediction, KronLaplace):
     def fit(
         self,
         train_loader: DataLoader,
-        magnitude_loader: DataLoader | None = None,
         override: bool = True,
         progress_bar: bool = False,
+        *,
+        magnitude_loader: DataLoader | None = None,
     ) -> None:
         """Fit the posterior at the model's parameters.
 
@@ -235,30 +269,31 @@ class KronDebiasedLaplace(Checkpoint, Diagnostics, Prediction, KronLaplace):
             train_loader: Yields ``(X, y)``, or mappings with the keys ``dict_key_x``
                 and ``dict_key_y``. Without ``magnitude_loader``, its points are
                 assigned to the two roles at random, reproducibly by ``seed``.
-            magnitude_loader: Yields the points that give magnitudes; then
-                ``train_loader`` yields those that give directions. All points of both
-                are used, whatever the ``budget``.
             override: Whether to forget the last fit. Otherwise the data count as
                 further data: with ``kfac`` magnitudes, the factors of both roles add
                 up; with ``ggn``, the factors that give directions, and the magnitudes,
                 for which the earlier ones are expressed in the new directions.
             progress_bar: Whether to show progress bars.
+            magnitude_loader: Yields the points that give magnitudes; then
+                ``train_loader`` yields those that give directions. All points of both
+                are used, whatever the ``budget``.
 
         Raises:
+            TypeError: If ``override`` is no bool.
             ValueError: If data or model are not valid.
         """
-        if not override and not self._accumulates:
-            raise ValueError(
-                "Last-layer Laplace approximations do not support `override=False`."
+        if not isinstance(override, bool):
+            raise TypeError(
+                f"`override` must be a bool, got {type(override).__name__}: pass "
+                "`magnitude_loader` by its name."
             )
-        decay = 0 if override else 1
+        seen = fitting.Seen() if override else self._seen
         with unchanged_on_failure(self):
-            folds = self._folds(
-                train_loader, magnitude_loader, self._seed(decay), decay
-            )
-            self._update(folds, decay, progress_bar=progress_bar)
+            folds = fitting.assign(self, train_loader, magnitude_loader, seen)
+            fitting.update(self, folds, seen, progress_bar=progress_bar)
         self.model.eval()
-        self._warn_of_small_budget(folds.explicit)
+        for message in fitting.messages(self, seen, folds.explicit):
+            warn(message, stacklevel=2)
 
     def partial_fit(
         self,
@@ -299,219 +334,336 @@ class KronDebiasedLaplace(Checkpoint, Diagnostics, Prediction, KronLaplace):
             raise ValueError(f"`decay` must lie in (0, 1], got {decay}.")
         if num_data is not None:
             check_integer("num_data", num_data, 1)
-        if not self._accumulates:
-            raise ValueError(
-                "Last-layer Laplace approximations do not support `partial_fit`."
-            )
         loader, magnitude_loader = loader_of_batch(batch), None
         if magnitude_batch is not None:
             magnitude_loader = loader_of_batch(magnitude_batch, "magnitude_batch")
+        seen = self._seen
         with unchanged_on_failure(self):
-            seed = self._seed(decay)
-            folds = self._folds(loader, magnitude_loader, seed, decay, "batch")
-            if folds.explicit:
-                folds = replace(folds, num_data=folds.num_points)
-            self._update(folds, decay, num_data)
+            folds = fitting.assign(
+                self, loader, magnitude_loader, seen, "batch", all_count=True
+            )
+            fitting.update(self, folds, seen, decay, num_data)
+        for message in fitting.messages(self, seen, explicit=True):
+            warn(message, stacklevel=2)
 
-    def _update(
+    def _find_candidates(self, X: Inputs, batch_size: int) -> list[Tensor]:
+        """Return the parameters that the posterior could be over."""
+        return self._candidates
+
+    def __call__(
         self,
-        folds: Folds,
-        decay: float,
-        num_data: int | None = None,
-        progress_bar: bool = False,
-    ) -> None:
-        """Add new points to the earlier ones, at the model's parameters.
+        x: Inputs,
+        pred_type: PredType | str = PredType.GLM,
+        joint: bool = False,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+        fitting: bool = False,
+        **model_kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Predict as laplace-torch does, where sampling ignores ``generator``.
 
         Args:
-            folds: The new points, which stand for ``folds.num_data``.
-            decay: Factor on the weight of earlier points, zero to forget them.
-            num_data: Number of points that curvature and loss are scaled to; None for
-                the weight of all.
-            progress_bar: Whether to show progress bars.
-        """
-        remembered = decay * self._weight
-        weight = remembered + folds.num_data
-        share = remembered / weight
-        earlier = None
-        if remembered:
-            earlier = Estimate(
-                self.H_facs, self.loss, self.n_outputs, self.sampling_error
-            ).scaled(remembered / self.n_data, decay)
-        with measuring(self.model):
-            estimator = self._estimator(folds, self._seed(decay), progress_bar)
-            estimate = self._estimate(estimator, earlier, share)
-        if earlier is not None:
-            estimate = earlier.merge(estimate, share)
-        num_data = weight if num_data is None else num_data
-        self._take_over(estimate.scaled(num_data / weight), num_data)
-        self._weight = weight
-        self._num_points = decay * self._num_points + self._num_used(folds)
-        self._num_updates = 1 + (self._num_updates if decay else 0)
-
-    def _take_over(self, estimate: Estimate, num_data: float) -> None:
-        """Make an estimate the posterior, at the model's parameters."""
-        H = estimate.curvature.decompose(self.damping)
-        mean = torch.cat([param.reshape(-1) for param in self._fitted_params])
-        self.H_facs, self.H = estimate.curvature, H
-        self.mean = mean if self.enable_backprop else mean.detach()
-        self.loss, self.n_outputs = estimate.loss, estimate.num_outputs
-        self.n_data = num_data
-        self.sampling_error = estimate.error
-        self.model.output_size = estimate.num_outputs
-
-    def _num_used(self, folds: Folds) -> int:
-        """Number of points that get backward passes."""
-        if folds.explicit or self.debiasing.budget is None:
-            return folds.num_points
-        return min(self.debiasing.budget, folds.num_points)
-
-    def _seed(self, decay: float) -> int:
-        """Seed of the draws: all further data have their own."""
-        own, index = self.debiasing.seed, self._num_updates if decay else 0
-        return mixed_seed(own, index) if index else own
-
-    def _folds(
-        self,
-        loader: DataLoader,
-        magnitude_loader: DataLoader | None,
-        seed: int,
-        decay: float = 1.0,
-        name: str = "train_loader",
-    ) -> Folds:
-        """Assign points to folds: those to use, or those to draw from.
-
-        Args:
-            loader: Yields the points, or those that give directions.
-            magnitude_loader: Yields those that give magnitudes.
-            seed: Seed of the draw.
-            decay: Factor on the weight of earlier points.
-            name: The loader's name in messages.
+            x: Inputs, a tensor or a mapping.
+            pred_type: As in ``KronLaplace.__call__``, like all that follow.
+            joint: Whether to return a joint distribution of all outputs.
+            link_approx: How the link function is approximated.
+            n_samples: Number of samples.
+            diagonal_output: Whether variances of outputs are enough.
+            generator: Random numbers for sampling.
+            fitting: Whether a reward model predicts classes.
+            **model_kwargs: Further keywords of the network.
 
         Returns:
-            The folds.
+            As ``KronLaplace.__call__``.
         """
-        is_first = not decay * self._weight
-        if magnitude_loader is not None:
-            folds = explicit_folds(loader, magnitude_loader)
-            if is_first:
-                self._prepare(folds.first_batch())
-            return folds
-        d = self.debiasing
-        num_points = d.num_candidates if self._draws else d.budget
-        points = draw_uniformly(loader, num_points, seed, name)
-        if is_first:
-            self._prepare(points.first_batch())
-        best = self._best_share(points) if d.finds_share else None
-        return points.split(d.shares(best))
-
-    def _best_share(self, points: Points) -> float:
-        """Find out, by a forward pass, which share should give directions."""
-        num_used = min(self.debiasing.budget or len(points), len(points))
-        with measuring(self.model):
-            source = self._source(self.debiasing.seed)
-            curvature = source.output_curvature(points.some(num_used))
-        dimensions = [block.shape[0] for block in self._blocks()]
-        return best_share(num_used, dimensions, effective_rank(curvature))
-
-    def _blocks(self) -> list[Block]:
-        """The blocks of the fitted parameters."""
-        layers = find_layers(self.model, self._fitted_params)
-        return curvature_blocks(layers, separate_weight_and_bias=True)
-
-    @property
-    def _draws(self) -> bool:
-        """Whether points are drawn by their curvature."""
-        d = self.debiasing
-        if d.sampling is None:
-            return issubclass(self._backend_cls, CurvlinopsInterface)
-        return d.sampling == "curvature"
-
-    def _prepare(self, batch: Any) -> None:
-        """Find out what the posterior is over, and whether the network is supported."""
-        with measuring(self.model):
-            check_repeatable(self.model)
-        X, y = split_batch(batch, self.dict_key_y)
-        X = X.to(self._device) if isinstance(X, Tensor) else X
-        self._find_parameters(X, len(y))
-        check_finite_inputs(X)
-        layers = find_layers(self.model, self._fitted_params)
-        with measuring(self.model):
-            check_two_examples(self.model, layers, X, len(y))
-
-    def _find_parameters(self, X: Inputs, batch_size: int) -> None:
-        """Find out, before curvature is measured, what the posterior is over."""
-        if self.params:
-            self._leave_out_unrecorded(select_rows(X, torch.arange(1), batch_size))
-        if not self.params:
-            raise ValueError(
-                "The model has no parameters with `requires_grad=True` in supported "
-                "layers: there is nothing to fit."
+        token = _GENERATOR.set(generator)
+        try:
+            prediction = super().__call__(
+                x,
+                pred_type,
+                joint,
+                link_approx,
+                n_samples,
+                diagonal_output,
+                generator,
+                fitting,
+                **model_kwargs,
             )
-        if self._left_out:
-            warn(notice(self._left_out, self.n_params), stacklevel=5)
+        finally:
+            _GENERATOR.reset(token)
+        if isinstance(prediction, Tensor):
+            return prediction.to(self.mean.dtype)
+        f_mu, f_var = prediction
+        return f_mu.to(self.mean.dtype), f_var.to(self.mean.dtype)
 
-    def _leave_out_unrecorded(self, example: Inputs) -> None:
-        """Leave out what only running the network can show."""
-        layers = find_layers(self.model, self.params)
-        with measuring(self.model):
-            left_out = unrecorded(self.model, layers, example)
-        if left_out and self._strict:
-            raise ValueError(refusal(left_out))
-        dropped = {id(param) for entry in left_out for param in entry.params}
-        self._left_out = self._left_out + left_out
-        self._fit_only([param for param in self.params if id(param) not in dropped])
+    def sample(
+        self, n_samples: int = 100, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Sample from the posterior.
 
-    def _fit_only(self, params: list[Tensor]) -> None:
-        """Take parameters out, and check the prior against the others."""
-        if len(params) == len(self._fitted_params):
-            return
-        self.params, self.is_subset_params = params, True
-        self._count_params()
+        Args:
+            n_samples: Number of samples.
+            generator: Random numbers.
 
-    def _count_params(self) -> None:
-        """Count the parameters anew, and check the prior against them."""
-        params = self._fitted_params
-        self.n_params = sum(param.numel() for param in params)
-        self.n_layers = len(params)
-        self.prior_precision = self._prior_precision
-        self.prior_mean = self._prior_mean
+        Returns:
+            Samples ``[n_samples, params]``.
+        """
+        samples = super().sample(n_samples, generator or _GENERATOR.get())
+        return samples.to(self.mean.dtype)
 
-    def _estimate(
-        self, estimator: Estimator, earlier: Estimate | None, share: float
-    ) -> Estimate:
-        """Measure curvature and loss of new points, along directions of all."""
-        if self.debiasing.magnitudes == "kfac":
-            return estimator.kfac()
-        if earlier is None:
-            return estimator.ggn()
-        return estimator.ggn(Earlier(earlier.curvature.factors(), share))
+    def _glm_functional_samples(
+        self,
+        f_mu: Tensor,
+        f_var: Tensor,
+        n_samples: int,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        samples = super()._glm_functional_samples(
+            f_mu, f_var, n_samples, diagonal_output, generator or _GENERATOR.get()
+        )
+        return samples.to(self.mean.dtype)
 
-    def _estimator(
-        self, folds: Folds, seed: int, progress_bar: bool = False
-    ) -> Estimator:
-        d = self.debiasing
-        source = self._source(seed, progress_bar)
-        estimator = Estimator(source, folds, d.cross_fit and not folds.explicit)
-        if self._num_used(folds) < folds.num_points:
-            estimator.draw(d.budget, seed, d.sampling_floor)
-        return estimator
+    def _glm_predictive_distribution(
+        self, X: Inputs, joint: bool = False, diagonal_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        kind = "joint" if joint else "diagonal" if diagonal_output else "full"
+        with evaluating(self.model):
+            f_mu, f_var = self._output_moments(on_device(X, self._device), kind)
+        f_mu = at_least_single(f_mu)
+        return (f_mu.flatten() if joint else f_mu), f_var
 
-    def _source(self, seed: int, progress_bar: bool = False) -> CurvatureSource:
-        return CurvatureSource(
-            self.backend,
-            self._fitted_params,
-            self._asdl_fisher_kwargs,
-            seed,
-            self.debiasing.fisher_rank,
-            progress_bar,
+    def _output_moments(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
+        """Compute mean and covariance of the linearized network's output."""
+        self._check_H_init()
+        assert self._selection is not None
+        predictive = LinearizedPredictive(
+            self.model,
+            self.fitted_params,
+            self._selection.layers,
+            self.posterior_precision,
+            self.n_outputs,
+            self._selection.example_size,
+            self.memory_limit,
+            self.enable_backprop,
+        )
+        return predictive.moments(X, batch_size(X, self.dict_key_x), kind)
+
+    def _glm_forward_call(
+        self,
+        x: Inputs,
+        likelihood: Likelihood | str,
+        joint: bool = False,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        # laplace-torch computes the covariance of all outputs here, too
+        if likelihood == Likelihood.REGRESSION:
+            if diagonal_output and not joint:
+                return self._glm_predictive_distribution(x, diagonal_output=True)
+        elif link_approx == LinkApprox.PROBIT:
+            f_mu, f_var = self._glm_predictive_distribution(x, diagonal_output=True)
+            return torch.softmax(f_mu / torch.sqrt(1 + pi / 8 * f_var), dim=-1)
+        return super()._glm_forward_call(
+            x, likelihood, joint, link_approx, n_samples, diagonal_output
         )
 
+    def _sampled_outputs(
+        self,
+        X: Inputs,
+        n_samples: int,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Iterator[Tensor]:
+        """Yield the network's output for each posterior sample."""
+        samples = self.sample(n_samples, generator)
+        outputs = sampled_outputs(
+            self.model,
+            self.fitted_params,
+            samples,
+            on_device(X, self._device),
+            **model_kwargs,
+        )
+        for output in outputs:
+            yield output if self.enable_backprop else output.detach()
 
-class KronDebiasedLLLaplace(LastLayer, KronDebiasedLaplace, KronLLLaplace):
-    """Laplace approximation with debiased K-FAC over the last layer.
+    def _nn_functional_samples(
+        self,
+        X: Inputs,
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        with evaluating(self.model):
+            outputs = self._sampled_outputs(X, n_samples, generator, **model_kwargs)
+            return torch.stack(list(outputs))
 
-    Has the interface of laplace-torch's ``KronLLLaplace``, its keywords, and those of
-    :class:`KronDebiasedLaplace`. As in laplace-torch, ``override=False`` is refused.
-    """
+    def _nn_predictive_samples(
+        self,
+        X: Inputs,
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        samples = self._nn_functional_samples(X, n_samples, generator, **model_kwargs)
+        if self.likelihood == Likelihood.CLASSIFICATION:
+            return samples.softmax(-1)
+        return samples
 
-    _key = ("last_layer", "kron_debiased")
+    def _nn_predictive_classification(
+        self, X: Inputs, n_samples: int = 100, **model_kwargs: Any
+    ) -> Tensor:
+        with evaluating(self.model):
+            total = torch.zeros((), device=self._device)
+            for output in self._sampled_outputs(X, n_samples, **model_kwargs):
+                total = total + output.softmax(-1)
+            return total / n_samples
+
+    def optimize_prior_precision(
+        self,
+        pred_type: PredType | str = PredType.GLM,
+        method: TuningMethod | str = TuningMethod.MARGLIK,
+        n_steps: int = 100,
+        lr: float = 1e-1,
+        init_prior_prec: float | Tensor = 1.0,
+        prior_structure: PriorStructure | str = PriorStructure.SCALAR,
+        val_loader: DataLoader | None = None,
+        loss: torchmetrics.Metric | Callable[[Tensor], Tensor | float] | None = None,
+        log_prior_prec_min: float = -4,
+        log_prior_prec_max: float = 4,
+        grid_size: int = 100,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        verbose: bool = False,
+        progress_bar: bool = False,
+        log_prior_prec_base: float = 10.0,
+    ) -> None:
+        """Tune the prior precision as laplace-torch does, and keep the model's mode.
+
+        If anything fails, the prior precision stays as it was.
+
+        Args:
+            pred_type: As in ``KronLaplace.optimize_prior_precision``, like all others.
+            method: How to tune.
+            n_steps: Number of steps.
+            lr: Step size.
+            init_prior_prec: Where to start.
+            prior_structure: Whether there is one precision for all parameters.
+            val_loader: Yields validation data.
+            loss: What is minimized on them.
+            log_prior_prec_min: Beginning of the grid.
+            log_prior_prec_max: End of the grid.
+            grid_size: Number of its points.
+            link_approx: How the link function is approximated.
+            n_samples: Number of samples.
+            verbose: Whether to print the result.
+            progress_bar: Whether to show a progress bar.
+            log_prior_prec_base: Base of the grid's logarithms.
+        """
+        with evaluating(self.model), unchanged_on_failure(self):
+            super().optimize_prior_precision(
+                pred_type,
+                method,
+                n_steps,
+                lr,
+                init_prior_prec,
+                prior_structure,
+                val_loader,
+                loss,
+                log_prior_prec_min,
+                log_prior_prec_max,
+                grid_size,
+                link_approx,
+                n_samples,
+                verbose,
+                progress_bar,
+                log_prior_prec_base,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the fitted posterior.
+
+        Returns:
+            A dictionary of plain values and tensors, which ``torch.load`` reads with
+            ``weights_only=True``.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+        """
+        return state.state_dict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a fitted posterior.
+
+        Args:
+            state_dict: From :meth:`state_dict`.
+
+        Raises:
+            ValueError: If it is of another format, class, kind of magnitudes,
+                likelihood or network, or lacks an entry. Then the last posterior stays.
+        """
+        with unchanged_on_failure(self):
+            self._load(state_dict)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        state.load(self, state_dict)
+
+    @property
+    def curvature_standard_errors(self) -> dict[str, float]:
+        """Relative standard error of the curvature's scale in each layer.
+
+        Of the trace of each layer's curvature, over draws of the points; NaN for a
+        layer without curvature.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+            ValueError: If the backend does not tell what each point contributes.
+        """
+        return diagnostics.known_sampling_error(self).relative_errors()
+
+    def log_marginal_likelihood_standard_error(self) -> Tensor:
+        """Estimate the standard error of the log marginal likelihood.
+
+        See :func:`~laplace_debiased.posterior.diagnostics.marginal_likelihood_error`.
+
+        Returns:
+            A scalar, at the present prior precision.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+            ValueError: If the backend does not tell what each point contributes.
+        """
+        return diagnostics.marginal_likelihood_error(self)
+
+    def bias_report(
+        self,
+        train_loader: DataLoader | None = None,
+        num_directions: int = 100,
+        *,
+        magnitude_loader: DataLoader | None = None,
+    ) -> BiasReport:
+        """Tell how biased the curvature would be without debiasing.
+
+        The K-FAC of some folds is measured along its own eigenvectors, and so is that
+        of the held-out fold. There are no intervals
+        (:func:`~laplace_debiased.quadratics.bias.kfac_bias`).
+
+        Args:
+            train_loader: What the posterior was fitted to: with ``ggn`` magnitudes, the
+                folds' K-FAC is computed again. Not needed with ``kfac``.
+            num_directions: Number of directions with the largest curvature.
+            magnitude_loader: As in :meth:`fit`.
+
+        Returns:
+            The report.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+            ValueError: If ``train_loader`` is needed, but not given.
+        """
+        return diagnostics.bias_report(
+            self, train_loader, magnitude_loader, num_directions
+        )

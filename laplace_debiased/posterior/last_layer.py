@@ -1,38 +1,195 @@
-"""What differs if the posterior is over the last layer alone."""
+"""Laplace approximation with debiased curvature over the last layer alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from laplace import KronLLLaplace
+from laplace.curvature import CurvatureInterface
 from laplace.utils import select_rows
+from laplace.utils.enums import Likelihood
+from laplace.utils.feature_extractor import FeatureReduction
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.utils.data import DataLoader
 
-from laplace_debiased.predictive.moments import last_layer_covariance
-from laplace_debiased.rows.model_state import measuring
-from laplace_debiased.rows.selection import LeftOut
-from laplace_debiased.rows.sweep import Inputs
+from laplace_debiased.posterior import state
+from laplace_debiased.posterior.laplace import KronDebiasedLaplace
+from laplace_debiased.posterior.settings import Settings
+from laplace_debiased.predictive.last_layer import (
+    features_of,
+    last_layer_covariance,
+    last_layer_outputs,
+)
+from laplace_debiased.rows.inputs import Inputs, on_device
 
 
-class LastLayer:
-    """Fits and predicts with the last layer, whose inputs are features."""
+class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
+    """Laplace approximation with debiased K-FAC over the last layer.
 
-    _accumulates = False
+    Has the interface of laplace-torch's ``KronLLLaplace``, its keywords, and those of
+    :class:`~laplace_debiased.posterior.laplace.KronDebiasedLaplace`. As in
+    laplace-torch, ``override=False`` is refused.
 
-    def _find_left_out(self, model: nn.Module) -> list[LeftOut]:
-        return []
+    Args:
+        model: The trained network, which is copied.
+        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        sigma_noise: As in ``KronLLLaplace``, like all that follow until ``magnitudes``.
+        prior_precision: A scalar, or one for each parameter tensor.
+        prior_mean: Mean of the prior.
+        temperature: Temperature of the likelihood.
+        enable_backprop: Whether gradients flow through predictions to the inputs.
+        feature_reduction: Not needed: predictions follow the network itself.
+        dict_key_x: Key of the inputs in mappings.
+        dict_key_y: Key of the targets in mappings.
+        backend: A curvature backend of laplace-torch; None for ``CurvlinopsGGN``.
+        last_layer_name: Name of the last layer; None to find it.
+        damping: Whether to spread the prior precision over the Kronecker factors.
+        backend_kwargs: Keywords of the backend.
+        asdl_fisher_kwargs: Refused, as in ``KronLLLaplace``.
+        magnitudes: As in ``KronDebiasedLaplace``, like all that follow.
+        budget: Number of training points that get backward passes.
+        estimator: ``"cross_fit"`` or ``"two_batch"``.
+        num_folds: Number of folds of ``"cross_fit"``.
+        direction_fraction: Share of the points that give directions.
+        sampling: ``"curvature"`` or ``"uniform"``.
+        pool_size: Number of points in the pool.
+        sampling_floor: Share of the uniform distribution in curvature sampling.
+        fisher_rank: Number of columns of the output curvature that are kept.
+        seed: Makes draw and assignment reproducible.
+        memory_limit: Bytes that a GLM prediction may take for a chunk of examples.
+        strict: Whether to refuse parameters whose uses are not supported.
+
+    Raises:
+        TypeError: If an argument has a wrong type.
+        ValueError: If an argument is out of range or does not fit the others.
+    """
+
+    _key = ("last_layer", "kron_debiased")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: Likelihood | str,
+        sigma_noise: float | Tensor = 1.0,
+        prior_precision: float | Tensor = 1.0,
+        prior_mean: float | Tensor = 0.0,
+        temperature: float = 1.0,
+        enable_backprop: bool = False,
+        feature_reduction: FeatureReduction | str | None = None,
+        dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
+        backend: type[CurvatureInterface] | None = None,
+        last_layer_name: str | None = None,
+        damping: bool = False,
+        backend_kwargs: dict[str, Any] | None = None,
+        asdl_fisher_kwargs: dict[str, Any] | None = None,
+        *,
+        magnitudes: str = "kfac",
+        budget: int | None = None,
+        estimator: str = "cross_fit",
+        num_folds: int = 2,
+        direction_fraction: float | str = 0.5,
+        sampling: str | None = None,
+        pool_size: int | None = None,
+        sampling_floor: float = 0.1,
+        fisher_rank: int | None = None,
+        seed: int = 0,
+        memory_limit: int = 2**30,
+        strict: bool = False,
+    ):
+        self._configure(
+            Settings(
+                magnitudes=magnitudes,
+                budget=budget,
+                estimator=estimator,
+                num_folds=num_folds,
+                direction_fraction=direction_fraction,
+                sampling=sampling,
+                pool_size=pool_size,
+                sampling_floor=sampling_floor,
+                fisher_rank=fisher_rank,
+                seed=seed,
+            ),
+            memory_limit,
+            strict,
+        )
+        KronLLLaplace.__init__(
+            self,
+            model,
+            likelihood,
+            sigma_noise,
+            prior_precision,
+            prior_mean,
+            temperature,
+            enable_backprop,
+            feature_reduction,
+            dict_key_x,
+            dict_key_y,
+            backend,
+            last_layer_name,
+            damping,
+            backend_kwargs,
+            asdl_fisher_kwargs,
+        )
+        # laplace-torch's class forgets it on the way
+        self.damping = damping
+        self._check_settings()
 
     @property
-    def _fitted_params(self) -> list[Tensor]:
+    def fitted_params(self) -> list[Tensor]:
+        """The parameters of the last layer."""
+        if self._selection is not None:
+            return self.params
         return list(self.model.last_layer.parameters())
 
-    def _find_parameters(self, X: Inputs, batch_size: int) -> None:
+    def fit(
+        self,
+        train_loader: DataLoader,
+        override: bool = True,
+        progress_bar: bool = False,
+        *,
+        magnitude_loader: DataLoader | None = None,
+    ) -> None:
+        """See :meth:`KronDebiasedLaplace.fit`; ``override=False`` is refused."""
+        if override is False:
+            raise ValueError(
+                "Last-layer Laplace approximations do not support `override=False`."
+            )
+        super().fit(
+            train_loader, override, progress_bar, magnitude_loader=magnitude_loader
+        )
+
+    def partial_fit(
+        self,
+        batch: Any,
+        magnitude_batch: Any = None,
+        decay: float = 1.0,
+        num_data: int | None = None,
+    ) -> None:
+        """Refused, since laplace-torch's last-layer posteriors do not accumulate.
+
+        Args:
+            batch: Not used.
+            magnitude_batch: Not used.
+            decay: Not used.
+            num_data: Not used.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "Last-layer Laplace approximations do not support `partial_fit`."
+        )
+
+    def _find_candidates(self, X: Inputs, batch_size: int) -> list[Tensor]:
         if self.model.last_layer is None:
-            with measuring(self.model), torch.no_grad():
+            with torch.no_grad():
                 self.model.find_last_layer(select_rows(X, torch.arange(1), batch_size))
         self._free_last_layer()
+        self._candidates = list(self.model.last_layer.parameters())
+        return self._candidates
 
     def _free_last_layer(self) -> None:
         """Give the last layer, in laplace-torch's copy, parameters of its own.
@@ -50,74 +207,42 @@ class LastLayer:
             if id(param) in others:
                 own = nn.Parameter(param.detach().clone(), param.requires_grad)
                 setattr(layer, key, own)
-        if self.n_params is None:
-            self._count_params()
 
-    def _forward_with_features(
-        self, X: Inputs, **model_kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Run the network, and return its last layer's inputs, too.
-
-        In a copied network, the hook of laplace-torch fills the original's features.
-        """
-        extractor = self.model
-        hook = extractor._get_hook(extractor._last_layer_name)
-        handle = extractor.last_layer.register_forward_hook(hook)
-        try:
-            return extractor.forward_with_features(X, **model_kwargs)
-        finally:
-            handle.remove()
-
-    def _output_moments(
-        self, X: Tensor | MutableMapping[str, Any], kind: str
-    ) -> tuple[Tensor, Tensor]:
+    def _output_moments(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
+        self._check_H_init()
         with torch.set_grad_enabled(self.enable_backprop):
-            f_mu, features = self._forward_with_features(X)
-        if not self._is_output(f_mu, features):
+            f_mu, features = features_of(self.model, self.fitted_params, X)
+        if features is None:
             return super()._output_moments(X, kind)
         return f_mu, last_layer_covariance(features, self.posterior_precision, kind)
 
     def _sampled_outputs(
         self,
-        X: Tensor | MutableMapping[str, Any],
+        X: Inputs,
         n_samples: int,
         generator: torch.Generator | None = None,
         **model_kwargs: Any,
     ) -> Iterator[Tensor]:
-        X = X.to(self._device) if isinstance(X, Tensor) else X
-        f_mu, features = self._forward_with_features(X, **model_kwargs)
-        if not self._is_output(f_mu, features):
+        params = self.fitted_params
+        X = on_device(X, self._device)
+        with torch.set_grad_enabled(self.enable_backprop):
+            _, features = features_of(self.model, params, X, **model_kwargs)
+        if features is None:
             yield from super()._sampled_outputs(X, n_samples, generator, **model_kwargs)
             return
-        layer = self.model.last_layer
         samples = self.sample(n_samples, generator)
-        weights = samples[:, : layer.weight.numel()].unflatten(1, layer.weight.shape)
-        outputs = features @ weights.mT  # one matrix product for all samples
-        if layer.bias is not None:
-            outputs = outputs + samples[:, layer.weight.numel() :].unsqueeze(1)
+        outputs = last_layer_outputs(features, params, samples)
         yield from outputs if self.enable_backprop else outputs.detach()
-
-    @torch.no_grad()
-    def _is_output(self, f_mu: Tensor, features: Tensor) -> bool:
-        """Tell if the network's output is that of the last layer, and no more."""
-        layer = self.model.last_layer
-        if features.ndim != 2 or f_mu.shape != (len(features), layer.out_features):
-            return False
-        if not len(features):
-            return True
-        tolerance = torch.finfo(f_mu.dtype).eps ** 0.5
-        difference = f_mu - linear(features, layer.weight, layer.bias)
-        return bool(difference.abs().max() <= tolerance * f_mu.abs().max())
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`KronDebiasedLaplace.state_dict`."""
-        state_dict = super().state_dict()
-        state_dict["_last_layer_name"] = self._last_layer_name
-        state_dict["found_last_layer"] = self.model._last_layer_name
-        return state_dict
+        return super().state_dict() | {
+            "last_layer_name": self._last_layer_name,
+            "found_last_layer": self.model._last_layer_name,
+        }
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        name = state_dict.get("_last_layer_name")
+        name = state_dict.get("last_layer_name")
         if self._last_layer_name != name:
             raise ValueError(
                 f"`state_dict` has last_layer_name {name!r}, this object "
@@ -128,4 +253,5 @@ class LastLayer:
             self.model.set_last_layer(state_dict["found_last_layer"])
         if self.model.last_layer is not None:
             self._free_last_layer()
-        super()._load(state_dict)
+            self._candidates = list(self.model.last_layer.parameters())
+        state.load(self, state_dict)

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.eigenbasis import Factors, decompose, eigendecompose
-from laplace_debiased.curvature.streams import (
-    GGNCurvature,
-    KFACCurvature,
+from laplace_debiased.curvature.debias import (
+    Directions,
+    Factors,
     add_data,
-    average,
-    scale_gradients,
-    without,
+    cross_fit,
+    joined,
+    two_batch,
 )
+from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
+from laplace_debiased.curvature.streams import Curvature, GGNCurvature, KFACCurvature
 from laplace_debiased.posterior.sampling_error import SamplingError
-from laplace_debiased.posterior.sources import CurvatureSource
+from laplace_debiased.posterior.settings import Settings
+from laplace_debiased.posterior.sources import Source
+from laplace_debiased.rows.inputs import at_least_single
 from laplace_debiased.rows.seeds import mixed_seed
-from laplace_debiased.rows.sweep import SweepSummary, at_least_single
-from laplace_debiased.sampling.folds import Fold, Folds, draw, fold_sizes, subset_of
+from laplace_debiased.rows.sweep import SweepSummary
+from laplace_debiased.sampling.draw import draw_points
+from laplace_debiased.sampling.folds import Fold, Folds, fold_sizes
+from laplace_debiased.sampling.loaders import subset_of
+
+LayerTensors = TypeVar("LayerTensors", Kronecker, Spectrum)
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class Estimate:
         error: The sampling error of both, None if the backend does not tell.
     """
 
-    curvature: KFACCurvature | GGNCurvature
+    curvature: Curvature
     loss: Tensor
     num_outputs: int
     error: SamplingError | None
@@ -50,7 +61,7 @@ class Estimate:
             The estimate for all data.
         """
         return Estimate(
-            self.curvature.merge(other.curvature, share),
+            self.curvature.merge(other.curvature, share),  # type: ignore[arg-type]
             self.loss + other.loss,
             other.num_outputs,
             self.error and other.error and self.error.merge(other.error),
@@ -74,8 +85,7 @@ class Estimate:
         )
 
 
-@dataclass(frozen=True)
-class Earlier:
+class Earlier(NamedTuple):
     """What earlier points contribute to the directions of all.
 
     Args:
@@ -83,179 +93,183 @@ class Earlier:
         share: Their number, as a share of all.
     """
 
-    factors: list[Factors]
+    factors: Factors
     share: float
 
 
-class Estimator:
-    """Measures debiased curvature.
+class Pool(NamedTuple):
+    """What forward passes over a pool of points give.
+
+    Args:
+        inputs: Input covariances of each layer, for each fold.
+        summaries: A summary for each fold.
+    """
+
+    inputs: list[Factors]
+    summaries: list[SweepSummary]
+
+
+def measure(
+    source: Source,
+    folds: Folds,
+    settings: Settings,
+    seed: int,
+    earlier: Earlier | None = None,
+) -> Estimate:
+    """Measure debiased curvature and loss.
 
     Args:
         source: Measures curvature on given points.
-        folds: The points.
-        cross_fit: Whether each fold gives directions and magnitudes; otherwise the
-            first of two folds gives directions and the second magnitudes.
+        folds: The points to use, or to draw from.
+        settings: How directions and magnitudes are obtained.
+        seed: Seed of the draw, and of sampled labels, which are drawn anew in each
+            pass: what gives directions must not share its noise with magnitudes.
+        earlier: What earlier points contribute to the directions, with ``ggn``
+            magnitudes.
+
+    Returns:
+        The estimate of these points alone, along directions of all.
+
+    Raises:
+        ValueError: If data are not valid, or curvature is not finite.
     """
-
-    def __init__(self, source: CurvatureSource, folds: Folds, cross_fit: bool):
-        self._source, self._cross_fit = source, cross_fit
-        self._folds, self._num_data = folds.folds, folds.num_data
-        self._shares = folds.shares
-        self._surveyed: list[list[Factors]] | None = None
-        self._surveys: list[SweepSummary] = []
-        self._summaries: list[SweepSummary] = []
-        self._earlier: Earlier | None = None
-
-    def draw(self, num_points: int, seed: int, floor: float = 0.1) -> None:
-        """Draw points from the folds with probabilities that grow with their curvature.
-
-        The score of a point is the trace of its output curvature, which takes a forward
-        pass. Classes are strata. All points of the folds give input covariances and the
-        loss.
-
-        Args:
-            num_points: Number of points to draw from all folds together.
-            seed: Seed of the draw.
-            floor: Share of the uniform distribution in the probabilities.
-        """
-        sizes = fold_sizes(num_points, self._shares)
-        drawn, surveyed = [], []
-        for k, (pool, size) in enumerate(zip(self._folds, sizes, strict=True)):
-            factors, summary = self._source.survey(pool.loader)
-            scale = self._num_data / pool.num_points
-            positions, weights = draw(
-                summary.traces,
-                size,
-                floor,
-                seed=mixed_seed(seed, k),
-                strata=summary.classes,
-            )
-            loader = subset_of(pool.loader, positions)
-            drawn.append(Fold(loader, size, scale * weights))
-            surveyed.append(factors)
-            self._surveys.append(replace(summary, loss=scale * summary.loss))
-        self._folds, self._surveyed = tuple(drawn), surveyed
-
-    def kfac(self) -> Estimate:
-        """Measure curvature with ``kfac`` magnitudes."""
-        folds = [self._kfacs(k) for k in range(len(self._folds))]
-        surveyed = self._surveyed is not None
-        return self._estimate(
-            KFACCurvature(folds, self._shares, self._cross_fit, surveyed)
+    seeds = (mixed_seed(seed, index) for index in count(1))
+    used, pool, shares = list(folds.folds), None, folds.shares
+    num_used = settings.num_used(folds)
+    if num_used < folds.num_points:
+        pool = Pool(*_unzipped(source.inputs(f, next(seeds)) for f in used))
+        used = _drawn(used, pool, num_used, shares, settings, seed)
+    is_cross_fit = settings.cross_fit and not folds.explicit
+    if settings.magnitudes == "kfac":
+        factors, seen = _unzipped(_factors(source, fold, next(seeds)) for fold in used)
+        if pool is not None:
+            factors = [joined(*pair) for pair in zip(factors, pool.inputs, strict=True)]
+        curvature: Curvature = KFACCurvature(
+            source.layers, factors, shares, is_cross_fit, pool is not None
         )
+    else:
+        curvature, seen = _ggn(source, used, pool, shares, is_cross_fit, seeds, earlier)
+    surveys = seen if pool is None else pool.summaries
+    loss = torch.stack([at_least_single(summary.loss) for summary in surveys])
+    weights = torch.tensor(shares, dtype=loss.dtype, device=loss.device)
+    return Estimate(
+        curvature,
+        (weights * loss).sum(),
+        seen[0].num_outputs,
+        _error(source, shares, seen, pool, folds.num_data, is_cross_fit),
+    )
 
-    def ggn(self, earlier: Earlier | None = None) -> Estimate:
-        """Measure curvature with ``ggn`` magnitudes.
 
-        Args:
-            earlier: What earlier points contribute to the directions.
+def _drawn(
+    folds: list[Fold],
+    pool: Pool,
+    num_points: int,
+    shares: Sequence[float],
+    settings: Settings,
+    seed: int,
+) -> list[Fold]:
+    """Draw points from each fold with probabilities that grow with their curvature.
 
-        Returns:
-            The estimate of these points alone, along directions of all.
-        """
-        self._earlier = earlier
-        return self._estimate(
-            self._cross_fit_ggn() if self._cross_fit else self._two_batch_ggn()
+    The score of a point is the trace of its output curvature, which takes a forward
+    pass. Classes are strata.
+    """
+    drawn = []
+    sizes = fold_sizes(num_points, shares)
+    for k, (fold, size) in enumerate(zip(folds, sizes, strict=True)):
+        summary = pool.summaries[k]
+        assert summary.traces is not None
+        positions, weights = draw_points(
+            summary.traces,
+            size,
+            settings.sampling_floor,
+            seed=mixed_seed(seed, k),
+            strata=summary.classes,
         )
+        loader = subset_of(fold.loader, positions)
+        drawn.append(Fold(loader, fold.weights[positions] * weights))
+    return drawn
 
-    def _two_batch_ggn(self) -> GGNCurvature:
-        directions = self._with_earlier(self._kfacs(0))
-        eigenvectors, factor_eigenvalues = eigendecompose(directions, fast=True)
-        curvatures = self._curvatures(1, eigenvectors)
-        return GGNCurvature(eigenvectors, curvatures, factor_eigenvalues)
 
-    def _cross_fit_ggn(self) -> GGNCurvature:
-        """Measure each fold along the directions of the others."""
-        indices = range(len(self._folds))
-        kfacs = [self._kfacs(k) for k in indices]
-        self._summaries.clear()  # the same points again
-        mean = self._with_earlier(average(kfacs, self._shares))
-        eigenvectors, factor_eigenvalues = eigendecompose(mean, fast=True)
-        measured = [
-            self._curvatures(k, self._held_out_directions(kfacs, k, eigenvectors))
-            for k in indices
-        ]
-        curvatures = average(measured, self._shares)
-        return GGNCurvature(eigenvectors, curvatures, factor_eigenvalues)
+def _ggn(
+    source: Source,
+    folds: list[Fold],
+    pool: Pool | None,
+    shares: Sequence[float],
+    is_cross_fit: bool,
+    seeds: Iterator[int],
+    earlier: Earlier | None,
+) -> tuple[GGNCurvature, list[SweepSummary]]:
+    """Measure exact curvature along directions; return what gave magnitudes, too."""
+    giving = folds if is_cross_fit else folds[:1]
+    factors, seen = _unzipped(_factors(source, fold, next(seeds)) for fold in giving)
+    if pool is not None:
+        inputs = pool.inputs[: len(giving)]
+        factors = [joined(*pair) for pair in zip(factors, inputs, strict=True)]
+    if earlier is not None:
+        factors = [add_data(earlier.factors, own, earlier.share) for own in factors]
+    if is_cross_fit:
+        seen = []  # the same points again
 
-    def _held_out_directions(
-        self, kfacs: list[list[Factors]], index: int, eigenvectors: list[Factors]
-    ) -> list[Factors]:
-        """Compute the directions of all points but those of a fold.
+    def along(fold: Fold, directions: Directions) -> list[Spectrum]:
+        spectra, summary = source.curvatures(fold, directions, next(seeds))
+        seen.append(summary)
+        return _finite(spectra, source)
 
-        Input directions that a pool gave are those of all its points, of which the
-        measured ones are a small part.
-        """
-        others = average(without(kfacs, index), without(self._shares, index))
-        others = self._with_earlier(others)
-        if self._surveyed is None:
-            return decompose(others, fast=True)
-        gradients = decompose([[G] for G, *_ in others], fast=True)
-        pairs = zip(gradients, eigenvectors, strict=True)
-        return [[U, *inputs] for (U,), (_, *inputs) in pairs]
+    measures = [partial(along, fold) for fold in folds]
+    if is_cross_fit:
+        debiased = cross_fit(factors, measures, shares, pool is not None)
+    else:
+        debiased = two_batch(factors[0], measures[1])
+    return GGNCurvature(source.layers, *debiased), seen
 
-    def _with_earlier(self, factors: list[Factors]) -> list[Factors]:
-        """Add the factors of earlier points."""
-        if self._earlier is None:
-            return factors
-        return add_data(self._earlier.factors, factors, self._earlier.share)
 
-    def _kfacs(self, index: int) -> list[Factors]:
-        """Compute the factors of a fold, scaled to all data."""
-        fold = self._folds[index]
-        kfacs, summary = self._source.kfacs(fold)
-        kfacs = scale_gradients(self._checked(kfacs), self._note(summary, fold))
-        if self._surveyed is None:
-            return kfacs
-        pairs = zip(kfacs, self._surveyed[index], strict=True)
-        return [[G, *As] for (G, *_), (_, *As) in pairs]
+def _factors(source: Source, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
+    factors, summary = source.factors(fold, seed)
+    return _finite(factors, source), summary
 
-    def _curvatures(self, index: int, eigenvectors: list[Factors]) -> list[Factors]:
-        """Measure a fold's curvature along directions, scaled to all data."""
-        fold = self._folds[index]
-        curvatures, summary = self._source.directional_curvatures(fold, eigenvectors)
-        return scale_gradients(self._checked(curvatures), self._note(summary, fold))
 
-    def _checked(self, kfacs: list[Factors]) -> list[Factors]:
-        """Refuse curvature that overflowed; turn half precision into single."""
-        if not all(factor.isfinite().all() for own in kfacs for factor in own):
-            raise ValueError(
-                f"Curvature is not finite in {self._source.params[0].dtype}: use a "
-                "model in float32 or bfloat16."
-            )
-        return [[at_least_single(factor) for factor in own] for own in kfacs]
-
-    def _note(self, summary: SweepSummary, fold: Fold) -> float:
-        """Keep a summary, scaled to all data; return the scale."""
-        scale = self._num_data / fold.num_points if fold.weights is None else 1.0
-        contributions = summary.contributions
-        self._summaries.append(
-            replace(
-                summary,
-                loss=scale * at_least_single(summary.loss),
-                contributions=None if contributions is None else scale * contributions,
-            )
+def _finite(own: list[LayerTensors], source: Source) -> list[LayerTensors]:
+    """Refuse curvature that overflowed; turn half precision into single."""
+    if not all(tensor.isfinite().all() for layer in own for tensor in layer.tensors()):
+        raise ValueError(
+            f"Curvature is not finite in {source.params[0].dtype}: use a model in "
+            "float32 or bfloat16."
         )
-        return scale
+    return [layer.map(at_least_single) for layer in own]
 
-    def _estimate(self, curvature: KFACCurvature | GGNCurvature) -> Estimate:
-        seen = self._surveys or self._summaries
-        pairs = zip(self._shares, seen, strict=True)
-        loss = sum(share * summary.loss for share, summary in pairs)
-        num_outputs = self._summaries[0].num_outputs
-        return Estimate(curvature, loss, num_outputs, self._error(seen))
 
-    def _error(self, seen: list[SweepSummary]) -> SamplingError | None:
-        if not self._source.takes_weights:
-            return None
-        measured, shares, pools = self._summaries, self._shares, self._surveys
-        if not self._cross_fit:  # only the second fold gives magnitudes
-            measured, shares, pools = measured[1:], [1.0], pools[1:]
-        pairs = zip(shares, measured, strict=True)
-        return SamplingError.of_points(
-            self._source.layers,
-            torch.cat([share * summary.contributions for share, summary in pairs]),
-            torch.cat([summary.losses for summary in seen]),
-            self._num_data,
-            torch.cat([pool.traces for pool in pools]) if pools else None,
-        )
+def _error(
+    source: Source,
+    shares: Sequence[float],
+    measured: Sequence[SweepSummary],
+    pool: Pool | None,
+    num_data: int,
+    is_cross_fit: bool,
+) -> SamplingError | None:
+    """Estimate the sampling error, if the source tells what each point contributes."""
+    if not source.takes_weights:
+        return None
+    seen = measured if pool is None else pool.summaries
+    pools = [] if pool is None else pool.summaries
+    if not is_cross_fit:  # only the second fold gives magnitudes
+        measured, shares, pools = measured[1:], [1.0], pools[1:]
+    contributions = [
+        share * summary.contributions
+        for share, summary in zip(shares, measured, strict=True)
+        if summary.contributions is not None
+    ]
+    return SamplingError.of_points(
+        [layer.name for layer in source.layers],
+        torch.cat(contributions),
+        torch.cat([own.losses for own in seen if own.losses is not None]),
+        num_data,
+        torch.cat([own.traces for own in pools if own.traces is not None])
+        if pools
+        else None,
+    )
+
+
+def _unzipped(pairs: Iterator[tuple[Factors, SweepSummary]]) -> tuple[list, list]:
+    """Turn pairs into two lists."""
+    first, second = zip(*pairs, strict=True)
+    return list(first), list(second)

@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from laplace.curvature import CurvatureInterface, EFInterface
-from laplace.curvature.curvlinops import CurvlinopsInterface
+from laplace.curvature import CurvatureInterface
 
 from laplace_debiased.curvature.operator import check_magnitudes
+from laplace_debiased.posterior.upstream import is_curvlinops, is_empirical
+from laplace_debiased.sampling.folds import Folds
 
 MIN_BUDGET = 8
 POOL_FACTOR = 32
-SAMPLINGS = ("curvature", "uniform")
-ESTIMATORS = ("two_batch", "cross_fit")
+SAMPLING_CHOICES = ("curvature", "uniform")
+ESTIMATOR_CHOICES = ("two_batch", "cross_fit")
 
 
 @dataclass(frozen=True)
-class Debiasing:
+class Settings:
     """How directions and magnitudes are obtained.
 
     Args:
@@ -57,8 +58,8 @@ class Debiasing:
     def __post_init__(self):
         check_magnitudes(self.magnitudes)
         if self.sampling is not None:
-            _check_choice("sampling", self.sampling, SAMPLINGS)
-        _check_choice("estimator", self.estimator, ESTIMATORS)
+            _check_choice("sampling", self.sampling, SAMPLING_CHOICES)
+        _check_choice("estimator", self.estimator, ESTIMATOR_CHOICES)
         if self.direction_fraction != "auto":
             _check_fraction("direction_fraction", self.direction_fraction)
         if self.budget is not None:
@@ -98,20 +99,20 @@ class Debiasing:
         Raises:
             ValueError: If a setting needs another backend.
         """
-        is_curvlinops = issubclass(backend, CurvlinopsInterface)
-        if self.magnitudes == "ggn" and not is_curvlinops:
+        has_rows = is_curvlinops(backend)
+        if self.magnitudes == "ggn" and not has_rows:
             raise ValueError(
                 "`magnitudes='ggn'` needs a curvlinops backend, got "
                 f"{backend.__name__}: use `CurvlinopsGGN` or `magnitudes='kfac'`."
             )
-        if self.sampling == "curvature" and not is_curvlinops:
+        if self.sampling == "curvature" and not has_rows:
             raise ValueError(
                 "`sampling='curvature'` needs a curvlinops backend, got "
                 f"{backend.__name__}: use `CurvlinopsGGN` or `sampling='uniform'`."
             )
         if self.fisher_rank is None:
             return
-        if not is_curvlinops or issubclass(backend, EFInterface):
+        if not has_rows or is_empirical(backend):
             raise ValueError(
                 f"`fisher_rank` needs `CurvlinopsGGN`, got {backend.__name__}."
             )
@@ -140,6 +141,32 @@ class Debiasing:
         """Whether the share of the points that give directions is to be found."""
         return not self.cross_fit and self.direction_fraction == "auto"
 
+    def draws(self, backend: type[CurvatureInterface]) -> bool:
+        """Whether points are drawn by their curvature.
+
+        Args:
+            backend: The backend.
+
+        Returns:
+            Whether they are.
+        """
+        if self.sampling is None:
+            return is_curvlinops(backend)
+        return self.sampling == "curvature"
+
+    def num_used(self, folds: Folds) -> int:
+        """Number of points that get backward passes.
+
+        Args:
+            folds: The points to use or to draw from.
+
+        Returns:
+            The number.
+        """
+        if folds.explicit or self.budget is None:
+            return folds.num_points
+        return min(self.budget, folds.num_points)
+
     def shares(self, best: float | None = None) -> list[float]:
         """Return the share of the points in each fold.
 
@@ -152,6 +179,7 @@ class Debiasing:
         if self.cross_fit:
             return [1 / self.num_folds] * self.num_folds
         fraction = best if self.finds_share else self.direction_fraction
+        assert isinstance(fraction, float)
         return [fraction, 1 - fraction]
 
 

@@ -15,22 +15,22 @@ rotated Jacobian is never formed. Otherwise it is formed for one layer at a time
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from laplace.utils import select_rows
 from torch import Tensor, nn
 
-from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, Factors
-from laplace_debiased.rows.layers import curvature_blocks
+from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
+from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.linearization import (
-    Linearization,
     contract_positions,
-    example_entries,
     linearize,
+    rows_per_example,
 )
-from laplace_debiased.rows.selection import find_layers
-from laplace_debiased.rows.sweep import Inputs
+from laplace_debiased.rows.recorder import run
 
 KINDS = ("full", "diagonal", "joint")
 # the memory allocator uses the same pages for all Jacobians that are no larger
@@ -46,7 +46,7 @@ class BlockPosterior:
         precisions: Eigenvalues of the precision ``[d_out, d_in]`` or ``[d_out]``.
     """
 
-    eigenvectors: Factors
+    eigenvectors: Sequence[Tensor]
     precisions: Tensor
 
     def rotate_inputs(self, rows: Tensor) -> Tensor:
@@ -115,6 +115,7 @@ class BlockPosterior:
     def _with_sharing(self, gradients: Tensor, inputs: Tensor, kind: str) -> Tensor:
         """Contract the Jacobians of some examples."""
         flat = self._scaled_jacobians(gradients, inputs).flatten(2)
+        # [batch, C, d_out * d_in], contracted over the last
         return flat.square().sum(2) if kind == "diagonal" else flat @ flat.mT
 
     def _scaled_jacobians(self, gradients: Tensor, inputs: Tensor) -> Tensor:
@@ -152,7 +153,11 @@ class LinearizedPredictive:
     Args:
         model: The network, with output ``[batch, C]``.
         params: The parameters, in the order of the posterior's blocks.
+        layers: The layers that they are in.
         posterior: Posterior precision.
+        num_outputs: Number of network outputs, C.
+        example_size: Number of entries in the input of an example that the layers were
+            found with: examples of other sizes have as many more rows.
         memory_limit: Bytes that the rows of a chunk of examples, and the rotated
             Jacobians of some of them in one layer, may take. The examples of a joint
             covariance are not chunked.
@@ -162,15 +167,23 @@ class LinearizedPredictive:
     def __init__(
         self,
         model: nn.Module,
-        params: list[Tensor],
+        params: Sequence[Tensor],
+        layers: Sequence[Layer],
         posterior: EigenbasisMatrix,
+        num_outputs: int,
+        example_size: int,
         memory_limit: int = 2**30,
         differentiable: bool = False,
     ):
-        self._model = model
-        self._layers = find_layers(model, params)
-        self._blocks = curvature_blocks(self._layers, separate_weight_and_bias=True)
-        self._posteriors = block_posteriors(posterior)
+        self._model, self._params, self._layers = model, params, layers
+        posteriors = block_posteriors(posterior)
+        self._blocks = [
+            (layer, position == layer.matrix, posteriors[position])
+            for layer in layers
+            for position in layer.parameters
+        ]
+        self._dtype = posteriors[0].precisions.dtype
+        self._num_outputs, self._example_size = num_outputs, example_size
         self._memory_limit = memory_limit
         self._jacobian_bytes = min(JACOBIAN_BYTES, memory_limit // 4)
         self._differentiable = differentiable
@@ -208,23 +221,28 @@ class LinearizedPredictive:
         means, covariances = zip(*chunks, strict=True)
         return torch.cat(means), torch.cat(covariances)
 
-    def _linearize(self, X: Inputs, batch_size: int) -> Linearization:
-        return linearize(self._model, self._layers, X, batch_size, self._differentiable)
-
     def _chunk(self, X: Inputs, batch_size: int, kind: str) -> tuple[Tensor, Tensor]:
-        linear = self._linearize(X, batch_size)
-        covariance = sum(
+        linear = linearize(
+            self._model,
+            self._params,
+            self._layers,
+            X,
+            batch_size,
+            self._differentiable,
+        )
+        covariances = [
             posterior.covariance(
-                linear.gradients[block.layer.name],
-                posterior.rotate_inputs(linear.inputs.pop(block.layer.name))
-                if block.has_inputs
+                linear.gradients[layer.name],
+                posterior.rotate_inputs(linear.inputs.pop(layer.name))
+                if is_matrix
                 else None,
                 kind,
                 self._jacobian_bytes,
             )
-            for block, posterior in zip(self._blocks, self._posteriors, strict=True)
-            if block.layer.name in linear.gradients
-        )
+            for layer, is_matrix, posterior in self._blocks
+            if layer.name in linear.gradients
+        ]
+        covariance = sum(covariances[1:], covariances[0])
         if self._differentiable:
             return linear.output, covariance
         return linear.output.detach(), covariance.detach()
@@ -232,32 +250,34 @@ class LinearizedPredictive:
     @torch.no_grad()
     def _of_no_examples(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
         """Return empty moments, for which no rows can be recorded."""
-        output = self._model(X)
+        output = run(self._model, X)
         count = output.shape[1]
-        shape = {"full": (0, count, count), "diagonal": (0, count), "joint": (0, 0)}
-        return output, self._posteriors[0].precisions.new_zeros(shape[kind])
+        shapes = {"full": (0, count, count), "diagonal": (0, count), "joint": (0, 0)}
+        return output, output.new_zeros(shapes[kind], dtype=self._dtype)
 
     def _chunk_size(self, X: Inputs, batch_size: int) -> int:
-        """Find out by one example how many fit into the memory limit."""
-        if batch_size == 1:
-            return 1
-        example = select_rows(X, torch.arange(1), batch_size)
-        one = example_entries(self._model, self._layers, example)
-        num_outputs = one.output[0].numel()
-        entry = self._posteriors[0].precisions.element_size()
-        # gradient rows are stacked: both they and the stack are there at once
-        entries = one.inputs + 2 * num_outputs * one.gradients + num_outputs**2
+        """Tell how many examples fit into the memory limit."""
+        count, entry = self._num_outputs, self._dtype.itemsize
+        entries = rows_per_example(self._layers, count) + count**2
+        entries *= max(1.0, _example_size(X, batch_size) / self._example_size)
         # with a single position, Jacobians are never formed
         shared = [
             posterior.precisions.numel()
-            for block, posterior in zip(self._blocks, self._posteriors, strict=True)
-            if block.has_inputs and one.positions[block.layer.name] > 1
+            for layer, is_matrix, posterior in self._blocks
+            if is_matrix and layer.num_positions * layer.groups > 1
         ]
         largest = max(shared, default=0)
-        jacobians = max(self._jacobian_bytes, entry * num_outputs * largest)
+        jacobians = max(self._jacobian_bytes, entry * count * largest)
         # the transpose comes on top of the Jacobians themselves
         available = self._memory_limit - 2 * jacobians
-        return max(1, available // (entry * entries))
+        return max(1, int(available // (entry * entries)))
+
+
+def _example_size(X: Inputs, batch_size: int) -> int:
+    """Return the number of entries in the input of an example."""
+    values = X.values() if isinstance(X, MutableMapping) else [X]
+    rows = [v for v in values if isinstance(v, Tensor) and len(v) == batch_size]
+    return sum(value[0].numel() for value in rows)
 
 
 def block_posteriors(posterior: EigenbasisMatrix) -> list[BlockPosterior]:
@@ -268,31 +288,3 @@ def block_posteriors(posterior: EigenbasisMatrix) -> list[BlockPosterior]:
             posterior.eigenvectors, posterior.spectra(), strict=True
         )
     ]
-
-
-def last_layer_covariance(
-    features: Tensor, posterior: EigenbasisMatrix, kind: str = "full"
-) -> Tensor:
-    """Compute the output covariance of a linear last layer from its features.
-
-    The gradient of output c in the layer's output is the c-th unit vector, whatever the
-    example, so that no backward pass is needed.
-
-    Args:
-        features: Input of the last layer ``[batch, d_in]``.
-        posterior: Posterior precision of its weight and, if it has one, its bias.
-        kind: As in :meth:`LinearizedPredictive.moments`.
-
-    Returns:
-        ``[batch, C, C]``, ``[batch, C]`` or ``[batch * C, batch * C]``.
-    """
-    weight, *bias = block_posteriors(posterior)
-    num_outputs = len(weight.eigenvectors[0])
-    gradients = torch.eye(num_outputs, dtype=features.dtype, device=features.device)
-    gradients, rows = gradients[None, :, None, None], features[:, None, None]
-    if kind == "joint":
-        gradients = gradients.expand(len(features), *gradients.shape[1:])
-    covariance = weight.covariance(gradients, weight.rotate_inputs(rows), kind)
-    for block in bias:  # the same for all examples
-        covariance += block.covariance(gradients, None, kind)
-    return covariance

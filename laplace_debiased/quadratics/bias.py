@@ -1,4 +1,4 @@
-"""How biased the quadratic of a mini-batch is, in numbers and in a figure.
+"""How biased the quadratic of a mini-batch is.
 
 Along directions that a mini-batch gave, its slopes and curvatures are compared with
 those of other mini-batches and of all data (Tatzel et al., 2024, arXiv 2410.14325,
@@ -9,207 +9,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from curvlinops import GGNLinearOperator, HessianLinearOperator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
-from laplace_debiased.curvature.eigenbasis import project, spectrum
-from laplace_debiased.curvature.streams import (
-    KFACCurvature,
+from laplace_debiased.curvature.curvlinops_adapter import (
+    CURVATURES,
+    LinearOperator,
+    curvature_operator,
+)
+from laplace_debiased.curvature.debias import (
+    Directions,
+    Factors,
     average,
     held_out_directions,
+    project,
     without,
 )
+from laplace_debiased.curvature.eigenbasis import by_parameter
+from laplace_debiased.curvature.streams import KFACCurvature
 from laplace_debiased.quadratics.cg import cg
 from laplace_debiased.quadratics.derivatives import directional_derivatives
 from laplace_debiased.quadratics.eigenspace import top_eigenspace
 from laplace_debiased.quadratics.gram import gram_eigenspace, gram_is_cheaper
-from laplace_debiased.quadratics.ranks import rank_figure, rank_ranges, save
+from laplace_debiased.quadratics.report import BiasReport, Comparison
+from laplace_debiased.rows.inputs import Inputs, on_device
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import Loss
-from laplace_debiased.sampling.folds import draw_uniformly, loader_over
+from laplace_debiased.rows.selection import select
+from laplace_debiased.sampling.folds import Points, draw_uniformly
+from laplace_debiased.sampling.loaders import loader_over
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-DIRECTIONS = ("eigenvectors", "cg")
-TOLERATED_RATIO = 1.1
+DIRECTIONS = {"eigenvectors": "eigenvectors", "cg": "conjugate directions"}
 _NUM_RESAMPLES, _RESAMPLES_AT_ONCE = 1000, 50
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One quantity along K directions, on the mini-batch that gave them and elsewhere.
-
-    Args:
-        own: On the mini-batch that gave the directions, ``[K]``.
-        others: On other mini-batches, ``[batches, K]``.
-        overall: On all data ``[K]``.
-        resampled: On bootstrap samples of all data ``[samples, K]``; None if there are
-            none.
-    """
-
-    own: Tensor
-    others: Tensor
-    overall: Tensor
-    resampled: Tensor | None = None
-
-    @property
-    def ratio(self) -> Tensor:
-        """How often the mini-batch has what all data have, ``[K]``."""
-        return self.own / self.overall
-
-    @property
-    def interval(self) -> Tensor | None:
-        """Bounds of the 95 % bootstrap interval of the ratio ``[2, K]``.
-
-        It is over the examples of all data, given those of the mini-batch.
-        """
-        if self.resampled is None:
-            return None
-        return _bounds(self.own / self.resampled)
-
-    def group_ratio(self, ranks: slice) -> float:
-        """Ratio of the means over some directions."""
-        return (self.own[ranks].sum() / self.overall[ranks].sum()).item()
-
-    def group_interval(self, ranks: slice) -> tuple[float, float] | None:
-        """Bounds of the 95 % bootstrap interval of :meth:`group_ratio`."""
-        if self.resampled is None:
-            return None
-        low, high = _bounds(self.own[ranks].sum() / self.resampled[:, ranks].sum(1))
-        return low.item(), high.item()
-
-
-def _bounds(samples: Tensor) -> Tensor:
-    return samples.quantile(samples.new_tensor([0.025, 0.975]), dim=0)
-
-
-@dataclass(frozen=True)
-class BiasReport:
-    """Bias of a mini-batch along its own directions.
-
-    Args:
-        directions: What the directions are.
-        num_points: Number of points that gave them.
-        curvature: Curvatures along them, with damping.
-        slope: Slopes along them; None if they are not known.
-        reference: What the points are compared with.
-        direction_share: Share of a budget that gives directions.
-    """
-
-    directions: str
-    num_points: int
-    curvature: Comparison
-    slope: Comparison | None = None
-    reference: str = "all data"
-    direction_share: float = 1.0
-
-    def sufficient_points(self, count: int = 10) -> int:
-        """Estimate which budget overestimates the curvature 1.1 times only.
-
-        The excess of the ratio over one is taken to shrink as one over their number,
-        as it does for spiked covariances (Baik and
-        Silverstein, 2006).
-
-        Args:
-            count: Number of top directions.
-
-        Returns:
-            The number of points, with those that give no directions.
-        """
-        excess = self.curvature.group_ratio(slice(count)) - 1
-        budget = self.num_points / self.direction_share
-        return max(1, ceil(budget * excess / (TOLERATED_RATIO - 1)))
-
-    def summary(self, count: int = 10) -> str:
-        """Say in a sentence how biased the curvature is.
-
-        Args:
-            count: Number of top directions.
-
-        Returns:
-            The sentence.
-        """
-        count = min(count, len(self.curvature.own))
-        ratio = self.curvature.group_ratio(slice(count))
-        message = (
-            f"Along their top {count} {self.directions}, {self.num_points} points have "
-            f"{ratio:.1f} times the curvature of {self.reference}"
-        )
-        if ratio <= TOLERATED_RATIO:
-            return message + "."
-        return (
-            f"{message}: a budget of about {self.sufficient_points(count)} points "
-            f"would have {TOLERATED_RATIO} times."
-        )
-
-    def table(self) -> str:
-        """Return the means over ranges of ranks, as a Markdown table."""
-        lines = [
-            "| quantity | ranks | own points | other points | all data | own / all |",
-            "|---|---|---|---|---|---|",
-        ]
-        for name, values in (("slope", self.slope), ("curvature", self.curvature)):
-            if values is None:
-                continue
-            for first, last in rank_ranges(len(values.own)):
-                ranks = slice(first - 1, last)
-                own, others, overall = (
-                    part[..., ranks].mean().item()
-                    for part in (values.own, values.others, values.overall)
-                )
-                ratio = f"{values.group_ratio(ranks):.2f}"
-                # slopes regress to zero, where ratios have no bounds
-                interval = values.group_interval(ranks) if name == "curvature" else None
-                if interval is not None:
-                    ratio += " ({:.2f} to {:.2f})".format(*interval)
-                lines.append(
-                    f"| {name} | {first} to {last} | {own:.3g} | {others:.3g} "
-                    f"| {overall:.3g} | {ratio} |"
-                )
-        return "\n".join(lines)
-
-    def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw slopes and curvatures against the directions' rank.
-
-        Args:
-            path: Where to save the figure; None for nowhere.
-
-        Returns:
-            The figure.
-
-        Raises:
-            ImportError: If matplotlib is not installed.
-        """
-        parts = [("slope", self.slope), ("curvature", self.curvature)]
-        parts = [(name, values) for name, values in parts if values is not None]
-        figure, panels = rank_figure(len(parts))
-        for axis, (name, values) in zip(panels, parts, strict=True):
-            ranks = range(1, len(values.own) + 1)
-            others = values.others.cpu()
-            axis.plot(ranks, values.own.cpu(), label="points that gave the directions")
-            (line,) = axis.plot(ranks, others.mean(0), label="other points")
-            axis.fill_between(
-                ranks,
-                others.amin(0),
-                others.amax(0),
-                color=line.get_color(),
-                alpha=0.2,
-                lw=0,
-            )
-            axis.plot(ranks, values.overall.cpu(), "k--", lw=1, label="all data")
-            positive = all((v > 0).all() for v in (values.own, others, values.overall))
-            axis.set(ylabel=name, yscale="log" if positive else "linear")
-        panels[-1].set_xlabel(f"rank of the direction ({self.directions})")
-        panels[0].legend()
-        return save(figure, path)
+Batches = Sequence[tuple[Inputs, Tensor]]
 
 
 def bias_report(
@@ -227,7 +62,7 @@ def bias_report(
     damping: float = 0.0,
     tol: float = 1e-4,
     seed: int = 0,
-    progressbar: bool = False,
+    progress_bar: bool = False,
 ) -> BiasReport:
     """Measure how biased a mini-batch is along the directions that it gives.
 
@@ -249,7 +84,7 @@ def bias_report(
         damping: Damping of the quadratics.
         tol: Relative tolerance for the eigenvalues.
         seed: Seed of the draw of mini-batches.
-        progressbar: Whether to show progress bars.
+        progress_bar: Whether to show progress bars.
 
     Returns:
         The report.
@@ -260,17 +95,7 @@ def bias_report(
             mixes examples or is random.
     """
     check_repeatable(model_func)
-    if directions not in DIRECTIONS:
-        raise ValueError(
-            f"`directions` must be one of {list(DIRECTIONS)}, got {directions!r}."
-        )
-    num_params = sum(param.numel() for param in params)
-    too_many = directions == "eigenvectors" and num_directions >= num_params
-    if num_directions < 1 or too_many:
-        raise ValueError(
-            f"`num_directions` must lie in 1..{num_params - 1}, got {num_directions}: "
-            f"there are {num_params} parameters."
-        )
+    _check_kinds(directions, num_directions, curvature, params)
     points = draw_uniformly(loader, num_points, seed)
     needed = (1 + num_batches) * batch_size
     if num_batches < 1 or batch_size < 1 or needed > len(points):
@@ -278,26 +103,13 @@ def bias_report(
             f"`num_batches` must be at least 1, and {1 + num_batches} mini-batches of "
             f"{batch_size} points need {needed} points, but there are {len(points)}."
         )
-    own_batch = list(loader_over(points.loader, points.indices[:batch_size]))
-    if isinstance(own_batch[0], Mapping):
-        raise TypeError(
-            "`loader` must yield pairs (X, y), of which X may be a mapping, but yields "
-            f"{type(own_batch[0]).__name__}."
-        )
+    own_batch = _batch(points, batch_size)
+    quadratic = _Quadratic(model_func, loss_func, params, own_batch, curvature, damping)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention is not twice differentiable
-        columns = _directions(
-            model_func,
-            loss_func,
-            params,
-            own_batch,
-            directions,
-            num_directions,
-            curvature,
-            damping,
-            tol,
-            seed,
-            progressbar,
-        )
+        if directions == "cg":
+            columns = _conjugate_directions(quadratic, num_directions)
+        else:
+            columns = _eigenvectors(quadratic, num_directions, tol, seed, progress_bar)
     derivatives = directional_derivatives(
         model_func,
         loss_func,
@@ -305,7 +117,7 @@ def bias_report(
         loader_over(points.loader, points.indices),
         columns,
         curvature=curvature,
-        progressbar=progressbar,
+        progress_bar=progress_bar,
     )
     scale = len(points) * derivatives.scale if loss_func.reduction == "mean" else 1.0
     slopes = scale * derivatives.slopes
@@ -314,63 +126,108 @@ def bias_report(
     generator = torch.Generator().manual_seed(seed)
     damped = scale * derivatives.curvatures + damping * columns.square().sum(0)
     return BiasReport(
-        {"eigenvectors": "eigenvectors", "cg": "conjugate directions"}[directions],
+        DIRECTIONS[directions],
         batch_size,
         _compare(damped, batch_size, num_batches, points.num_data, generator),
         _compare(slopes, batch_size, num_batches, points.num_data, generator),
     )
 
 
-def _directions(
-    model_func: nn.Module,
-    loss_func: Loss,
-    params: list[Tensor],
-    batch: Sequence,
-    kind: str,
-    count: int,
-    curvature: str,
-    damping: float,
-    tol: float,
-    seed: int,
-    progressbar: bool,
-) -> Tensor:
-    """Compute unit directions ``[D, K]`` from a mini-batch."""
-    of_kind = {"ggn": GGNLinearOperator, "hessian": HessianLinearOperator}
-    if curvature not in of_kind:
-        raise ValueError(
-            f"`curvature` must be one of {list(of_kind)}, got {curvature!r}."
-        )
-    lanczos = {"tol": tol, "seed": seed, "progressbar": progressbar}
-    of_model = model_func, loss_func, params, batch
-    eigenvectors = kind == "eigenvectors"
-    if (
-        eigenvectors
-        and curvature == "ggn"
-        and gram_is_cheaper(model_func, params, batch, count)
+def _check_kinds(
+    directions: str, num_directions: int, curvature: str, params: Sequence[Tensor]
+) -> None:
+    """Refuse kinds that are not known, and too many directions."""
+    for name, value, choices in (
+        ("directions", directions, DIRECTIONS),
+        ("curvature", curvature, CURVATURES),
     ):
-        return gram_eigenspace(*of_model, count, **lanczos).eigenvectors
-    operator = of_kind[curvature](*of_model, check_deterministic=False)
-    if eigenvectors:
-        return top_eigenspace(operator, count, **lanczos).eigenvectors
-    device = params[0].device
-    on_device = [
-        (X.to(device) if isinstance(X, Tensor) else X, y.to(device)) for X, y in batch
-    ]
-    gradients = zip(
-        *(
-            torch.autograd.grad(
-                loss_func(model_func(X), y) * _share(loss_func, y, batch),
+        if value not in choices:
+            raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+    num_params = sum(param.numel() for param in params)
+    too_many = directions == "eigenvectors" and num_directions >= num_params
+    if num_directions < 1 or too_many:
+        raise ValueError(
+            f"`num_directions` must lie in 1..{num_params - 1}, got {num_directions}: "
+            f"there are {num_params} parameters."
+        )
+
+
+def _batch(points: Points, batch_size: int) -> Batches:
+    """Read the first mini-batch."""
+    batches = list(loader_over(points.loader, points.indices[:batch_size]))
+    if isinstance(batches[0], Mapping):
+        raise TypeError(
+            "`loader` must yield pairs (X, y), of which X may be a mapping, but yields "
+            f"{type(batches[0]).__name__}."
+        )
+    return batches
+
+
+@dataclass(frozen=True)
+class _Quadratic:
+    """The quadratic of a mini-batch."""
+
+    model: nn.Module
+    loss_func: Loss
+    params: Sequence[Tensor]
+    batches: Batches
+    curvature: str
+    damping: float
+
+    def operator(self) -> LinearOperator:
+        """Return the curvature without damping."""
+        return curvature_operator(
+            self.curvature, self.model, self.loss_func, self.params, self.batches
+        )
+
+    @property
+    def num_points(self) -> int:
+        """Number of points."""
+        return sum(len(y) for _, y in self.batches)
+
+
+def _eigenvectors(
+    quadratic: _Quadratic, count: int, tol: float, seed: int, progress_bar: bool
+) -> Tensor:
+    """Compute the top eigenvectors ``[D, K]`` of a mini-batch's curvature."""
+    params, batches = quadratic.params, quadratic.batches
+    lanczos = {"tol": tol, "seed": seed, "progress_bar": progress_bar}
+    if quadratic.curvature == "ggn":
+        X, y = batches[0]
+        X = on_device(X, params[0].device)
+        selection = select(quadratic.model, params, X, len(y))
+        if gram_is_cheaper(selection, params, quadratic.num_points, count):
+            space = gram_eigenspace(
+                quadratic.model,
+                quadratic.loss_func,
                 params,
-                allow_unused=True,
-                materialize_grads=True,
+                batches,
+                count,
+                **lanczos,  # type: ignore[arg-type]
             )
-            for X, y in on_device
-        ),
-        strict=True,
-    )
-    gradient = torch.cat([sum(parts).reshape(-1) for parts in gradients])
-    quadratic = _Damped(operator, damping, _per_example(loss_func, batch))
-    result = cg(quadratic, -quadratic.scale * gradient, rtol=0.0, max_iterations=count)
+            return space.eigenvectors
+    space = top_eigenspace(quadratic.operator(), count, **lanczos)  # type: ignore[arg-type]
+    return space.eigenvectors
+
+
+def _conjugate_directions(quadratic: _Quadratic, count: int) -> Tensor:
+    """Compute unit directions ``[D, K]`` of conjugate gradients on a mini-batch."""
+    loss_func, params = quadratic.loss_func, list(quadratic.params)
+    device = params[0].device
+    gradient = torch.zeros((), device=device)
+    for X, y in quadratic.batches:
+        X, y = on_device(X, device), y.to(device)
+        loss = loss_func(quadratic.model(X), y)
+        parts = torch.autograd.grad(
+            loss * _share(loss_func, y, quadratic.batches),
+            params,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        gradient = gradient + torch.cat([part.reshape(-1) for part in parts])
+    scale = _per_example(loss_func, quadratic.batches)
+    damped = _Damped(quadratic.operator(), quadratic.damping, scale)
+    result = cg(damped, -scale * gradient, rtol=0.0, max_iterations=count)
     if result.num_iterations == 0:
         raise ValueError("The mini-batch's gradient is zero: it gives no directions.")
     return result.directions / result.directions.norm(dim=0)
@@ -392,7 +249,7 @@ def _per_example(loss_func: Loss, batches: Sequence) -> float:
 
 @dataclass(frozen=True)
 class _Damped:
-    operator: GGNLinearOperator | HessianLinearOperator
+    operator: LinearOperator
     damping: float
     scale: float
 
@@ -444,10 +301,10 @@ def kfac_bias(
 ) -> BiasReport:
     """Compare folds of points along the eigenvectors of each other's K-FAC.
 
-    The directions that some folds give are judged by those folds themselves, and by
-    the held-out one; it takes no further pass over any data. There are no intervals:
-    the curvatures are products of two factors, which are sums over a fold's points that
-    are not kept apart, and two folds are too few to resample.
+    Curvature along the directions that some folds give is that of those folds
+    themselves, and that of the held-out one; it takes no further pass over any data.
+    There are no intervals: the curvatures are products of two factors, which are sums
+    over a fold's points that are not kept apart, and two folds are too few to resample.
 
     Args:
         curvature: K-FAC's factors of each fold.
@@ -464,8 +321,7 @@ def kfac_bias(
         rest = average(without(folds, k), without(shares, k))
         directions = held_out_directions(folds, shares, k)
         mine, theirs = (
-            torch.cat([spectrum(values).flatten() for values in project(f, directions)])
-            for f in (rest, folds[k])
+            _spectrum(curvature, directions, factors) for factors in (rest, folds[k])
         )
         order = mine.argsort(descending=True)[:num_directions]
         own.append(mine[order])
@@ -479,3 +335,11 @@ def kfac_bias(
         reference="held-out points",
         direction_share=share,
     )
+
+
+def _spectrum(
+    curvature: KFACCurvature, directions: Directions, factors: Factors
+) -> Tensor:
+    """Return the curvatures ``[params]`` of factors along directions."""
+    matrix = by_parameter(curvature.layers, directions, project(factors, directions))
+    return torch.cat([values.flatten() for values in matrix.spectra()])

@@ -17,27 +17,39 @@ directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from laplace.utils import select_rows
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from laplace_debiased.rows.layers import curvature_blocks
-from laplace_debiased.rows.linearization import contract_positions, linearize
+from laplace_debiased.curvature.curvlinops_adapter import CURVATURES
+from laplace_debiased.rows.inputs import (
+    Inputs,
+    check_finite_inputs,
+    check_targets,
+    on_device,
+)
+from laplace_debiased.rows.linearization import (
+    contract_positions,
+    linearize,
+    rows_per_example,
+)
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import Loss, OutputCurvature, example_losses
-from laplace_debiased.rows.selection import find_layers, select
-from laplace_debiased.rows.sweep import Inputs, check_finite_inputs, check_targets
+from laplace_debiased.rows.recorder import Substitution, run
+from laplace_debiased.rows.selection import Selection, refusal, select
 
-CURVATURES = ("ggn", "hessian")
 MODES = ("auto", "forward", "reverse")
 
-Parameters = dict[str, Tensor]
+# values of parameters by their `id`
+Parameters = dict[int, Tensor]
 # from inputs and targets of a batch to slopes and curvatures, both [batch, K]
 Measure = Callable[[Inputs, Tensor], tuple[Tensor, Tensor]]
 
@@ -82,7 +94,7 @@ def directional_derivatives(
     damping: float = 0.0,
     mode: str = "auto",
     memory_limit: int = 2**30,
-    progressbar: bool = False,
+    progress_bar: bool = False,
 ) -> DirectionalDerivatives:
     """Compute slopes and curvatures along directions.
 
@@ -102,7 +114,7 @@ def directional_derivatives(
             ``"auto"`` for the latter where it is possible and takes fewer passes.
         memory_limit: Bytes that derivatives may take at a time; more directions or
             examples are taken in turns.
-        progressbar: Whether to show a progress bar over the batches.
+        progress_bar: Whether to show a progress bar over the batches.
 
     Returns:
         Slopes and curvatures of each example.
@@ -130,25 +142,20 @@ def directional_derivatives(
 
     measure: Measure | None = None
     slopes, curvatures, num_outputs = [], [], 0
-    for X, y in tqdm(data, "[Directional derivatives]", disable=not progressbar):
-        device = directions.device
-        X, y = (X.to(device) if isinstance(X, Tensor) else X), y.to(device)
+    for X, y in tqdm(data, "[Directional derivatives]", disable=not progress_bar):
+        X, y = on_device(X, directions.device), y.to(directions.device)
         check_finite_inputs(X)
         with torch.no_grad():
-            output = model_func(X)
+            output = run(model_func, X)
         y, num_outputs = check_targets(output, y, loss_func), output.shape[1]
         if measure is None:
-            if mode == "auto":
-                mode = _mode(model_func, params, curvature, directions, num_outputs)
-            build = {
-                ("forward", "ggn"): _forward_ggn,
-                ("forward", "hessian"): _forward_hessian,
-                ("reverse", "ggn"): _reverse_ggn,
-            }[mode, curvature]
-            measure = build(model_func, loss_func, params, directions, memory_limit)
-        slope, bend = measure(X, y)
+            quadratic = _Quadratic(
+                model_func, loss_func, params, directions, memory_limit
+            )
+            measure = _measure(quadratic, curvature, mode, X, len(y))
+        slope, curved = measure(X, y)
         slopes.append(slope)
-        curvatures.append(bend)
+        curvatures.append(curved)
     if not slopes:
         raise ValueError("The data source is empty: there is nothing to measure.")
     return DirectionalDerivatives(
@@ -159,17 +166,32 @@ def directional_derivatives(
     )
 
 
-def _mode(
-    model_func: nn.Module,
-    params: list[Tensor],
-    curvature: str,
-    directions: Tensor,
-    num_outputs: int,
-) -> str:
-    """Choose the mode that takes fewer passes."""
-    _, left_out = select(model_func, params)
-    possible = curvature == "ggn" and not left_out
-    return "reverse" if possible and num_outputs < directions.shape[1] else "forward"
+@dataclass(frozen=True, eq=False)
+class _Quadratic:
+    """What is differentiated, and how much at a time."""
+
+    model: nn.Module
+    loss_func: Loss
+    params: Sequence[Tensor]
+    directions: Tensor
+    memory_limit: int
+
+
+def _measure(
+    quadratic: _Quadratic, curvature: str, mode: str, X: Inputs, batch_size: int
+) -> Measure:
+    """Choose the mode that is possible and takes fewer passes."""
+    if curvature == "hessian":
+        return _forward_hessian(quadratic)
+    if mode == "forward":
+        return _forward_ggn(quadratic)
+    selection = select(quadratic.model, quadratic.params, X, batch_size)
+    if mode == "reverse" and selection.left_out:
+        raise ValueError(refusal(selection.left_out))
+    fewer = selection.num_outputs < quadratic.directions.shape[1]
+    if mode == "reverse" or (fewer and not selection.left_out):
+        return _reverse_ggn(quadratic, selection)
+    return _forward_ggn(quadratic)
 
 
 def _scale(loss_func: Loss, num_data: int, num_outputs: int) -> float:
@@ -180,61 +202,73 @@ def _scale(loss_func: Loss, num_data: int, num_outputs: int) -> float:
     return 1 / (num_data * per_example)
 
 
-def _reverse_ggn(
-    model_func: nn.Module,
-    loss_func: Loss,
-    params: list[Tensor],
-    directions: Tensor,
-    memory_limit: int,
-) -> Measure:
+def _reverse_ggn(quadratic: _Quadratic, selection: Selection) -> Measure:
     r"""Multiply directions by the rows of the Jacobian.
 
     A layer's change of the output along a direction D is :math:`\sum_s g_s^\top D x_s`.
     Either the Jacobian :math:`\sum_s g_s x_s^\top` is formed for each output, or the
     product :math:`D x_s` for each position, whichever takes fewer multiplications.
     """
-    layers = find_layers(model_func, params)
-    blocks = curvature_blocks(layers, separate_weight_and_bias=True)
-    parts = directions.split([param.numel() for param in params])
-    by_block = [parts[block.positions[0]] for block in blocks]
-    num_directions = directions.shape[1]
+    params, layers = quadratic.params, selection.layers
+    parts = quadratic.directions.split([param.numel() for param in params])
+    num_directions = quadratic.directions.shape[1]
+    entries = rows_per_example(layers, selection.num_outputs)
 
     def measure(X: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
-        example = linearize(
-            model_func, layers, select_rows(X, torch.arange(1), len(y)), 1
-        )
-        rows = sum(rows.numel() for rows in example.inputs.values())
-        rows += 2 * sum(rows.numel() for rows in example.gradients.values())
-        size = max(2, memory_limit // (rows * example.output.element_size()))
-        parts = torch.arange(len(y)).split(size)
+        entry = params[0].element_size()
+        size = max(2, quadratic.memory_limit // (entries * entry))
         measured = [
-            measure_some(select_rows(X, part, len(y)), y[part]) for part in parts
+            measure_some(select_rows(X, part, len(y)), y[part])
+            for part in torch.arange(len(y)).split(size)
         ]
         slopes, curvatures = zip(*measured, strict=True)
         return torch.cat(slopes), torch.cat(curvatures)
 
     def measure_some(X: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
-        linear = linearize(model_func, layers, X, len(y), check=True)
+        linear = linearize(quadratic.model, params, layers, X, len(y), check=True)
         output = linear.output.detach()
-        changes = output.new_zeros(*output.shape, num_directions)
-        for block, part in zip(blocks, by_block, strict=True):
-            name = block.layer.name
-            if name not in linear.gradients:
+        changes = output.new_zeros(*output.shape, num_directions)  # [batch, C, K]
+        for layer in layers:
+            if layer.name not in linear.gradients:
                 continue
-            gradients = linear.gradients[name]
-            if not block.has_inputs:
-                changes += gradients.flatten(3).sum(2) @ part
-                continue
-            inputs = linear.inputs[name]
-            multiply, entries = _cheaper_product(gradients, inputs, num_directions)
-            size = max(1, memory_limit // (3 * entries * output.element_size()))
-            for examples in torch.arange(len(y)).split(size):
-                changes[examples] += multiply(
-                    gradients[examples], inputs[examples], part
+            gradients = linear.gradients[layer.name]
+            if layer.vector is not None:
+                changes += gradients.flatten(3).sum(2) @ parts[layer.vector]
+            if layer.matrix is not None:
+                changes += _changes_by_matrix(
+                    gradients,
+                    linear.inputs[layer.name],
+                    parts[layer.matrix],
+                    quadratic.memory_limit,
                 )
-        return _slopes_and_curvatures(loss_func, output, changes.movedim(2, 0), y)
+        changes = changes.movedim(2, 0)
+        return _slopes_and_curvatures(quadratic.loss_func, output, changes, y)
 
     return measure
+
+
+def _changes_by_matrix(
+    gradients: Tensor, inputs: Tensor, directions: Tensor, memory_limit: int
+) -> Tensor:
+    """Compute the changes of the output along directions of a layer's matrix.
+
+    Args:
+        gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]``.
+        inputs: Input rows ``[batch, S, groups, d_in]``.
+        directions: Directions ``[d_out * d_in, K]``.
+        memory_limit: Bytes that intermediate results may take.
+
+    Returns:
+        Changes ``[batch, C, K]``.
+    """
+    multiply, entries = _cheaper_product(gradients, inputs, directions.shape[1])
+    size = max(1, memory_limit // (3 * entries * inputs.element_size()))
+    return torch.cat(
+        [
+            multiply(*examples, directions)
+            for examples in zip(gradients.split(size), inputs.split(size), strict=True)
+        ]
+    )
 
 
 def _cheaper_product(
@@ -289,60 +323,50 @@ def _slopes_and_curvatures(
     gradient = grad(lambda f: example_losses(loss_func, f, y).sum())
 
     def derivatives(change: Tensor) -> tuple[Tensor, Tensor]:
-        slope, bend = jvp(gradient, (output,), (change,))
-        return (slope * change).sum(1), (bend * change).sum(1)
+        slope, product = jvp(gradient, (output,), (change,))
+        return (slope * change).sum(1), (product * change).sum(1)
 
     slopes, curvatures = vmap(derivatives)(changes)
     return slopes.T, curvatures.T
 
 
-def _forward_ggn(
-    model_func: nn.Module,
-    loss_func: Loss,
-    params: list[Tensor],
-    directions: Tensor,
-    memory_limit: int,
-) -> Measure:
+def _forward_ggn(quadratic: _Quadratic) -> Measure:
     """Differentiate the output along each direction."""
-    network, at = _functional(model_func, params)
+    network, at = _functional(quadratic)
 
     def measure(X: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
         def change(direction: Parameters) -> Tensor:
             return jvp(lambda values: network(values, X), (at,), (direction,))[1]
 
-        chunk = _chunk_size(model_func, X, memory_limit)
+        chunk = _chunk_size(quadratic, X, quadratic.memory_limit)
         changes = torch.cat(
-            [vmap(change)(part) for part in _chunks(directions, at, chunk)]
+            [vmap(change)(part) for part in _chunks(quadratic.directions, at, chunk)]
         )
         with torch.no_grad():
             output = network(at, X)
-        return _slopes_and_curvatures(loss_func, output, changes, y)
+        return _slopes_and_curvatures(quadratic.loss_func, output, changes, y)
 
     return measure
 
 
-def _forward_hessian(
-    model_func: nn.Module,
-    loss_func: Loss,
-    params: list[Tensor],
-    directions: Tensor,
-    memory_limit: int,
-) -> Measure:
+def _forward_hessian(quadratic: _Quadratic) -> Measure:
     """Differentiate the losses twice along each direction."""
-    network, at = _functional(model_func, params)
+    network, at = _functional(quadratic)
 
     def measure(X: Inputs, y: Tensor) -> tuple[Tensor, Tensor]:
+        def losses(values: Parameters) -> Tensor:
+            return example_losses(quadratic.loss_func, network(values, X), y)
+
         def derivatives(direction: Parameters) -> tuple[Tensor, Tensor]:
             def slope(values: Parameters) -> Tensor:
-                def losses(values: Parameters) -> Tensor:
-                    return example_losses(loss_func, network(values, X), y)
-
                 return jvp(losses, (values,), (direction,))[1]
 
             return jvp(slope, (at,), (direction,))
 
-        chunk = _chunk_size(model_func, X, memory_limit // 2)
-        parts = [vmap(derivatives)(part) for part in _chunks(directions, at, chunk)]
+        chunk = _chunk_size(quadratic, X, quadratic.memory_limit // 2)
+        parts = [
+            vmap(derivatives)(part) for part in _chunks(quadratic.directions, at, chunk)
+        ]
         slopes, curvatures = zip(*parts, strict=True)
         return torch.cat(slopes).T, torch.cat(curvatures).T
 
@@ -350,22 +374,20 @@ def _forward_hessian(
 
 
 def _functional(
-    model_func: nn.Module, params: list[Tensor]
+    quadratic: _Quadratic,
 ) -> tuple[Callable[[Parameters, Inputs], Tensor], Parameters]:
-    """Return the network as a function of the parameters, and their values by name."""
-    names = {id(param): name for name, param in model_func.named_parameters()}
-    if any(id(param) not in names for param in params):
+    """Return the network as a function of the parameters, and their values."""
+    own = {id(param): param.detach() for param in quadratic.model.parameters()}
+    if any(id(param) not in own for param in quadratic.params):
         raise ValueError("`params` must be parameters of the model.")
-    at = {names[id(param)]: param.detach() for param in params}
-    others = {
-        name: param.detach()
-        for name, param in model_func.named_parameters()
-        if name not in at
-    }
+    at = {id(param): param.detach() for param in quadratic.params}
 
     def network(values: Parameters, X: Inputs) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
-            return functional_call(model_func, others | values, (X,))
+        with (
+            sdpa_kernel(SDPBackend.MATH),  # fused attention has no forward mode
+            Substitution(own | values),
+        ):
+            return run(quadratic.model, X)
 
     return network, at
 
@@ -375,26 +397,37 @@ def _chunks(directions: Tensor, like: Parameters, size: int) -> Iterable[Paramet
     sizes = [value.numel() for value in like.values()]
     for rows in directions.T.split(size):
         yield {
-            name: part.reshape(len(rows), *value.shape)
-            for (name, value), part in zip(
+            key: part.reshape(len(rows), *value.shape)
+            for (key, value), part in zip(
                 like.items(), rows.split(sizes, dim=1), strict=True
             )
         }
 
 
-@torch.no_grad()
-def _chunk_size(model_func: nn.Module, X: Inputs, memory_limit: int) -> int:
-    """Find how many directions fit, by the largest activation of the network."""
-    sizes = []
+class _LargestOutput(TorchFunctionMode):
+    """Keeps the size of the largest tensor that a function returns, in bytes."""
 
-    def note(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 1
+
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
         if isinstance(output, Tensor):
-            sizes.append(output.numel() * output.element_size())
+            self.size = max(self.size, output.numel() * output.element_size())
+        return output
 
-    handles = [module.register_forward_hook(note) for module in model_func.modules()]
-    try:
-        model_func(X)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return max(1, memory_limit // (6 * max(sizes)))
+
+@torch.no_grad()
+def _chunk_size(quadratic: _Quadratic, X: Inputs, memory_limit: int) -> int:
+    """Find how many directions fit, by the largest activation of the network."""
+    with _LargestOutput() as largest:
+        output = run(quadratic.model, X)
+    size = max(largest.size, output.numel() * output.element_size())
+    return max(1, memory_limit // (6 * size))

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from curvlinops._torch_base import PyTorchLinearOperator
 from scipy.linalg import subspace_angles
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 from tqdm import tqdm
 
-from laplace_debiased.rows.sweep import at_least_single
+from laplace_debiased.curvature.curvlinops_adapter import (
+    LinearOperator as CurvatureOperator,
+)
+from laplace_debiased.rows.inputs import at_least_single
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,12 @@ class Eigenspace:
 
 
 def top_eigenspace(
-    operator: PyTorchLinearOperator,
+    operator: CurvatureOperator,
     k: int = 100,
     *,
     tol: float = 1e-4,
     seed: int = 0,
-    progressbar: bool = False,
+    progress_bar: bool = False,
 ) -> Eigenspace:
     """Compute the top eigenspace by Lanczos iterations.
 
@@ -45,7 +47,7 @@ def top_eigenspace(
         k: Number of eigenvectors, less than D.
         tol: Relative tolerance for the eigenvalues.
         seed: Seed of the start vector.
-        progressbar: Whether to show a progress bar over the matrix-vector products.
+        progress_bar: Whether to show a progress bar over the matrix-vector products.
 
     Returns:
         The eigenspace, in the operator's dtype and on its device.
@@ -61,7 +63,7 @@ def top_eigenspace(
     def multiply(vector: np.ndarray) -> np.ndarray:
         return products @ vector.astype(products.dtype)
 
-    space = lanczos(multiply, size, products.dtype, k, tol, seed, progressbar)
+    space = lanczos(multiply, size, products.dtype, k, tol, seed, progress_bar)
     like = {"dtype": operator.dtype, "device": operator.device}
     return Eigenspace(space.eigenvalues.to(**like), space.eigenvectors.to(**like))
 
@@ -73,7 +75,7 @@ def lanczos(
     k: int,
     tol: float,
     seed: int,
-    progressbar: bool = False,
+    progress_bar: bool = False,
 ) -> Eigenspace:
     """Compute the top eigenspace of a symmetric matrix by Lanczos iterations.
 
@@ -84,12 +86,12 @@ def lanczos(
         k: Number of eigenvectors, less than the size.
         tol: Relative tolerance for the eigenvalues.
         seed: Seed of the start vector.
-        progressbar: Whether to show a progress bar over the products.
+        progress_bar: Whether to show a progress bar over the products.
 
     Returns:
         The eigenspace.
     """
-    bar = tqdm(desc="[Eigenvectors]", unit="product", disable=not progressbar)
+    bar = tqdm(desc="[Eigenvectors]", unit="product", disable=not progress_bar)
 
     def counted(vector: np.ndarray) -> np.ndarray:
         bar.update()

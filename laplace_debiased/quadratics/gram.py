@@ -10,22 +10,21 @@ convolutions, R takes few passes, and Lanczos iterations on the GGN very many.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from laplace.utils import select_rows
 from torch import Tensor, nn
 
 from laplace_debiased.quadratics.eigenspace import Eigenspace, lanczos
-from laplace_debiased.rows.layers import Block, curvature_blocks
+from laplace_debiased.rows.inputs import Inputs, at_least_single, on_device
+from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.linearization import (
     Linearization,
     contract_positions,
     linearize,
 )
 from laplace_debiased.rows.output_curvature import Loss, OutputCurvature
-from laplace_debiased.rows.selection import find_layers, select
-from laplace_debiased.rows.sweep import Inputs, at_least_single
+from laplace_debiased.rows.selection import Selection, find_layers
 
 Batches = Sequence[tuple[Inputs, Tensor]]
 
@@ -38,37 +37,29 @@ _GRAM_CHUNK = 512
 
 
 def gram_is_cheaper(
-    model_func: nn.Module, params: list[Tensor], data: Batches, k: int
+    selection: Selection, params: Sequence[Tensor], num_data: int, k: int
 ) -> bool:
     """Tell if the Gram matrix takes less than Lanczos iterations on the GGN.
 
     Args:
-        model_func: The neural network.
+        selection: The network's layers.
         params: The parameters.
-        data: Batches ``(X, y)``.
+        num_data: Number of points.
         k: Number of eigenvectors.
 
     Returns:
-        Whether all layers are supported, rows and Gram matrix fit into memory, and they
-        take fewer multiplications.
+        Whether all parameters are supported, rows and Gram matrix fit into memory, and
+        they take fewer multiplications.
     """
-    layers, left_out = select(model_func, params)
-    if left_out:
+    if selection.left_out:
         return False
-    X, y = data[0]
-    example = select_rows(X, torch.arange(1), len(y))
-    example = example.to(params[0].device) if isinstance(X, Tensor) else example
-    linear = linearize(model_func, layers, example, 1)
-    num_data = sum(len(y) for _, y in data)
-    num_rows = num_data * linear.output.shape[1]
+    num_rows = num_data * selection.num_outputs
     size = sum(param.numel() for param in params)
-    memory = num_rows * (size + num_rows) * linear.output.element_size()
+    memory = num_rows * (size + num_rows) * params[0].element_size()
     if memory > _MEMORY_LIMIT or not 1 <= k < min(num_rows, size):
         return False
     forward = sum(
-        linear.inputs[block.layer.name].shape[1] * params[block.positions[0]].numel()
-        for block in curvature_blocks(layers, separate_weight_and_bias=True)
-        if block.has_inputs
+        layer.num_positions * layer.d_out * layer.d_in for layer in selection.layers
     )
     products = _PRODUCTS * k * _PRODUCT_COST * num_data * forward
     return num_rows**2 * size / 2 < products
@@ -83,7 +74,7 @@ def gram_eigenspace(
     *,
     tol: float = 1e-4,
     seed: int = 0,
-    progressbar: bool = False,
+    progress_bar: bool = False,
 ) -> Eigenspace:
     """Compute the top eigenspace of the GGN of few points.
 
@@ -95,7 +86,7 @@ def gram_eigenspace(
         k: Number of eigenvectors, less than D and than points times outputs.
         tol: Relative tolerance for the eigenvalues.
         seed: Seed of the start vector.
-        progressbar: Whether to show a progress bar over products with the Gram matrix.
+        progress_bar: Whether to show a progress bar over products with the Gram matrix.
 
     Returns:
         The eigenspace.
@@ -106,7 +97,7 @@ def gram_eigenspace(
     rows = ggn_rows(model_func, loss_func, params, data)
     gram = _gram(rows).cpu().numpy()
     space = lanczos(
-        gram.__matmul__, len(gram), gram.dtype, k, tol, seed, progressbar=progressbar
+        gram.__matmul__, len(gram), gram.dtype, k, tol, seed, progress_bar=progress_bar
     )
     # Rayleigh-Ritz: orthonormal also where eigenvalues are next to zero
     basis, _ = torch.linalg.qr(rows.T @ space.eigenvectors.to(rows))
@@ -116,7 +107,10 @@ def gram_eigenspace(
 
 @torch.no_grad()
 def ggn_rows(
-    model_func: nn.Module, loss_func: Loss, params: list[Tensor], data: Batches
+    model_func: nn.Module,
+    loss_func: Loss,
+    params: list[Tensor],
+    data: Batches,
 ) -> Tensor:
     """Compute rows R for which the GGN is :math:`R^T R`.
 
@@ -132,36 +126,58 @@ def ggn_rows(
     Raises:
         ValueError: If a layer is not supported.
     """
-    layers = find_layers(model_func, params)
-    blocks = curvature_blocks(layers, separate_weight_and_bias=True)
     curvature, generator = OutputCurvature(loss_func), torch.Generator()
     num_data = sum(len(y) for _, y in data)
-    device, rows, start = params[0].device, None, 0
+    device, start = params[0].device, 0
+    layers: list[Layer] = []
+    rows = torch.empty(0)
     for X, y in data:
-        X, y = (X.to(device) if isinstance(X, Tensor) else X), y.to(device)
+        X, y = on_device(X, device), y.to(device)
+        if not layers:
+            layers = find_layers(model_func, params, X, len(y))
         for part in torch.arange(len(y)).split(_CHUNK):
             inputs = select_rows(X, part, len(y))
-            linear = linearize(model_func, layers, inputs, len(part), check=True)
+            linear = linearize(
+                model_func, params, layers, inputs, len(part), check=True
+            )
             columns = curvature.columns(linear.output, y[part], generator)
-            by_param = {b.positions[0]: _block_rows(linear, b, columns) for b in blocks}
-            joined = torch.cat([by_param[k] for k in range(len(params))], 2)
-            new = at_least_single(joined.flatten(0, 1))
-            if rows is None:  # which may take most of the memory: there is no copy
-                rows = new.new_empty(num_data * joined.shape[1], new.shape[1])
+            new = _rows(linear, layers, columns, params)
+            if start == 0:  # which may take most of the memory: there is no copy
+                num_rows = num_data * len(columns)
+                rows = new.new_empty(num_rows, new.shape[1])
             rows[start : start + len(new)] = new
             start += len(new)
     return rows if loss_func.reduction == "sum" else rows.div_(num_data**0.5)
 
 
-def _block_rows(linear: Linearization, block: Block, columns: Tensor) -> Tensor:
-    """Multiply a parameter's Jacobian by columns ``[k, batch, C]``: [batch, k, d]."""
-    name = block.layer.name
-    if name not in linear.gradients:
-        return columns.new_zeros(columns.shape[1], len(columns), prod(block.shape))
-    gradients = torch.einsum("knc,nc...->nk...", columns, linear.gradients[name])
-    if not block.has_inputs:
+def _rows(
+    linear: Linearization,
+    layers: Sequence[Layer],
+    columns: Tensor,
+    params: Sequence[Tensor],
+) -> Tensor:
+    """Multiply Jacobians by columns ``[k, batch, C]``: ``[batch * k, D]``."""
+    parts = {}
+    for layer in layers:
+        for position in layer.parameters:
+            if layer.name in linear.gradients:
+                parts[position] = _parameter_rows(linear, layer, position, columns)
+            else:
+                shape = columns.shape[1], len(columns), params[position].numel()
+                parts[position] = columns.new_zeros(shape)
+    joined = torch.cat([parts[k] for k in sorted(parts)], 2)
+    return at_least_single(joined.flatten(0, 1))
+
+
+def _parameter_rows(
+    linear: Linearization, layer: Layer, position: int, columns: Tensor
+) -> Tensor:
+    """Multiply a parameter's Jacobian by columns: ``[batch, k, d]``."""
+    # [k, batch, C], [batch, C, S, groups, d_out] -> [batch, k, S, groups, d_out]
+    gradients = torch.einsum("knc,nc...->nk...", columns, linear.gradients[layer.name])
+    if position != layer.matrix:
         return gradients.flatten(3).sum(2)
-    return contract_positions(gradients, linear.inputs[name]).flatten(2)
+    return contract_positions(gradients, linear.inputs[layer.name]).flatten(2)
 
 
 def _gram(rows: Tensor) -> Tensor:

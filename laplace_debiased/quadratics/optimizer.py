@@ -91,17 +91,17 @@ class BatchQuadratic:
         )
         return change
 
-    def bend(self, change: Tensor) -> Tensor:
+    def output_curvature_product(self, change: Tensor) -> Tensor:
         """Multiply the loss curvature in the output by a change of the output."""
-        (bend,) = torch.autograd.grad(
+        (product,) = torch.autograd.grad(
             self._output_gradient, self._output, change, retain_graph=True
         )
-        return bend
+        return product
 
     def __matmul__(self, direction: Tensor) -> Tensor:
         """Multiply the damped GGN by a direction ``[D]``."""
-        bend = self.bend(self.output_change(direction))
-        return self._transposed(bend) + self._damping * direction
+        product = self.output_curvature_product(self.output_change(direction))
+        return self._transposed(product) + self._damping * direction
 
     def change(self, step: Tensor) -> Tensor:
         """Predict the change of the loss by a step ``[D]``."""
@@ -119,10 +119,12 @@ class BatchQuadratic:
         """
         columns = [*directions.unbind(1), start]
         changes = [self.output_change(column) for column in columns]
-        bends = torch.stack([self.bend(change).flatten() for change in changes], 1)
+        curved = torch.stack(
+            [self.output_curvature_product(change).flatten() for change in changes], 1
+        )
         flat = torch.stack([change.flatten() for change in changes], 1)
         all_columns = torch.stack(columns, 1)
-        products = flat.T @ bends + self._damping * all_columns.T @ all_columns
+        products = flat.T @ curved + self._damping * all_columns.T @ all_columns
         slopes = directions.T @ self.gradient + products[:-1, -1]
         return slopes, products[:-1, :-1]
 
@@ -245,7 +247,7 @@ class DebiasedCG(Optimizer):
         """
         group, params = self.param_groups[0], self._params
         split = magnitude_closure is None and group["debias"]
-        first, judge = self._quadratics(direction_closure, magnitude_closure)
+        first, other = self._quadratics(direction_closure, magnitude_closure)
         warm = group["warm_start"]
         result = cg(
             first,
@@ -254,8 +256,8 @@ class DebiasedCG(Optimizer):
             rtol=group["rtol"],
             max_iterations=group["max_iterations"],
         )
-        if judge is not first and result.num_iterations:
-            slopes, curvatures = judge.along(result.directions, result.start)
+        if other is not first and result.num_iterations:
+            slopes, curvatures = other.along(result.directions, result.start)
             result = rescale(result, slopes, curvatures, group["subspace"])
         change = result.solution
         if not change.isfinite().all():
@@ -263,15 +265,15 @@ class DebiasedCG(Optimizer):
         # the quadratic is that of the present parameters: ask it before they change
         predicted = 0.0
         if group["adapt_damping"]:
-            predicted = judge.change(group["lr"] * change).item()
+            predicted = other.change(group["lr"] * change).item()
         self._keep_step(params, change)
         self._move(params, group["lr"] * change)
         if group["adapt_damping"]:
             with torch.no_grad():
                 losses, _ = (magnitude_closure or direction_closure)()
             losses = losses[len(losses) // 2 :] if split else losses
-            self._adapt_damping((losses.mean() - judge.loss).item(), predicted)
-        return judge.loss
+            self._adapt_damping((losses.mean() - other.loss).item(), predicted)
+        return other.loss
 
     @staticmethod
     @torch.no_grad()

@@ -6,16 +6,16 @@ gradient rows and input rows, so that both together hold it in far less memory.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from laplace_debiased.rows.capture import capture_rows
+from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.layers import Layer, join_positions
-from laplace_debiased.rows.sweep import Inputs, check_examples_are_separate
+from laplace_debiased.rows.recorder import record_rows, run
+from laplace_debiased.rows.sweep import check_examples_are_separate
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Linearization:
 @torch.enable_grad()
 def linearize(
     model: nn.Module,
-    layers: list[Layer],
+    params: Sequence[Tensor],
+    layers: Sequence[Layer],
     X: Inputs,
     batch_size: int,
     differentiable: bool = False,
@@ -48,7 +49,8 @@ def linearize(
 
     Args:
         model: The network.
-        layers: Its layers.
+        params: Parameters, in which the layers have their positions.
+        layers: The layers.
         X: Inputs, a tensor or a mapping.
         batch_size: Number of examples.
         differentiable: Whether gradients flow to the inputs.
@@ -66,9 +68,8 @@ def linearize(
     def keep(layer: Layer, rows: Tensor) -> None:
         calls.setdefault(layer.name, []).append(rows)
 
-    detached = {name: p.detach() for name, p in model.named_parameters()}
-    with capture_rows(layers, batch_size, keep, differentiable) as tape:
-        output = functional_call(model, detached, (X,))
+    with record_rows(model, params, layers, batch_size, keep, differentiable) as tape:
+        output = run(model, X)
     if output.ndim != 2:
         raise ValueError(
             "The model's output must have shape [batch, outputs], got "
@@ -90,45 +91,20 @@ def linearize(
     )
 
 
-@dataclass(frozen=True)
-class ExampleEntries:
-    """What the linearization of one example takes.
+def rows_per_example(layers: Sequence[Layer], num_outputs: int) -> int:
+    """Count the entries of an example's linearization.
 
     Args:
-        inputs: Number of entries in the input rows.
-        gradients: Number of entries in the gradient rows of an output.
-        positions: Number of input rows of each layer, by its name.
-        output: The output ``[1, C]``.
-    """
-
-    inputs: int
-    gradients: int
-    positions: Counter[str]
-    output: Tensor
-
-
-@torch.no_grad()
-def example_entries(model: nn.Module, layers: list[Layer], X: Inputs) -> ExampleEntries:
-    """Count, by a forward pass, what an example's linearization takes.
-
-    Args:
-        model: The network.
-        layers: Its layers.
-        X: Inputs of one example.
+        layers: The layers, whose numbers of positions are taken from them.
+        num_outputs: Number of network outputs, C.
 
     Returns:
-        The counts.
+        Number of entries in all rows, with the gradient rows twice: they are stacked,
+        and both they and the stack are there at once.
     """
-    entries, positions = 0, Counter()
-
-    def count(layer: Layer, rows: Tensor) -> None:
-        nonlocal entries
-        entries += rows.numel()
-        positions[layer.name] += rows.shape[1] * rows.shape[2]
-
-    with capture_rows(layers, 1, count) as tape:
-        output = model(X)
-    return ExampleEntries(entries, tape.num_entries, positions, output)
+    inputs = sum(layer.num_positions * layer.groups * layer.d_in for layer in layers)
+    gradients = sum(layer.num_positions * layer.d_out for layer in layers)
+    return inputs + 2 * num_outputs * gradients
 
 
 def contract_positions(gradients: Tensor, inputs: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from curvlinops import FisherType
 from torch import Generator, Tensor
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 
 Loss = MSELoss | CrossEntropyLoss | BCEWithLogitsLoss
 
-_FISHER_TYPES = (FisherType.TYPE2, FisherType.MC, FisherType.EMPIRICAL)
+# curvlinops' names
+TYPE_2, MC, EMPIRICAL = FISHER_TYPES = ("type-2", "mc", "empirical")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class OutputCurvature:
     """
 
     loss_func: Loss
-    fisher_type: str = FisherType.TYPE2
+    fisher_type: str = TYPE_2
     mc_samples: int = 1
     fisher_rank: int | None = None
 
@@ -59,21 +59,19 @@ class OutputCurvature:
                     f"`loss_func` must not have `{option}`: pass weights of the points "
                     "instead."
                 )
-        if self.fisher_type not in _FISHER_TYPES:
+        if self.fisher_type not in FISHER_TYPES:
             raise ValueError(
                 "`fisher_type` must be 'type-2', 'mc' or 'empirical', "
                 f"got {self.fisher_type!r}."
             )
-        if self.mc_samples < 1 or (
-            self.mc_samples != 1 and self.fisher_type != FisherType.MC
-        ):
+        if self.mc_samples < 1 or (self.mc_samples != 1 and self.fisher_type != MC):
             raise ValueError(
                 "`mc_samples` must be at least 1, and is 1 unless `fisher_type='mc'`, "
                 f"got {self.mc_samples} with {self.fisher_type!r}."
             )
 
         if self.fisher_rank is not None and (
-            self.fisher_rank < 1 or self.fisher_type != FisherType.TYPE2
+            self.fisher_rank < 1 or self.fisher_type != TYPE_2
         ):
             raise ValueError(
                 "`fisher_rank` must be at least 1, and needs `fisher_type='type-2'`, "
@@ -94,9 +92,9 @@ class OutputCurvature:
             each example's curvature (for sampled labels: in expectation).
         """
         output = output.detach()
-        if self.fisher_type == FisherType.TYPE2:
+        if self.fisher_type == TYPE_2:
             columns = self._hessian_sqrt(output, generator)
-        elif self.fisher_type == FisherType.MC:
+        elif self.fisher_type == MC:
             residuals = [
                 self._residual(output, self._sample(output, generator))
                 for _ in range(self.mc_samples)
@@ -116,7 +114,7 @@ class OutputCurvature:
         Returns:
             The traces ``[batch]``; with ``"mc"`` their expectation.
         """
-        if self.fisher_type == FisherType.EMPIRICAL:
+        if self.fisher_type == EMPIRICAL:
             traces = self._residual(output, target).square().sum(1)
         elif self._loss_type is CrossEntropyLoss:
             traces = 1 - output.softmax(1).square().sum(1)

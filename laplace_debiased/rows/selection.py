@@ -1,256 +1,311 @@
-"""Which parameters of a network take part, and which stay at their trained values."""
+"""Which parameters of a network take part, and which stay at their trained values.
+
+What the rows of a parameter say is compared with the gradient that autograd computes
+for it: where they differ, it is used in a way that the rows do not tell, and it is left
+out by name.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
-from laplace_debiased.rows.capture import capture_rows
-from laplace_debiased.rows.layers import ConvLayer, Layer, LinearLayer, VectorLayer
-from laplace_debiased.rows.sweep import Inputs
+from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.layers import Layer, join_positions
+from laplace_debiased.rows.tracing import (
+    PAIR,
+    TRIPLE,
+    Trace,
+    find_layouts,
+    rows_tell_gradient,
+    trace,
+)
+from laplace_debiased.rows.uses import Layout, MatrixUse, NormalizationUse
 
-_ROW_TYPES = {
-    nn.Linear: LinearLayer,
-    nn.Conv1d: ConvLayer,
-    nn.Conv2d: ConvLayer,
-    nn.Conv3d: ConvLayer,
-}
-_NORM_TYPES = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _InstanceNorm)
 _SUPPORTED = (
-    "Linear, Conv1d, Conv2d, Conv3d, BatchNorm, LayerNorm, GroupNorm, RMSNorm and "
-    "InstanceNorm"
+    "weights and biases of `F.linear`, `F.conv1d`, `F.conv2d` and `F.conv3d`, and of "
+    "batch, layer, group, RMS and instance normalization"
 )
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Parameters of a module that no curvature can be computed for.
+    """A parameter that no curvature can be computed for.
 
     Args:
-        name: The module's name in ``model.named_modules()``.
-        module: The module.
-        keys: Names of the parameters in the module.
-        reason: Why they are left out.
+        name: Its name in the network.
+        kind: The type of the module that it belongs to.
+        position: Its position in the list of parameters.
+        size: Its number of entries.
+        reason: Why it is left out.
     """
 
     name: str
-    module: nn.Module
-    keys: tuple[str, ...]
-    reason: str = "not supported"
-
-    @property
-    def params(self) -> list[Tensor]:
-        """The parameters."""
-        return [getattr(self.module, key) for key in self.keys]
-
-    def __str__(self) -> str:
-        kind = type(self.module).__name__
-        label = f"{self.name or '(model)'} ({kind}: {', '.join(self.keys)})"
-        return label if self.reason == "not supported" else f"{label} {self.reason}"
+    kind: str
+    position: int
+    size: int
+    reason: str
 
 
-def select(
-    model: nn.Module, params: Iterable[Tensor]
-) -> tuple[list[Layer], list[LeftOut]]:
-    """Find the layers that parameters belong to.
+@dataclass(frozen=True)
+class Selection:
+    """What takes part.
 
     Args:
-        model: The neural network.
-        params: Parameters of the network.
-
-    Returns:
-        The layers, ordered by their first parameter, and what is left out.
-
-    Raises:
-        ValueError: If a parameter is given twice, or is in no module of the network.
+        layers: The layers, ordered by their first parameter.
+        left_out: The parameters that are in no layer.
+        example_size: Number of entries in the input of an example that the layers were
+            found with.
+        num_outputs: Number of network outputs.
     """
-    params = list(params)
-    position = {id(param): index for index, param in enumerate(params)}
-    if len(position) != len(params):
-        raise ValueError("`params` must be distinct, but a parameter is given twice.")
-    own = {
-        name: {
-            key: position[id(param)]
-            for key, param in module.named_parameters(recurse=False)
-            if id(param) in position
-        }
-        for name, module in model.named_modules()
-    }
-    owners = Counter(
-        index for positions in own.values() for index in positions.values()
-    )
-    if len(owners) != len(params):
-        raise ValueError(
-            f"{len(params) - len(owners)} of `params` are in no module of the model."
-        )
 
-    layers, left_out = [], []
-    for name, module in model.named_modules():
-        shared = tuple(key for key, index in own[name].items() if owners[index] > 1)
-        if shared:
-            left_out.append(LeftOut(name, module, shared, "shared with other modules"))
-        positions = {k: index for k, index in own[name].items() if k not in shared}
-        found = _layers_of(name, module, positions)
-        if positions and not found:
-            left_out.append(LeftOut(name, module, tuple(positions)))
-        layers += found
-    return sorted(layers, key=lambda layer: min(layer.positions.values())), left_out
+    layers: list[Layer]
+    left_out: list[LeftOut]
+    example_size: int
+    num_outputs: int
 
+    def without_left_out(self, count: int) -> Selection:
+        """Renumber the parameters to those that take part.
 
-def _layers_of(name: str, module: nn.Module, positions: dict[str, int]) -> list[Layer]:
-    """Return the layers of a module, none if it is not supported."""
-    if not positions or not positions.keys() <= {"weight", "bias"}:
-        return []
-    for module_type, layer_type in _ROW_TYPES.items():
-        # a subclass with a forward pass of its own may do something else
-        if isinstance(module, module_type) and (
-            type(module).forward is module_type.forward
-        ):
-            return [layer_type(name, module, positions)]
-    if isinstance(module, _NORM_TYPES):
-        return [
-            VectorLayer(f"{name}.{key}" if name else key, module, {key: index})
-            for key, index in positions.items()
+        Args:
+            count: Number of all parameters.
+
+        Returns:
+            The selection of the parameters that take part, in their order.
+        """
+        gone = {entry.position for entry in self.left_out}
+        kept = [k for k in range(count) if k not in gone]
+        new: dict[int | None, int | None] = {old: k for k, old in enumerate(kept)}
+        layers = [
+            replace(
+                layer,
+                matrix=new.get(layer.matrix),
+                vector=new.get(layer.vector),
+            )
+            for layer in self.layers
         ]
-    return []
+        return replace(self, layers=layers)
 
 
-def find_layers(model: nn.Module, params: Iterable[Tensor]) -> list[Layer]:
+def find_layers(
+    model: nn.Module, params: Sequence[Tensor], X: Inputs, batch_size: int
+) -> list[Layer]:
     """Find the layers that parameters belong to, all of which must be supported.
 
     Args:
-        model: The neural network.
-        params: Parameters of the network.
+        model: The network.
+        params: Its parameters.
+        X: Inputs of some examples.
+        batch_size: Their number.
 
     Returns:
         The layers, ordered by their first parameter.
 
     Raises:
-        ValueError: If a parameter is given twice, is in no module of the network, in
-            several, or in one that is not supported.
+        ValueError: As :func:`select`, and if a parameter is not supported.
     """
-    layers, left_out = select(model, params)
-    if left_out:
-        raise ValueError(refusal(left_out))
-    return layers
+    selection = select(model, params, X, batch_size)
+    if selection.left_out:
+        raise ValueError(refusal(selection.left_out))
+    return selection.layers
 
 
-def unrecorded(model: nn.Module, layers: list[Layer], example: Inputs) -> list[LeftOut]:
-    """Find parameters whose influence on the output is not in their layer's rows.
-
-    Their module never runs (it is unused, or its parameters are used functionally, as
-    ``nn.MultiheadAttention`` does with its output projection), is cut off from the
-    output, or they are used outside of it, too. A forward and a backward pass show it:
-    while its own module runs, a parameter requires no gradient, so that a gradient is
-    that of another use.
+def select(
+    model: nn.Module, params: Sequence[Tensor], X: Inputs, batch_size: int
+) -> Selection:
+    """Find the layers that parameters belong to, and what is in none.
 
     Args:
-        model: The neural network.
-        layers: The layers.
-        example: Input of the network.
+        model: The network.
+        params: Its parameters.
+        X: Inputs of some examples, of which up to three are used.
+        batch_size: Their number.
 
     Returns:
-        The parameters, by module and reason.
+        The layers, and what is left out.
+
+    Raises:
+        ValueError: If a parameter is given twice or is not the network's, its output is
+            no finite matrix, or an example's output depends on others.
     """
-    detached = {name: p.detach() for name, p in model.named_parameters()}
-    leaf = {id(p): detached[name] for name, p in model.named_parameters()}
-    uses = [
-        (layer, key, leaf[id(getattr(layer.module, key))].requires_grad_())
-        for layer in layers
-        for key in layer.positions
-    ]
-    with (
-        _no_gradient_in_own_module(uses),
-        torch.enable_grad(),  # as when the curvature is computed
-        capture_rows(layers, 1, lambda *_: None, all_run=False) as tape,
-    ):
-        output = functional_call(model, detached, (example,))
-    probes = [probe for layer in layers for probe in tape.probes(layer)]
-    linked = _linked(output, [*probes, *(param for *_, param in uses)])
-
-    found: dict[tuple[nn.Module, str], list[str]] = {}
-    for layer, key, param in uses:
-        calls = tape.probes(layer)
-        if not calls:
-            reason = "never runs as a module"
-        elif id(param) in linked:
-            reason = "is also used outside of the module"
-        elif not any(id(probe) in linked for probe in calls):
-            reason = "does not influence the output"
+    names = _names(model, params)
+    pair = trace(model, params, X, batch_size, PAIR, backward=True)
+    triple = trace(model, params, X, batch_size, TRIPLE, backward=False)
+    reasons: dict[int, str] = {}
+    layouts: dict[int, list[Layout]] = {}
+    for k in range(len(params)):
+        found = _reason(pair, k) or find_layouts(pair.uses[k], triple.uses[k])
+        if isinstance(found, str):
+            reasons[k] = found
+        elif not rows_tell_gradient(pair, k, found):
+            reasons[k] = "is also used in ways that its calls do not tell"
         else:
-            continue
-        found.setdefault((layer.module, reason), []).append(key)
-    names = {module: name for name, module in model.named_modules()}
+            layouts[k] = found
+    layers = _named(
+        [_layer(group, pair, names, layouts) for group in _groups(pair, layouts)]
+    )
+    _check_examples_are_separate(pair, layers)
+    left_out = [
+        LeftOut(names[k], _kind(model, names[k]), k, params[k].numel(), reason)
+        for k, reason in sorted(reasons.items())
+    ]
+    return Selection(layers, left_out, pair.example_size, pair.num_outputs)
+
+
+def _names(model: nn.Module, params: Sequence[Tensor]) -> list[str]:
+    """Return the parameters' names in the network."""
+    if len({id(param) for param in params}) != len(params):
+        raise ValueError("`params` must be distinct, but a parameter is given twice.")
+    of_parameter = {id(p): name for name, p in model.named_parameters()}
+    unknown = sum(id(param) not in of_parameter for param in params)
+    if unknown:
+        raise ValueError(f"{unknown} of `params` are in no module of the model.")
+    return [of_parameter[id(param)] for param in params]
+
+
+def _kind(model: nn.Module, name: str) -> str:
+    """Return the type of the module that a parameter belongs to."""
+    return type(model.get_submodule(name.rpartition(".")[0])).__name__
+
+
+def _reason(pair: Trace, k: int) -> str | None:
+    """Tell why a parameter is left out, from what a trace has seen of it."""
+    uses = pair.uses[k]
+    if k in pair.others:
+        return f"is {'also ' if uses else ''}used by `{pair.others[k]}`"
+    if k in pair.hidden:
+        return "is used where no gradients are recorded"
+    if not uses:
+        return "is not used"
+    if any(use.use.mixes_examples for use in uses):
+        return "is used with batch statistics, which mix examples"
+    if len({(type(use.use), use.key) for use in uses}) > 1:
+        return "is used in different ways"
+    if all(gradient is None for use in uses for gradient in use.gradients):
+        return "does not influence the output"
+    return None
+
+
+def _check_examples_are_separate(pair: Trace, layers: list[Layer]) -> None:
+    """Refuse networks in which the first example's output depends on the second."""
+    for layer in layers:
+        for call, use in enumerate(pair.uses[layer.parameters[0]]):
+            if (gradient := use.gradients[0]) is not None:
+                rows = layer.layout(call).split(gradient, PAIR)
+                check_rows_are_separate(f"layer {layer.name!r}", rows)
+    for rows in pair.inputs[0]:
+        if rows is not None:
+            check_rows_are_separate("the input", rows)
+
+
+def check_rows_are_separate(place: str, rows: Tensor) -> None:
+    """Refuse rows that tell of a network which mixes examples.
+
+    Args:
+        place: Where the rows are.
+        rows: Gradient of the first example's output ``[batch, ...]``.
+
+    Raises:
+        ValueError: If it has entries for other examples.
+    """
+    if rows[1:].nan_to_num().any():  # zero times infinity is no dependence
+        raise ValueError(
+            f"In {place}, the first example's output depends on rows of others. "
+            "Examples must be separate: layers with batch statistics must be in eval "
+            "mode."
+        )
+
+
+def _groups(pair: Trace, positions: dict[int, list[Layout]]) -> list[list[int]]:
+    """Put together the parameters that are used together, weights first."""
+    groups: dict[Hashable, list[int]] = {}
+    for k in positions:
+        uses = pair.uses[k]
+        is_matrix_use = isinstance(uses[0].use, MatrixUse)
+        numbers = tuple(use.number for use in uses)
+        groups.setdefault(numbers if is_matrix_use else k, []).append(k)
     return [
-        LeftOut(names[module], module, tuple(keys), reason)
-        for (module, reason), keys in found.items()
+        sorted(group, key=lambda k: pair.uses[k][0].key, reverse=True)
+        for group in groups.values()
     ]
 
 
-@contextmanager
-def _no_gradient_in_own_module(
-    uses: list[tuple[Layer, str, Tensor]],
-) -> Iterator[None]:
-    """Let parameters require no gradient while their own module runs."""
-    handles = []
-    for layer, _, param in uses:
-        module = layer.module
-        handles += [
-            module.register_forward_pre_hook(partial(_require_gradient, param, False)),
-            module.register_forward_hook(partial(_require_gradient, param, True)),
+def _layer(
+    group: list[int], pair: Trace, names: list[str], layouts: dict[int, list[Layout]]
+) -> Layer:
+    """Describe the layer of parameters that are used together."""
+    first, *_ = group
+    uses, own = pair.uses[first], tuple(layouts[first])
+    parameter = getattr(uses[0].use, uses[0].key)
+    layer = Layer(names[first], None, first, parameter.numel(), layouts=own)
+    if isinstance(uses[0].use, NormalizationUse):
+        return replace(layer, is_normalization=True)
+    keys = {pair.uses[k][0].key: k for k in group}
+    # [batch, S, groups, d_in] of all calls
+    rows = join_positions(
+        [
+            traced.use.input_rows(layer.layout(call), PAIR)
+            for call, traced in enumerate(uses)
+            if isinstance(traced.use, MatrixUse)
         ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _require_gradient(param: Tensor, flag: bool, *_: Any) -> None:
-    param.requires_grad_(flag)
-
-
-def _linked(output: Tensor, tensors: list[Tensor]) -> set[int]:
-    """Return the ids of the tensors that have a gradient, be it zero."""
-    if not output.requires_grad:
-        return set()
-    gradients = torch.autograd.grad(
-        output, tensors, torch.ones_like(output), allow_unused=True
     )
-    pairs = zip(tensors, gradients, strict=True)
-    return {id(tensor) for tensor, gradient in pairs if gradient is not None}
+    _, num_positions, num_groups, d_in = rows.shape
+    return replace(
+        layer,
+        matrix=keys.get("weight"),
+        vector=keys.get("bias"),
+        d_out=len(parameter),
+        d_in=d_in if "weight" in keys else 0,
+        groups=num_groups,
+        num_positions=num_positions,
+    )
+
+
+def _named(layers: list[Layer]) -> list[Layer]:
+    """Name layers like their modules where that is unique, and order them."""
+
+    def short(layer: Layer) -> str:
+        module, _, leaf = layer.name.rpartition(".")
+        is_module = leaf in ("weight", "bias") and not layer.is_normalization
+        return module if is_module else layer.name
+
+    names = [short(layer) for layer in layers]
+    named = [
+        replace(layer, name=name if names.count(name) == 1 else layer.name)
+        for layer, name in zip(layers, names, strict=True)
+    ]
+    return sorted(named, key=lambda layer: min(layer.parameters))
 
 
 def refusal(left_out: list[LeftOut]) -> str:
     """Say why parameters are refused, and what to do about it."""
     return (
-        f"Parameters found in unsupported layers: {_listed(left_out)}. Supported are "
-        f"{_SUPPORTED} layers that run as modules. Exclude the others by "
-        "`requires_grad_(False)` on their parameters, which keeps them at their "
-        "trained values."
+        f"Parameters found that are not supported: {_listed(left_out)}. Supported are "
+        f"{_SUPPORTED}. Exclude the others by `requires_grad_(False)`, which keeps "
+        "them at their trained values."
     )
 
 
-def notice(left_out: list[LeftOut], num_fitted: int) -> str:
+def warning(left_out: list[LeftOut], num_fitted: int) -> str:
     """Say which parameters stay at their trained values, and how many."""
-    count = sum(param.numel() for entry in left_out for param in entry.params)
+    count = sum(entry.size for entry in left_out)
     return (
         f"{count:,} of {count + num_fitted:,} parameters stay at their trained values, "
-        f"because their layers are not supported: {_listed(left_out)}. Pass "
+        f"because their uses are not supported: {_listed(left_out)}. Pass "
         "`strict=True` to refuse them, or silence this by `requires_grad_(False)` on "
         "them."
     )
 
 
 def _listed(left_out: list[LeftOut]) -> str:
-    return ", ".join(str(entry) for entry in left_out)
+    """List parameters by their module, and why each is left out."""
+    modules: dict[tuple[str, str, str], list[str]] = {}
+    for entry in left_out:
+        module, _, key = entry.name.rpartition(".")
+        modules.setdefault((module, entry.kind, entry.reason), []).append(key)
+    return ", ".join(
+        f"{module or '(model)'} ({kind}: {', '.join(keys)}) {reason}"
+        for (module, kind, reason), keys in modules.items()
+    )

@@ -65,7 +65,7 @@ def shapes(example: Any) -> Hashable:
     return getattr(example, "shape", None)
 
 
-class Batches(Dataset):
+class PointsInMemory(Dataset):
     """The points of batches that were read into memory.
 
     A point is the number of its batch and its row in it. Points of batches that can be

@@ -2,9 +2,9 @@
 
 import torch
 
-from laplace_debiased.comparison.estimators import FULL_DATA
 from laplace_debiased.comparison.experiment import MAP, PRIOR_PRECISIONS, Run
 from laplace_debiased.comparison.metrics import Scores
+from laplace_debiased.comparison.posteriors import FULL_DATA
 
 LABELS = torch.tensor([0, 1, 1])
 NLLS = {

@@ -30,7 +30,7 @@ def fashion_mnist(tmp_path):
 
 
 def test_digits_are_split_once_and_for_all(tmp_path):
-    first, second = (data.load("digits", tmp_path) for _ in range(2))
+    first, second = (data.load_split("digits", tmp_path) for _ in range(2))
     assert len(first.train) == 1347
     assert first.test_inputs.shape == (450, 64)
     assert torch.equal(first.test_inputs, second.test_inputs)
@@ -38,14 +38,14 @@ def test_digits_are_split_once_and_for_all(tmp_path):
 
 
 def test_training_inputs_are_standardized(tmp_path):
-    X, _ = data.load("digits", tmp_path).train.tensors
+    X, _ = data.load_split("digits", tmp_path).train.tensors
     assert X.mean().abs() < 1e-5
     assert abs(X.std() - 1) < 1e-5
 
 
 def test_data_in_place_are_not_downloaded(fashion_mnist, monkeypatch):
     monkeypatch.setattr(FashionMNIST, "mirrors", [])
-    points = data.load("fashion-mnist", fashion_mnist)
+    points = data.load_split("fashion-mnist", fashion_mnist)
     X, y = points.train.tensors
     assert X.shape == (20, 1, 28, 28)
     assert X.dtype == torch.float32
@@ -54,7 +54,7 @@ def test_data_in_place_are_not_downloaded(fashion_mnist, monkeypatch):
 
 def test_test_images_are_a_fixed_subset(fashion_mnist):
     first, second = (
-        data.load("fashion-mnist", fashion_mnist, num_test=5) for _ in range(2)
+        data.load_split("fashion-mnist", fashion_mnist, num_test=5) for _ in range(2)
     )
     assert first.test_inputs.shape == (5, 1, 28, 28)
     assert torch.equal(first.test_inputs, second.test_inputs)
@@ -70,7 +70,7 @@ def test_color_images_have_channels_first(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setitem(data._TORCHVISION, "cifar10", Stored)
-    points = data.load("cifar10", tmp_path)
+    points = data.load_split("cifar10", tmp_path)
     X, y = points.train.tensors
     assert X.shape == (2, 3, 32, 32)
     assert y.tolist() == [3, 7]
@@ -86,5 +86,5 @@ def test_missing_data_are_named_with_their_folder(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(FashionMNIST, "download", fail)
     with pytest.raises(FileNotFoundError, match="FashionMNIST is not in") as caught:
-        data.load("fashion-mnist", tmp_path)
+        data.load_split("fashion-mnist", tmp_path)
     assert str(tmp_path) in str(caught.value)

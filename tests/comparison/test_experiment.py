@@ -5,8 +5,7 @@ import torch
 from laplace import KronLaplace
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased.comparison.data import Data
-from laplace_debiased.comparison.estimators import ESTIMATORS, FULL_DATA
+from laplace_debiased.comparison.data import TrainTestSplit
 from laplace_debiased.comparison.experiment import (
     MAP,
     PRIOR_PRECISIONS,
@@ -16,9 +15,11 @@ from laplace_debiased.comparison.experiment import (
     predict,
 )
 from laplace_debiased.comparison.metrics import score
-from laplace_debiased.comparison.networks import Recipe, mlp, train
+from laplace_debiased.comparison.networks import mlp
+from laplace_debiased.comparison.posteriors import FULL_DATA, POSTERIORS
+from laplace_debiased.comparison.training import Recipe, train
 
-RECIPE = Recipe(lambda: mlp(4, 5), epochs=20, batch_size=16, learning_rate=1e-2)
+RECIPE = Recipe(lambda: mlp((5,), 4), epochs=20, batch_size=16, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +27,12 @@ def data():
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(90, 4, generator=generator)
     y = (3 * X[:, 0]).round().long().clamp(-2, 2) + 2
-    return Data(TensorDataset(X[:60], y[:60]), X[60:], y[60:])
+    return TrainTestSplit(TensorDataset(X[:60], y[:60]), X[60:], y[60:])
 
 
 @pytest.fixture
 def laplace(data):
-    laplace = KronLaplace(train(RECIPE, data.train, 0), "classification")
+    laplace = KronLaplace(train(RECIPE, data.train, 0).model, "classification")
     laplace.fit(DataLoader(data.train, batch_size=60))
     return laplace
 
@@ -42,7 +43,7 @@ def runs(data):
 
 
 def test_every_estimator_runs_on_every_seed(runs):
-    expected = [(seed, name) for seed in range(2) for name in [MAP, *ESTIMATORS]]
+    expected = [(seed, name) for seed in range(2) for name in [MAP, *POSTERIORS]]
     assert [(run.seed, run.estimator) for run in runs] == expected
 
 

@@ -1,9 +1,9 @@
 import pytest
 from matplotlib.figure import Figure
 
-from laplace_debiased.comparison.estimators import FULL_DATA
 from laplace_debiased.comparison.experiment import MAP, PRIOR_PRECISIONS
 from laplace_debiased.comparison.figure import write_figure
+from laplace_debiased.comparison.posteriors import FULL_DATA
 from tests.comparison.runs import LABELS, NLLS, runs
 
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from laplace_debiased.comparison.estimators import FULL_DATA
 from laplace_debiased.comparison.experiment import MAP, PRIOR_PRECISIONS
+from laplace_debiased.comparison.posteriors import FULL_DATA
 from laplace_debiased.comparison.report import reliabilities, table, write_numbers
 from tests.comparison.runs import LABELS, NLLS, runs
 

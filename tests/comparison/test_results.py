@@ -3,7 +3,7 @@ import json
 import torch
 from torch.utils.data import TensorDataset
 
-from laplace_debiased.comparison.data import Data
+from laplace_debiased.comparison.data import TrainTestSplit
 from laplace_debiased.comparison.report import table
 from laplace_debiased.comparison.results import write_results
 from tests.comparison.runs import LABELS, runs
@@ -11,7 +11,7 @@ from tests.comparison.runs import LABELS, runs
 
 def test_results_are_written_and_described(tmp_path):
     train = TensorDataset(torch.zeros(50, 2), torch.zeros(50))
-    data = Data(train, torch.zeros(3, 2), LABELS)
+    data = TrainTestSplit(train, torch.zeros(3, 2), LABELS)
     text = write_results(tmp_path, runs(2), data, "digits", budget=40)
     assert text.startswith("digits: 50 training points, budget 40, 3 test points\n")
     assert table(runs(2)) in text

@@ -2,11 +2,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laplace.utils import Kron
 from laplace.utils.matrix import KronDecomposed
 
 from laplace_debiased import EigenbasisMatrix
-from laplace_debiased.curvature.eigenbasis import decompose, project, symmetric_eigh
+from laplace_debiased.curvature.decomposition import symmetric_eigh
+from laplace_debiased.curvature.eigenbasis import by_parameter
+from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
+from laplace_debiased.rows.layers import Layer
 from tests.dense import relative_error
 
 SIZES = [(4, 3), (4,), (2, 4), (2,)]
@@ -166,35 +168,18 @@ def test_gradients_flow_to_the_prior():
     assert not (matrix + prior).detach().logdet().requires_grad
 
 
-def test_projection_on_own_eigenvectors_reconstructs():
-    kfacs = [[positive_definite(side) for side in block] for block in SIZES]
-    vectors = decompose(kfacs)
-    matrix = EigenbasisMatrix(vectors, project(kfacs, vectors))
-    assert relative_error(matrix.to_matrix(), Kron(kfacs).to_matrix()) < 1e-12
-
-
-def test_projection_of_singular_factors_is_not_negative():
-    vector = torch.randn(6)
-    singular = torch.outer(vector, vector)
-    (eigenvalues,) = project([[singular]], decompose([[singular]]))
-    assert (eigenvalues[0] >= 0).all()
-
-
-def test_shared_factors_are_decomposed_once():
-    G, A = positive_definite(3), positive_definite(2)
-    (weight, _), (bias,) = decompose([[G, A], [G]])
-    assert weight is bias
-
-
-def test_single_precision_that_does_not_converge_is_replaced(monkeypatch):
-    matrix, eigh = positive_definite(5).float(), torch.linalg.eigh
-
-    def only_in_double(matrix):
-        if matrix.dtype == torch.float32:
-            raise torch.linalg.LinAlgError("failed to converge")
-        return eigh(matrix)
-
-    monkeypatch.setattr(torch.linalg, "eigh", only_in_double)
-    values, vectors = symmetric_eigh(matrix, fast=True)
-    assert values.dtype == vectors.dtype == torch.float32
-    assert torch.allclose((vectors * values) @ vectors.T, matrix, atol=1e-5)
+def test_layers_are_split_into_their_parameters():
+    G, A = (symmetric_eigh(positive_definite(side))[1] for side in (3, 2))
+    layers = [Layer("a", matrix=2, vector=0, d_out=3, d_in=2), Layer("b", None, 1, 3)]
+    directions = [Kronecker(G, A), Kronecker(G)]
+    v, m = torch.rand(3).double(), torch.rand(2).double()
+    factored = by_parameter(layers, directions, [Kronecker(v, m), Kronecker(v)])
+    spectra = [Spectrum(torch.outer(v, m), v), Spectrum(None, v)]
+    full = by_parameter(layers, directions, spectra)
+    blocks = [v, v, torch.kron(v, m)]
+    bases = [G, G, torch.kron(G, A)]
+    expected = torch.block_diag(
+        *[U @ torch.diag(d) @ U.T for U, d in zip(bases, blocks, strict=True)]
+    )
+    for matrix in (factored, full):
+        assert torch.allclose(matrix.to_matrix(), expected)

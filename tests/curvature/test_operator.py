@@ -330,13 +330,29 @@ def test_state_dict_restores_the_operator(tmp_path):
     assert torch.equal(matrix(first), matrix(second))
 
 
+def test_state_dict_of_another_format_is_refused():
+    linear_operator = operator(network("mlp"), *sources("mlp"))
+    state_dict = linear_operator.state_dict()
+    del state_dict["format"]  # as before there was one
+    with pytest.raises(ValueError, match="has format None"):
+        linear_operator.load_state_dict(state_dict)
+
+
+def test_unsupported_parameters_are_refused_when_it_is_computed():
+    model = nn.Sequential(nn.Bilinear(4, 4, 3)).double()
+    model.forward = lambda x: model[0](x, x)
+    linear_operator = operator(model, *sources("mlp"))
+    with pytest.raises(ValueError, match="is used by `bilinear`"):
+        linear_operator.compute()
+
+
 def test_state_dict_of_another_operator_is_refused():
     state_dict = operator(network("mlp"), *sources("mlp")).state_dict()
     other = operator(network("mlp"), *sources("mlp"), magnitudes="ggn")
     with pytest.raises(ValueError, match="was computed with"):
         other.load_state_dict(state_dict)
     other = operator(network("sequence"), *sources("sequence"))
-    with pytest.raises(ValueError, match="blocks of shapes"):
+    with pytest.raises(ValueError, match=r"parameters of .* entries"):
         other.load_state_dict(state_dict)
 
 

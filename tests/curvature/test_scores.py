@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_debiased import DebiasedKFACLinearOperator, curvature_scores, draw
+from laplace_debiased import DebiasedKFACLinearOperator, curvature_scores, draw_points
 from tests import dense
 from tests.cases import LOSSES, batch, network, split
 
@@ -40,9 +40,11 @@ def test_drawn_points_give_an_unbiased_operator():
         ).trace
 
     exact = trace(torch.arange(SIZE), None)
-    estimates = torch.stack([trace(*draw(scores, 8, seed=s)) for s in range(200)])
+    estimates = torch.stack(
+        [trace(*draw_points(scores, 8, seed=s)) for s in range(200)]
+    )
     uniform = torch.stack(
-        [trace(*draw(torch.ones(SIZE), 8, seed=s)) for s in range(200)]
+        [trace(*draw_points(torch.ones(SIZE), 8, seed=s)) for s in range(200)]
     )
     assert (estimates.mean() - exact).abs() < 4 * estimates.std() / 200**0.5
     assert estimates.std() < 0.9 * uniform.std()

@@ -1,18 +1,18 @@
 import torch
-from torch import kron
 
-from laplace_debiased.curvature.eigenbasis import decompose, eigendecompose, project
-from laplace_debiased.curvature.streams import CURVATURES, GGNCurvature, KFACCurvature
-from tests.curvature.test_eigenbasis import SIZES, positive_definite
+from laplace_debiased.curvature.debias import project
+from laplace_debiased.curvature.decomposition import decompose, eigenvectors
+from laplace_debiased.curvature.streams import (
+    CURVATURE_TYPES,
+    GGNCurvature,
+    KFACCurvature,
+)
+from tests.curvature.factors import LAYERS, bases, kronecker_factors, spectra
 from tests.dense import relative_error
 
 
-def kfacs():
-    return [[positive_definite(side) for side in block] for block in SIZES]
-
-
 def two_batch():
-    return KFACCurvature([kfacs(), kfacs()])
+    return KFACCurvature(LAYERS, [kronecker_factors(), kronecker_factors()])
 
 
 def test_kfac_merge_equals_factors_of_all_data():
@@ -21,9 +21,9 @@ def test_kfac_merge_equals_factors_of_all_data():
     merged = first.merge(second, share=0.25)
     for own, new, all_data in zip(first.folds, second.folds, merged.folds, strict=True):
         for a, b, c in zip(own, new, all_data, strict=True):
-            assert torch.allclose(c[0], a[0] + b[0])
-            if len(c) == 2:
-                assert torch.allclose(c[1], 0.25 * a[1] + 0.75 * b[1])
+            assert torch.allclose(c.gradients, a.gradients + b.gradients)
+            if c.inputs is not None:
+                assert torch.allclose(c.inputs, 0.25 * a.inputs + 0.75 * b.inputs)
 
 
 def test_kfac_merge_of_the_same_data_doubles_the_curvature():
@@ -33,35 +33,42 @@ def test_kfac_merge_of_the_same_data_doubles_the_curvature():
 
 
 def ggn():
-    values = [[torch.rand(*block).double()] for block in SIZES]
-    vectors, factor_values = eigendecompose(kfacs())
-    return GGNCurvature(vectors, values, factor_values)
+    return GGNCurvature(LAYERS, *reversed_order(*decompose(kronecker_factors())))
+
+
+def reversed_order(directions, values):
+    return directions, spectra(), values
 
 
 def test_factors_are_those_that_gave_the_directions():
-    factors = kfacs()
-    vectors, values = eigendecompose(factors)
-    rebuilt = GGNCurvature(vectors, [], values).factors()
+    factors = kronecker_factors()
+    vectors, values = decompose(factors)
+    rebuilt = GGNCurvature(LAYERS, vectors, [], values).factors()
     for own, expected in zip(rebuilt, factors, strict=True):
-        assert all(torch.allclose(*pair) for pair in zip(own, expected, strict=True))
+        for a, b in zip(own.tensors(), expected.tensors(), strict=True):
+            assert torch.allclose(a, b)
 
 
 def test_curvature_along_other_directions_equals_dense_algebra():
-    curvature, directions = ggn(), decompose(kfacs())
+    curvature, directions = ggn(), eigenvectors(kronecker_factors())
     values = curvature.along(directions)
-    bases = [kron(*each) if len(each) == 2 else each[0] for each in directions]
-    V = torch.block_diag(*bases)
+    V = torch.block_diag(*bases(directions))
     expected = (V.T @ curvature.to_matrix() @ V).diagonal()
-    actual = torch.cat([value.flatten() for (value,) in values])
+    of = {}
+    for layer, own in zip(LAYERS, values, strict=True):
+        of |= {layer.matrix: own.matrix, layer.vector: own.vector}
+    of.pop(None, None)
+    actual = torch.cat([of[position].flatten() for position in sorted(of)])
     assert relative_error(actual, expected) < 1e-10
-    for (own,), (measured,) in zip(curvature.eigenvalues, values, strict=True):
-        assert torch.allclose(own.sum(), measured.sum())
+    for own, measured in zip(curvature.spectra, values, strict=True):
+        for a, b in zip(own.tensors(), measured.tensors(), strict=True):
+            assert torch.allclose(a.sum(), b.sum())
 
 
 def test_ggn_merge_adds_up_along_the_directions_of_all():
     first, second = ggn(), ggn()
     merged = first.merge(second, share=0.25)
-    moved = GGNCurvature(second.eigenvectors, first.along(second.eigenvectors), [])
+    moved = GGNCurvature(LAYERS, second.directions, first.along(second.directions), [])
     expected = moved.to_matrix() + second.to_matrix()
     assert relative_error(merged.to_matrix(), expected) < 1e-10
     assert merged.factor_eigenvalues is second.factor_eigenvalues
@@ -70,29 +77,26 @@ def test_ggn_merge_adds_up_along_the_directions_of_all():
 
 
 def test_magnitudes_are_measured_along_the_directions():
-    directions, magnitudes = kfacs(), kfacs()
-    H = KFACCurvature([directions, magnitudes]).decompose(damping=True)
-    assert H.damping
-    for actual, expected in zip(
-        H.eigenvalues, project(magnitudes, decompose(directions)), strict=True
-    ):
-        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    directions, magnitudes = kronecker_factors(), kronecker_factors()
+    curvature = KFACCurvature(LAYERS, [directions, magnitudes])
+    assert curvature.decompose(damping=True).damping
+    expected = project(magnitudes, eigenvectors(directions))
+    for own, values in zip(curvature.debiased().magnitudes, expected, strict=True):
+        assert torch.equal(own.gradients, values.gradients)
 
 
-def test_state_dicts_rebuild_the_curvature():
-    for curvature in (
-        two_batch(),
-        ggn(),
-    ):
-        (kind,) = [k for k in CURVATURES.values() if isinstance(curvature, k)]
-        rebuilt = kind(**curvature.state_dict())
+def test_state_dicts_rebuild_the_curvature(tmp_path):
+    for name, curvature in (("kfac", two_batch()), ("ggn", ggn())):
+        torch.save(curvature.state_dict(), tmp_path / "curvature.pt")
+        saved = torch.load(tmp_path / "curvature.pt", weights_only=True)
+        rebuilt = CURVATURE_TYPES[name].from_state_dict(LAYERS, saved)
         assert torch.equal(rebuilt.to_matrix(), curvature.to_matrix())
         merged = rebuilt.merge(rebuilt, share=0.5).to_matrix()
         assert relative_error(merged, 2 * curvature.to_matrix()) < 1e-10
 
 
 def test_kfac_merge_averages_the_shares():
-    first = KFACCurvature([kfacs(), kfacs()], [0.2, 0.8])
-    second = KFACCurvature([kfacs(), kfacs()], [0.8, 0.2])
+    first = KFACCurvature(LAYERS, two_batch().folds, [0.2, 0.8])
+    second = KFACCurvature(LAYERS, two_batch().folds, [0.8, 0.2])
     merged = first.merge(second, share=0.25)
     assert torch.allclose(torch.tensor(merged.shares), torch.tensor([0.65, 0.35]))

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from laplace import KronLaplace, KronLLLaplace, Laplace
@@ -6,7 +8,6 @@ from laplace.curvature.curvlinops import CurvlinopsEF, CurvlinopsGGN
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased.posterior.sources import scale_gradients
 from tests import dense
 from tests.cases import batch, network
 
@@ -30,14 +31,14 @@ def test_same_data_in_both_roles_equals_laplace_torch(subset, likelihood, backen
     predictions = reference(X)  # BackPACK's predictions remove hooks of all models
     model = network("mlp")
     la = Laplace(model, likelihood, subset, "kron_debiased", backend=backend)
-    la.fit(loader(likelihood), loader(likelihood))
+    la.fit(loader(likelihood), magnitude_loader=loader(likelihood))
     actual = la.posterior_precision.to_matrix()
     expected = reference.posterior_precision.to_matrix()
     assert dense.relative_error(actual, expected) < 1e-8
     assert torch.allclose(la.loss, reference.loss)
     for prediction, expected in zip(la(X), predictions, strict=True):
         assert torch.allclose(prediction, expected)
-    la.fit(loader(likelihood), loader(likelihood))
+    la.fit(loader(likelihood), magnitude_loader=loader(likelihood))
     assert torch.allclose(la.posterior_precision.to_matrix(), actual)
 
 
@@ -61,7 +62,7 @@ def test_frozen_parameters_take_no_part(trained, backend):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in names)
         la = Laplace(model, "classification", "all", "kron_debiased", backend=backend)
-        la.fit(loader(), loader())
+        la.fit(loader(), magnitude_loader=loader())
         return model, la.H
 
     model, H = fitted(["0.weight", "0.bias", "2.weight", "2.bias"])
@@ -127,8 +128,9 @@ def test_bad_data_are_refused(backend):
             la.fit(DataLoader(TensorDataset(inputs, targets)))
 
 
-def test_scaling_keeps_shared_factors_shared():
-    G, A = torch.eye(2), torch.eye(3)
-    (weight, same), (bias,) = scale_gradients([[G, A], [G]], 2.0)
-    assert weight is bias and same is A
-    assert torch.equal(weight, 2 * torch.eye(2))
+def test_a_missing_backend_says_what_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "asdl", None)
+    with pytest.raises(ModuleNotFoundError, match=r'"laplace-debiased\[asdl\]"'):
+        Laplace(
+            network("mlp"), "classification", "all", "kron_debiased", backend=AsdlGGN
+        )

@@ -10,8 +10,12 @@ from laplace.curvature.curvlinops import CurvlinopsEF
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from laplace_debiased.posterior import fitting
+from laplace_debiased.posterior.sources import total_output_curvature
+from laplace_debiased.posterior.upstream import output_curvature
 from laplace_debiased.rows.seeds import mixed_seed
-from laplace_debiased.sampling.folds import Points, draw, draw_uniformly
+from laplace_debiased.sampling.draw import draw_points
+from laplace_debiased.sampling.folds import Points, draw_uniformly
 from laplace_debiased.sampling.shares import best_share, effective_rank
 from tests import dense
 from tests.cases import batch, network
@@ -117,7 +121,7 @@ def drawn_folds(model, train, pool_size, budget):
     for k, pool in enumerate(pools):
         X, y = points(pool.loader)
         traces = 1 - model(X).softmax(1).square().sum(1)
-        drawn, weights = draw(
+        drawn, weights = draw_points(
             traces.detach(), budget // 2, seed=mixed_seed(0, k), strata=y
         )
         yield X, y, drawn, weights * SIZE / len(X)
@@ -216,8 +220,8 @@ def test_gradient_covariances_are_unbiased():
     for seed in range(150):
         la = debiased(model, budget=12, sampling="curvature", pool_size=30, seed=seed)
         la.fit(train)
-        for fold in la.H_facs.folds:
-            estimates.append(torch.cat([fold[i][0].flatten() for i in (0, 2)]))
+        for fold in la.curvature.folds:
+            estimates.append(torch.cat([own.gradients.flatten() for own in fold]))
     estimates = torch.stack(estimates)
     error = (estimates.mean(0) - exact).abs()
     # a fold's estimates are independent of each other but for the pool
@@ -279,14 +283,14 @@ def test_regression_draws_uniformly():
         return 0.5 * (f - y).square().sum()
 
     pools = draw_uniformly(train, 40, 0).split([0.5, 0.5]).folds
-    for k, (pool, own) in enumerate(zip(pools, la.H_facs.folds, strict=True)):
+    for k, (pool, own) in enumerate(zip(pools, la.curvature.folds, strict=True)):
         X, y = points(pool.loader)
-        drawn, _ = draw(torch.ones(len(X)), 6, seed=mixed_seed(0, k))
+        drawn, _ = draw_points(torch.ones(len(X)), 6, seed=mixed_seed(0, k))
         weights = torch.full((6,), SIZE / 6).double()
         data = X[drawn], y[drawn]
         factors = dense.kronecker_factors(model, *data, loss, weights=weights)
-        for actual, (expected, _) in zip(own[::2], factors.values(), strict=True):
-            assert torch.allclose(actual[0], expected)
+        for actual, (expected, _) in zip(own, factors.values(), strict=True):
+            assert torch.allclose(actual.gradients, expected)
 
 
 def test_neighbouring_seeds_do_not_share_a_draw():
@@ -295,7 +299,7 @@ def test_neighbouring_seeds_do_not_share_a_draw():
     for seed in range(3):
         la = debiased(model, budget=20, seed=seed)
         with mock.patch(
-            "laplace_debiased.posterior.measuring.draw", wraps=draw
+            "laplace_debiased.posterior.measuring.draw_points", wraps=draw_points
         ) as drawing:
             la.fit(train)
         drawn += [call.kwargs["seed"] for call in drawing.call_args_list]
@@ -337,7 +341,7 @@ def test_folds_do_not_share_the_noise_of_sampled_labels(estimator):
     )
     la.fit(loader(likelihood="regression"))
     # in regression the last layer's gradients are the labels' noise alone
-    first, second = (fold[2][0] for fold in la.H_facs.folds)
+    first, second = (fold[1].gradients for fold in la.curvature.folds)
     assert dense.relative_error(first, second) > 0.01
 
 
@@ -349,8 +353,9 @@ def test_fewer_backward_passes_for_many_outputs():
     exact.fit(train)
     assert not torch.equal(posterior(la), posterior(exact))
     # the trace of the last layer's gradient covariance is that of the output curvature
-    for own, other in zip(la.H_facs.folds, exact.H_facs.folds, strict=True):
-        assert torch.allclose(own[2][0].trace(), other[2][0].trace())
+    for own, other in zip(la.curvature.folds, exact.curvature.folds, strict=True):
+        traces = [fold[1].gradients.trace() for fold in (own, other)]
+        assert torch.allclose(*traces)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +382,8 @@ def test_share_of_directions_by_theory(subset):
     X, _ = points(draw_uniformly(train, 40, 0).some(40))
     p = model(X).softmax(1).detach()
     mean = torch.diag(p.mean(0)) - p.T @ p / len(X)
-    sizes = [block.shape[0] for block in la._blocks()]
+    layers = la._selection.layers
+    sizes = [layer.d_out for layer in layers for _ in layer.parameters]
     assert sizes == [5, 5, 3, 3] if subset == "all" else [3, 3]
     share = best_share(40, sizes, effective_rank(mean))
     expected = debiased(model, direction_fraction=share, **options)
@@ -386,7 +392,7 @@ def test_share_of_directions_by_theory(subset):
     assert torch.equal(posterior(la), posterior(expected))
 
 
-def test_mean_output_curvature_equals_dense_reference():
+def test_total_output_curvature_equals_dense_reference():
     model, train = network("mlp"), loader()
     la = debiased(model)
     la.fit(train)
@@ -395,7 +401,10 @@ def test_mean_output_curvature_equals_dense_reference():
         f = model(x[None]).detach()
         for column in dense.output_columns(f, y[None], LOSS):
             expected += torch.outer(column[0], column[0])
-    assert torch.allclose(la._source(0).output_curvature(train), expected)
+    actual = total_output_curvature(
+        model, train, la.backend, output_curvature(la.backend), 0
+    )
+    assert torch.allclose(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -416,7 +425,8 @@ def test_a_share_is_found_with_all_backends(likelihood, options):
     auto = {"estimator": "two_batch", "direction_fraction": "auto", "budget": 40}
     la = debiased(model, likelihood, **auto, **options)
     la.fit(train)
-    assert 0.1 < la._folds(train, None, seed=0).shares[0] < 0.7
+    folds = fitting.assign(la, train, None, fitting.Seen())
+    assert 0.1 < folds.shares[0] < 0.7
     assert posterior(la).isfinite().all()
 
 

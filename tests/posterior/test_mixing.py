@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.cases import NUM_OUTPUTS, batch, network
-from tests.fits import SIZE, SUBSETS, debiased, loader
+from tests.fits import SIZE, SUBSETS, debiased, loader, posterior
 
 
 class Mixing(nn.Module):
@@ -74,8 +74,26 @@ class SequenceFirst(nn.Module):
         return self.head(self.body(x.transpose(0, 1)).tanh().mean(0))
 
 
-def test_layers_whose_leading_axis_is_not_the_batch_are_refused():
-    X, y = torch.randn(SIZE, 6, 3), torch.randint(NUM_OUTPUTS, (SIZE,))
-    la = debiased(SequenceFirst())
-    with pytest.raises(ValueError, match="'body', the first example's output"):
-        la.fit(DataLoader(TensorDataset(X, y), 1))
+class BatchFirst(nn.Module):
+    """The same network with another layout."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.body, self.head = other.body, other.head
+
+    def forward(self, x):
+        return self.head(self.body(x).tanh().mean(1))
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_layers_may_have_the_examples_on_any_axis(magnitudes):
+    torch.manual_seed(0)
+    model = SequenceFirst().double()
+    X, y = torch.randn(SIZE, 6, 3).double(), torch.randint(NUM_OUTPUTS, (SIZE,))
+    la = debiased(model, magnitudes=magnitudes)
+    la.fit(DataLoader(TensorDataset(X, y), 7))
+    expected = debiased(BatchFirst(model), magnitudes=magnitudes)
+    expected.fit(DataLoader(TensorDataset(X, y), 7))
+    difference = posterior(la) - posterior(expected)
+    assert difference.norm() < 1e-10 * posterior(la).norm()
+    assert torch.allclose(la(X), expected(X))

@@ -14,21 +14,30 @@ SIZE = 20
 
 
 class Partial(nn.Module):
-    """Has layers of unsupported types, one that never runs, and an unused one."""
+    """Has parameters with unsupported uses, and unused ones."""
 
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(7, 4)
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, kdim=4, vdim=3)
         self.norm, self.unused = nn.LayerNorm(4), nn.Linear(2, 2)
         self.head = nn.Linear(4, NUM_OUTPUTS)
 
     def forward(self, tokens):
         x = self.embedding(tokens)
-        return self.head(self.norm(self.attention(x, x, x)[0]).mean(1))
+        x = self.attention(x, x, x[..., 1:])[0]
+        return self.head(self.norm(x).mean(1))
 
 
-SUPPORTED = ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+SUPPORTED = [
+    "attention.out_proj.weight",
+    "attention.out_proj.bias",
+    "norm.weight",
+    "norm.bias",
+    "head.weight",
+    "head.bias",
+]
+NUM_SUPPORTED = 5 * 4 + 8 + 5 * NUM_OUTPUTS
 
 
 @pytest.fixture
@@ -58,7 +67,7 @@ def test_others_are_fitted_as_if_those_were_frozen(model, tokens, magnitudes):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         expected.fit(tokens)
-    assert la.n_params == expected.n_params == 8 + 5 * NUM_OUTPUTS
+    assert la.n_params == expected.n_params == NUM_SUPPORTED
     assert la.n_layers == len(SUPPORTED)
     assert torch.equal(posterior(la), posterior(expected))
     X = tokens.dataset.tensors[0]
@@ -82,26 +91,30 @@ def test_one_warning_lists_and_counts_them(model, tokens):
     for part in (
         f"{total - la.n_params} of {total} parameters",
         "embedding (Embedding: weight)",
-        "attention (MultiheadAttention: in_proj_weight, in_proj_bias)",
-        "attention.out_proj (NonDynamicallyQuantizableLinear: weight, bias) "
-        "never runs as a module",
-        "unused (Linear: weight, bias) never runs as a module",
+        "attention (MultiheadAttention: q_proj_weight, k_proj_weight, v_proj_weight, "
+        "in_proj_bias) is used by `linear`",
+        "unused (Linear: weight, bias) is not used",
         "strict=True",
     ):
         assert part in message
 
 
-def test_strict_refuses_unsupported_layers_at_once(model):
-    with pytest.raises(ValueError, match=r"embedding \(Embedding: weight\), attention"):
-        debiased(model, strict=True)
+def test_strict_refuses_unsupported_parameters(model, tokens):
+    la = debiased(model, strict=True)
+    with pytest.raises(ValueError, match=r"embedding \(Embedding: weight\) is used by"):
+        la.fit(tokens)
     assert all(param.requires_grad for param in model.parameters())
+    with pytest.raises(AttributeError, match="not fitted"):
+        _ = la.posterior_precision
 
 
-def test_strict_refuses_modules_that_never_run_when_fitting(model, tokens):
+def test_strict_refuses_unused_parameters(model, tokens):
     for part in (model.embedding, model.attention):
         part.requires_grad_(False)
     la = debiased(model, strict=True)
-    with pytest.raises(ValueError, match=r"unused \(Linear: weight, bias\) never runs"):
+    with pytest.raises(
+        ValueError, match=r"unused \(Linear: weight, bias\) is not used"
+    ):
         la.fit(tokens)
     model.unused.requires_grad_(False)
     la = debiased(model, strict=True)
@@ -118,7 +131,7 @@ def test_last_layer_does_not_mind_the_others(model, tokens):
 
 
 class FunctionalReuse(nn.Module):
-    """Uses a layer's weight functionally, and cuts another layer off."""
+    """Uses a layer's weight transposed, too, and cuts another layer off."""
 
     def __init__(self):
         super().__init__()
@@ -127,14 +140,14 @@ class FunctionalReuse(nn.Module):
 
     def forward(self, x):
         hidden = self.reused(x).tanh() + self.cut(x).detach()
-        return self.head(nn.functional.linear(hidden, self.reused.weight).tanh())
+        return self.head(nn.functional.linear(hidden, self.reused.weight.T).tanh())
 
 
 def test_what_rows_do_not_tell_stays_at_its_trained_value():
     torch.manual_seed(0)
     model, train = FunctionalReuse().double(), loader(likelihood="regression")
     la = debiased(model, "regression")
-    with pytest.warns(UserWarning, match=r"outside of the module, cut .* does not"):
+    with pytest.warns(UserWarning, match=r"also used by `linear`, cut .* does not"):
         la.fit(train)
     assert la.n_params == 5 * NUM_OUTPUTS
     for part in (model.reused, model.cut):
@@ -144,7 +157,7 @@ def test_what_rows_do_not_tell_stays_at_its_trained_value():
     assert torch.equal(posterior(la), posterior(expected))
     for part in (model.reused, model.cut):
         part.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"reused .* is also used outside"):
+    with pytest.raises(ValueError, match=r"reused .* is also used by"):
         debiased(model, "regression", strict=True).fit(train)
 
 
@@ -163,7 +176,8 @@ def test_checkpoints_know_what_was_left_out(model, tokens, tmp_path):
 
 
 def test_priors_are_checked_against_what_is_fitted(model, tokens):
-    la = debiased(model, prior_precision=torch.ones(8).double())
+    count = len(list(model.parameters()))
+    la = debiased(model, prior_precision=torch.ones(count).double())
     with pytest.raises(ValueError, match="prior"):
         la.fit(tokens)
     la = debiased(network("mlp"), prior_precision=torch.ones(4).double())
@@ -200,12 +214,27 @@ def test_a_refused_refit_keeps_what_the_posterior_is_over():
     la.fit(train)
     X = train.dataset.tensors[0]
     before = la(X)
-    broken = TensorDataset(X.clone().fill_(torch.nan), train.dataset.tensors[1])
+    y = train.dataset.tensors[1]
+    y = torch.where(torch.arange(len(y)) < 7, y, NUM_OUTPUTS)  # wrong from the second
     model.use = False
-    with (
-        pytest.warns(UserWarning, match="maybe"),
-        pytest.raises(ValueError, match="NaN"),
-    ):
-        la.fit(DataLoader(broken, 7))
+    with pytest.raises(ValueError, match="must lie in"):
+        la.fit(DataLoader(TensorDataset(X, y), 7))
+    assert la.n_layers == 6
     model.use = True
     assert torch.equal(la(X), before)
+    model.use = False
+    with pytest.warns(UserWarning, match="maybe"):
+        la.fit(train)
+    assert la.n_layers == 4
+    model.use = True
+    la.fit(train)
+    assert torch.equal(la(X), before)
+
+
+def test_a_bool_is_meant_by_the_second_argument(model, tokens):
+    la = debiased(network("mlp"))
+    with pytest.raises(TypeError, match="pass `magnitude_loader` by its name"):
+        la.fit(loader(), loader())
+    la.fit(loader())
+    la.fit(loader(seed=5), False)  # as in laplace-torch, further data
+    assert la.n_data == 2 * len(loader().dataset)

@@ -5,7 +5,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased.rows.seeds import mixed_seed
-from laplace_debiased.sampling.folds import draw_uniformly, loader_of_batch
+from laplace_debiased.sampling.folds import draw_uniformly
+from laplace_debiased.sampling.loaders import loader_of_batch
 from tests import dense
 from tests.cases import batch, network
 from tests.fits import debiased, posterior
@@ -97,7 +98,7 @@ def test_earlier_points_decay(magnitudes, estimator):
     decay = 0.25
     la = debiased(model, magnitudes=magnitudes, estimator=estimator)
     la.partial_fit(a)
-    loss, folds = la.loss, la.H_facs
+    loss, folds = la.loss, la.curvature
     la.partial_fit(b, decay=decay)
     assert la.n_data == (1 + decay) * SIZE
     second = debiased(
@@ -106,7 +107,7 @@ def test_earlier_points_decay(magnitudes, estimator):
     second.partial_fit(b)
     assert torch.allclose(la.loss, decay * loss + second.loss)
     if magnitudes == "kfac":
-        expected = folds.scaled(decay).merge(second.H_facs, decay / (1 + decay))
+        expected = folds.scaled(decay).merge(second.curvature, decay / (1 + decay))
         expected = expected.to_matrix()
     else:
         expected = decayed_ggn(model, a, b, decay, estimator == "cross_fit")
@@ -198,13 +199,13 @@ def test_batches_after_a_fit_with_a_budget_count_by_their_points():
     model, (a, b, c) = network("mlp"), batches(3)
     la, new = debiased(model, budget=SIZE), debiased(model, seed=mixed_seed(0, 1))
     la.fit(loader_over(a, b))
-    before, folds = la.loss, la.H_facs
+    before, folds = la.loss, la.curvature
     la.partial_fit(c, decay=0.5)
     new.partial_fit(c)
     # a fit stands for all of its 32 points, whatever its budget; 16 more came
-    assert la.n_data == 2 * SIZE and la._num_points == 0.5 * SIZE + SIZE
+    assert la.n_data == 2 * SIZE and la._seen.num_points == 0.5 * SIZE + SIZE
     assert torch.allclose(la.loss, 0.5 * before + new.loss)
-    expected = folds.scaled(0.5).merge(new.H_facs, 0.5).to_matrix()
+    expected = folds.scaled(0.5).merge(new.curvature, 0.5).to_matrix()
     assert dense.relative_error(curvature(la), expected) < 1e-10
 
 
@@ -229,9 +230,9 @@ def test_a_batch_above_the_budget_is_drawn_from(sampling):
     la.partial_fit(batch_of_all)
     expected.fit(loader_over(*parts))
     assert dense.relative_error(posterior(la), posterior(expected)) < 1e-10
-    assert la._num_points == 12 and la.n_data == 4 * SIZE
+    assert la._seen.num_points == 12 and la.n_data == 4 * SIZE
     la.partial_fit(batch_of_all)
-    assert la._num_points == 24 and la.n_data == 8 * SIZE
+    assert la._seen.num_points == 24 and la.n_data == 8 * SIZE
 
 
 def test_the_model_keeps_its_mode():
@@ -255,7 +256,10 @@ def test_a_saved_stream_goes_on(magnitudes, tmp_path):
     for own in (la, other):
         own.partial_fit(parts[2], decay=0.5)
     assert torch.equal(posterior(la), posterior(other))
-    assert la.n_data == other.n_data and la._num_updates == other._num_updates == 3
+    assert (
+        la.n_data == other.n_data
+        and la._seen.num_updates == other._seen.num_updates == 3
+    )
     assert la.curvature_standard_errors == other.curvature_standard_errors
 
 
@@ -279,7 +283,7 @@ def test_further_data_have_random_numbers_of_their_own():
             lambda la=la: la.fit(loader_over(b), override=False),
             lambda la=la: la.partial_fit(a),
         ):
-            seeds.append(la._seed(1.0))
+            seeds.append(la._seen.seed(la.settings.seed))
             update()
     assert len(set(seeds)) == len(seeds)
 

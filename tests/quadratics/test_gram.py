@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_debiased.quadratics.eigenspace import overlap, principal_angles
 from laplace_debiased.quadratics.gram import ggn_rows, gram_eigenspace, gram_is_cheaper
+from laplace_debiased.rows.selection import select
 from tests.cases import LOSSES, NETWORKS, batch, network, split
 
 SIZE, K = 12, 4
@@ -61,26 +62,27 @@ def test_eigenvectors_are_orthonormal_beyond_the_rank():
     assert torch.allclose(products, torch.eye(5).double(), atol=1e-10)
 
 
+def is_cheaper(model, X, num_data, k):
+    params = list(model.parameters())
+    return gram_is_cheaper(select(model, params, X, len(X)), params, num_data, k)
+
+
 def test_gram_matrix_is_cheaper_if_weights_are_shared_and_points_few(monkeypatch):
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     )
-    params, y = list(model.parameters()), torch.zeros(20).long()
-    few = [(torch.randn(20, 1, 16, 16), y)]
-    assert gram_is_cheaper(model, params, few, 5)
-    assert not gram_is_cheaper(model, params, few * 100, 5)
-    assert not gram_is_cheaper(model, params, few, 80)  # all of the D eigenvectors
-    mlp = network("mlp")
-    data = [batch("mlp", 200)]
-    assert not gram_is_cheaper(mlp, list(mlp.parameters()), data, 5)
+    X = torch.randn(20, 1, 16, 16)
+    assert is_cheaper(model, X, 20, 5)
+    assert not is_cheaper(model, X, 2000, 5)
+    assert not is_cheaper(model, X, 20, 80)  # all of the D eigenvectors
+    assert not is_cheaper(network("mlp"), batch("mlp", 3)[0], 200, 5)
     monkeypatch.setattr("laplace_debiased.quadratics.gram._MEMORY_LIMIT", 100)
-    assert not gram_is_cheaper(model, params, few, 5)
+    assert not is_cheaper(model, X, 20, 5)
 
 
 def test_layers_that_are_not_supported_take_lanczos_iterations():
     model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(8, 2))
-    data = [(torch.randint(7, (3, 2)), torch.zeros(3).long())]
-    assert not gram_is_cheaper(model, list(model.parameters()), data, 2)
+    assert not is_cheaper(model, torch.randint(7, (3, 2)), 3, 2)
 
 
 def test_half_precision():

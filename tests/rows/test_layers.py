@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_debiased.rows.capture import capture_rows
-from laplace_debiased.rows.layers import curvature_blocks
-from laplace_debiased.rows.selection import find_layers
+from laplace_debiased.rows.layers import Layer
+from laplace_debiased.rows.linearization import linearize, rows_per_example
 from tests.cases import NETWORKS, batch, network
+from tests.rows.recording import assert_rows_are_exact, found, supported
 
 SIZE = 3
 
@@ -13,82 +13,70 @@ SIZE = 3
 @pytest.mark.parametrize("name", NETWORKS)
 def test_rows_contract_to_per_example_gradients(name):
     model = network(name)
-    params = list(model.parameters())
     X, _ = batch(name, SIZE)
-    layers = find_layers(model, params)
-    calls = {layer.name: [] for layer in layers}
-    with capture_rows(
-        layers, SIZE, lambda layer, rows: calls[layer.name].append(rows)
-    ) as tape:
-        output = model(X)
-    rows = tape.gradient_rows(output, torch.ones_like(output), retain_graph=True)
-    gradients = {layer.name: g for layer, g in rows}
-    for layer in layers:
-        g = gradients[layer.name]
-        for key, position in layer.positions.items():
-            actual = g.flatten(2).sum(1)
-            if layer.has_inputs and key == "weight":
-                x = torch.cat(calls[layer.name], 1)
-                actual = torch.einsum("nsgo,nsgi->ngoi", g, x).flatten(1)
-            for n in range(SIZE):
-                (expected,) = torch.autograd.grad(
-                    output[n].sum(), params[position], retain_graph=True
-                )
-                assert torch.allclose(actual[n], expected.flatten())
+    layers, params = found(model, X)
+    assert_rows_are_exact(model, X, params, layers)
 
 
 def test_layers_are_ordered_by_their_first_parameter():
     model = network("mlp")
+    X, _ = batch("mlp", SIZE)
     _, bias, *others = model.parameters()
-    layers = find_layers(model, [*others, bias])
+    layers, _ = found(model, X, [*others, bias])
     assert [layer.name for layer in layers] == ["2", "0"]
-    assert layers[1].positions == {"bias": 2}
+    assert (layers[1].matrix, layers[1].vector) == (None, 2)
 
 
-def test_blocks_are_parameters_or_layers():
+def test_layers_know_their_shapes():
     model = network("mlp")
-    layers = find_layers(model, model.parameters())
-    separate = curvature_blocks(layers, separate_weight_and_bias=True)
-    joint = curvature_blocks(layers, separate_weight_and_bias=False)
-    assert [block.shape for block in separate] == [(5, 4), (5,), (3, 5), (3,)]
-    assert [block.shape for block in joint] == [(5, 5), (3, 6)]
-    assert [block.positions for block in joint] == [(0, 1), (2, 3)]
+    X, _ = batch("mlp", SIZE)
+    layers, _ = found(model, X)
+    assert [(layer.d_out, layer.d_in) for layer in layers] == [(5, 4), (3, 5)]
+    assert [layer.parameters for layer in layers] == [(0, 1), (2, 3)]
 
 
-def test_vectors_are_blocks_of_their_own():
+def test_vectors_of_normalizations_are_layers_of_their_own():
     model = nn.Sequential(nn.LayerNorm([2, 3]), nn.Flatten(), nn.Linear(6, 2))
-    layers = find_layers(model, model.parameters())
+    layers, _ = found(model, torch.randn(SIZE, 2, 3))
     assert [layer.name for layer in layers] == ["0.weight", "0.bias", "2"]
-    joint = curvature_blocks(layers, separate_weight_and_bias=False)
-    assert [block.shape for block in joint] == [(6,), (6,), (2, 7)]
+    assert [(layer.d_out, layer.d_in) for layer in layers] == [(6, 0), (6, 0), (2, 6)]
 
 
 @pytest.mark.parametrize(
     "norm", [nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False).eval()]
 )
-def test_batch_statistics_are_refused_by_name(norm):
+def test_batch_statistics_are_left_out_by_name(norm):
     model = nn.Sequential(norm, nn.Linear(3, 2))
-    layers = find_layers(model, norm.parameters())
-    X = torch.randn(4, 3)
-    with (
-        pytest.raises(ValueError, match=r"'0\.weight' \(BatchNorm1d\) uses batch"),
-        capture_rows(layers, len(X), lambda *_: None),
-    ):
-        model(X)
+    with pytest.raises(ValueError, match="the input, the first example's output"):
+        supported(model, torch.randn(4, 3))
+    X = torch.randint(3, (4, 3))  # whose mixing no gradient tells
+
+    class OnIntegers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = norm
+
+        def forward(self, x):
+            return self.norm(x.float())
+
+    _, _, left_out = supported(OnIntegers(), X)
+    assert {entry.name for entry in left_out} == {"norm.weight", "norm.bias"}
+    assert all("batch statistics" in entry.reason for entry in left_out)
 
 
-def test_norms_with_another_parametrization_are_refused_by_name():
+def test_norms_with_another_parametrization_are_left_out_by_name():
     class OnePlus(nn.RMSNorm):
         def forward(self, x):
             return nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight)
 
     model = nn.Sequential(OnePlus(3), nn.Linear(3, 2))
-    layers = find_layers(model, model[0].parameters())
-    with (
-        pytest.raises(ValueError, match=r"'0\.weight' \(OnePlus\) is not linear"),
-        capture_rows(layers, 4, lambda *_: None),
-    ):
-        model(torch.randn(4, 3))
+    _, layers, (entry,) = supported(model, torch.randn(4, 3))
+    assert (entry.name, entry.kind, entry.reason) == (
+        "0.weight",
+        "OnePlus",
+        "is used by `add`",
+    )
+    assert [layer.name for layer in layers] == ["1"]
 
 
 def test_norms_of_another_layout_are_supported():
@@ -98,10 +86,55 @@ def test_norms_of_another_layout_are_supported():
 
     model = nn.Sequential(ChannelsFirst(3), nn.Flatten(), nn.Linear(6, 2)).double()
     X = torch.randn(4, 3, 2, dtype=torch.float64)
-    layers = find_layers(model, model[0].parameters())
-    with capture_rows(layers, len(X), lambda *_: None) as tape:
-        output = model(X)
-    rows = tape.gradient_rows(output, torch.ones_like(output), True)
-    for (_, g), param in zip(rows, model[0].parameters(), strict=True):
-        (expected,) = torch.autograd.grad(output.sum(), param, retain_graph=True)
-        assert torch.allclose(g.sum(0).flatten(), expected)
+    layers, params = found(model, X)
+    assert_rows_are_exact(model, X, params, layers)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn-groups", "resnet", "recurrent"])
+def test_layers_tell_what_a_linearization_takes(name):
+    model = network(name)
+    X, _ = batch(name, 1)
+    layers, params = found(model, X)
+    linear = linearize(model, params, layers, X, 1)
+    count = linear.output.shape[1]
+    expected = sum(rows.numel() for rows in linear.inputs.values())
+    expected += 2 * sum(rows.numel() for rows in linear.gradients.values())
+    assert rows_per_example(layers, count) == expected
+    for layer in layers:
+        if layer.has_inputs:
+            _, positions, groups, d_in = linear.inputs[layer.name].shape
+            assert (layer.num_positions, layer.groups) == (positions, groups)
+            assert layer.d_in == d_in
+
+
+@pytest.mark.parametrize("name", ["mlp", "recurrent", "transformer"])
+def test_layers_are_saved_as_plain_values(name, tmp_path):
+    model = network(name)
+    layers, _ = found(model, batch(name, SIZE)[0])
+    torch.save([layer.state_dict() for layer in layers], tmp_path / "layers.pt")
+    saved = torch.load(tmp_path / "layers.pt", weights_only=True)
+    assert [Layer.from_state_dict(own) for own in saved] == layers
+
+
+def test_calls_beyond_those_that_were_found_are_refused():
+    class Deep(nn.Module):
+        """Runs a layer on examples and on tokens first."""
+
+        def __init__(self):
+            super().__init__()
+            self.shared, self.depth = nn.Linear(3, 3), 1
+
+        def forward(self, x):
+            x = self.shared(x)
+            x = self.shared(x.transpose(0, 1)).transpose(0, 1)
+            for _ in range(1, self.depth):
+                x = self.shared(x)
+            return x.mean(1)
+
+    model, X = Deep(), torch.randn(4, 5, 3)
+    layers, params = found(model, X)
+    assert len(layers[0].layouts) == 2
+    assert_rows_are_exact(model.double(), X.double(), params, layers)
+    model.depth = 2
+    with pytest.raises(ValueError, match="'shared' runs more than 2 times"):
+        assert_rows_are_exact(model, X.double(), params, layers)

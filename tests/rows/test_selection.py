@@ -2,106 +2,99 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_debiased.rows.selection import find_layers, select, unrecorded
+from laplace_debiased.rows.selection import find_layers, refusal
 from tests.cases import network
+from tests.rows.recording import assert_rows_are_exact, supported
+
+SIZE = 3
 
 
-def test_unsupported_layers_are_named_with_a_remedy():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Bilinear(2, 2, 2), nn.Embedding(3, 2))
+def names_and_reasons(model, X):
+    _, _, left_out = supported(model, X)
+    return {(entry.name, entry.reason) for entry in left_out}
+
+
+class Unsupported(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.pairs = nn.Linear(2, 2), nn.Bilinear(2, 2, 2)
+        self.tokens = nn.Embedding(3, 2)
+
+    def forward(self, x):
+        return self.head(self.pairs(x, self.tokens(x[:, 0].long())))
+
+
+def test_unsupported_uses_are_named_with_a_remedy():
+    model, X = Unsupported(), torch.rand(SIZE, 2)
     with pytest.raises(ValueError) as error:
-        find_layers(model, model.parameters())
+        find_layers(model, list(model.parameters()), X, SIZE)
     for part in (
-        "1 (Bilinear: weight, bias)",
-        "2 (Embedding: weight)",
-        "Linear",
+        "pairs (Bilinear: weight, bias) is used by `bilinear`",
+        "tokens (Embedding: weight) is used by `embedding`",
+        "F.linear",
         "requires_grad_(False)",
     ):
         assert part in str(error.value)
-    assert len(find_layers(model, model[0].parameters())) == 1
+    assert len(find_layers(model, list(model.head.parameters()), X, SIZE)) == 1
 
 
-def test_own_parameters_of_a_container_are_unsupported():
+def test_parameters_of_other_functions_are_left_out_and_the_others_are_not():
     class WithScale(nn.Linear):
         def __init__(self):
             super().__init__(2, 2)
             self.scale = nn.Parameter(torch.ones(2))
 
-    model = WithScale()
-    with pytest.raises(
-        ValueError, match=r"\(model\) \(WithScale: weight, bias, scale\)"
-    ):
-        find_layers(model, model.parameters())
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    model, X = WithScale(), torch.rand(SIZE, 2)
+    _, layers, left_out = supported(model, X)
+    assert "(model) (WithScale: scale) is used by `mul`" in refusal(left_out)
+    assert [(layer.matrix, layer.vector) for layer in layers] == [(0, 1)]
 
 
-def test_layers_with_a_forward_pass_of_their_own_are_unsupported():
+def test_weights_that_are_computed_from_parameters_are_left_out():
     class Standardized(nn.Conv2d):
         def forward(self, x):
             return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
 
-    model = nn.Sequential(Standardized(1, 2, 2))
-    with pytest.raises(ValueError, match=r"0 \(Standardized: weight, bias\)"):
-        find_layers(model, model.parameters())
+    model = nn.Sequential(Standardized(1, 2, 2), nn.Flatten())
+    X = torch.rand(SIZE, 1, 3, 3)
+    assert names_and_reasons(model, X) == {("0.weight", "is used by `std`")}
 
 
 def test_parametrized_weights_are_left_out_and_their_biases_are_not():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)))
-    layers, left_out = select(model, model.parameters())
-    assert [layer.positions for layer in layers] == [{"bias": 0}]
-    assert sum(p.numel() for entry in left_out for p in entry.params) == 9
-
-
-def test_shared_parameters_are_left_out_by_name():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[1].weight = model[0].weight
-    layers, left_out = select(model, model.parameters())
-    assert [str(entry) for entry in left_out] == [
-        f"{name} (Linear: weight) shared with other modules" for name in "01"
-    ]
-    assert [layer.positions for layer in layers] == [{"bias": 1}, {"bias": 2}]
-    with pytest.raises(ValueError, match="shared with other modules"):
-        find_layers(model, model.parameters())
+    _, layers, left_out = supported(model, torch.rand(SIZE, 2))
+    assert [(layer.matrix, layer.vector) for layer in layers] == [(None, 0)]
+    assert sum(entry.size for entry in left_out) == 9
 
 
 def test_foreign_and_repeated_parameters_are_refused():
-    model = network("mlp")
+    model, X = network("mlp"), torch.rand(SIZE, 4).double()
     with pytest.raises(ValueError, match="1 of `params` are in no module"):
-        find_layers(model, [model[0].weight, nn.Parameter(torch.ones(2))])
+        find_layers(model, [model[0].weight, nn.Parameter(torch.ones(2))], X, SIZE)
     with pytest.raises(ValueError, match="given twice"):
-        find_layers(model, [model[0].weight, model[0].weight])
+        find_layers(model, [model[0].weight, model[0].weight], X, SIZE)
 
 
-def test_modules_that_never_run_are_found():
+def test_unused_parameters_are_found():
     class Partial(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
             self.norm, self.spare = nn.LayerNorm(4), nn.LayerNorm(4)
 
         def forward(self, x):
-            return self.norm(self.attention(x, x, x)[0]).mean(1)
+            return self.norm(x).mean(1)
 
-    model = Partial().eval()
-    layers, _ = select(model, model.parameters())
-    idle = unrecorded(model, layers, torch.randn(1, 3, 4))
-    assert {str(entry) for entry in idle} == {
-        "attention.out_proj (NonDynamicallyQuantizableLinear: weight, bias) "
-        "never runs as a module",
-        "spare (LayerNorm: weight, bias) never runs as a module",
+    assert names_and_reasons(Partial(), torch.randn(SIZE, 3, 4)) == {
+        ("spare.weight", "is not used"),
+        ("spare.bias", "is not used"),
     }
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_fused_encoder_layers_run_as_modules():
-    # in eval mode torch may bypass the modules of an encoder layer
-    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-    model = nn.Sequential(nn.TransformerEncoder(layer, 2)).eval()
-    layers, _ = select(model, model.parameters())
-    idle = unrecorded(model, layers, torch.randn(1, 3, 4))
-    assert [entry.name.rsplit(".", 1)[-1] for entry in idle] == ["out_proj"] * 2
 
 
 class TiedAutoencoder(nn.Module):
-    """Uses the encoder's weight functionally in the decoder."""
+    """Uses the encoder's weight transposed in the decoder."""
 
     def __init__(self):
         super().__init__()
@@ -112,11 +105,13 @@ class TiedAutoencoder(nn.Module):
         return self.head(nn.functional.linear(code, self.encoder.weight.T).tanh())
 
 
-def test_weights_that_are_also_used_outside_of_their_module_are_found():
-    model = TiedAutoencoder()
-    layers, _ = select(model, model.parameters())
-    (entry,) = unrecorded(model, layers, torch.randn(1, 4))
-    assert str(entry) == "encoder (Linear: weight) is also used outside of the module"
+def test_weights_that_are_also_used_otherwise_are_left_out():
+    model, X = TiedAutoencoder().double(), torch.randn(SIZE, 4).double()
+    assert names_and_reasons(model, X) == {
+        ("encoder.weight", "is also used by `linear`")
+    }
+    params, layers, _ = supported(model, X)
+    assert_rows_are_exact(model, X, params, layers)
 
 
 @pytest.mark.parametrize("cut", ["detach", "no_grad"])
@@ -134,15 +129,117 @@ def test_layers_that_are_cut_off_from_the_output_are_found(cut):
             x = x.detach() if cut == "detach" else x
             return self.head(self.dead(x).relu())  # zero gradients do influence
 
-    model = CutOff()
-    layers, _ = select(model, model.parameters())
-    (entry,) = unrecorded(model, layers, torch.randn(1, 4))
-    assert str(entry) == "body (Linear: weight, bias) does not influence the output"
+    assert names_and_reasons(CutOff(), torch.randn(SIZE, 4)) == {
+        ("body.weight", "does not influence the output"),
+        ("body.bias", "does not influence the output"),
+    }
 
 
 def test_a_network_without_gradients_influences_nothing():
     model = nn.Sequential(nn.Linear(4, 2))
     model.register_forward_hook(lambda module, args, output: output.detach())
-    layers, _ = select(model, model.parameters())
-    (entry,) = unrecorded(model, layers, torch.randn(1, 4))
-    assert entry.reason == "does not influence the output"
+    reasons = {reason for _, reason in names_and_reasons(model, torch.randn(SIZE, 4))}
+    assert reasons == {"does not influence the output"}
+
+
+class Double(torch.autograd.Function):
+    """A linear layer as a function of its own."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.T @ x
+
+
+class InsideAFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.own, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(Double.apply(x, self.own.weight))
+
+
+def test_uses_inside_of_a_function_without_gradients_are_left_out_by_name():
+    assert names_and_reasons(InsideAFunction(), torch.randn(SIZE, 4)) == {
+        ("own.weight", "is used where no gradients are recorded")
+    }
+
+
+def test_uses_inside_of_vmap_are_left_out_by_name():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(torch.func.vmap(self.inner)(x))
+
+    assert names_and_reasons(Mapped(), torch.randn(SIZE, 4)) == {
+        ("inner.weight", "is used by `linear`"),
+        ("inner.bias", "is used by `linear`"),
+    }
+
+
+def test_recurrent_weights_are_left_out_by_name():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])
+
+    reasons = names_and_reasons(Recurrent(), torch.randn(SIZE, 5, 4))
+    assert len(reasons) == 4
+    assert {reason for _, reason in reasons} == {"is used by `lstm`"}
+
+
+def test_values_that_examples_share_are_left_out():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.randn(5, 4))
+            self.positions, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(x + self.positions(self.table)).mean(1)
+
+    assert names_and_reasons(Shared(), torch.randn(SIZE, 5, 4)) == {
+        ("positions.weight", "is applied to values that examples share"),
+        ("positions.bias", "is applied to values that examples share"),
+    }
+
+
+def test_reentrant_checkpointing_is_refused_with_a_remedy():
+    class Reentrant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            checkpoint = torch.utils.checkpoint.checkpoint
+            return self.head(checkpoint(self.body, x, use_reentrant=True))
+
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        supported(Reentrant(), torch.randn(SIZE, 4))
+
+
+def test_gradients_that_rows_do_not_tell_leave_a_parameter_out(monkeypatch):
+    from laplace_debiased.rows import uses
+
+    def wrong(self, gradient, key, layout, batch_size):
+        rows = uses._positions_of_vectors(gradient, layout, batch_size)
+        return rows * (2 if key == "weight" else 1)
+
+    monkeypatch.setattr(uses.LinearUse, "gradient_rows", wrong)
+    reasons = names_and_reasons(network("mlp"), torch.randn(SIZE, 4).double())
+    assert reasons == {
+        ("0.weight", "is also used in ways that its calls do not tell"),
+        ("2.weight", "is also used in ways that its calls do not tell"),
+    }

@@ -5,18 +5,20 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import KronDebiasedLaplace, Laplace
 from laplace_debiased.curvature.factors import KroneckerFactors
-from laplace_debiased.rows.layers import curvature_blocks
 from laplace_debiased.rows.output_curvature import OutputCurvature
 from laplace_debiased.rows.selection import find_layers
-from laplace_debiased.rows.sweep import sweep
+from laplace_debiased.rows.sweep import Nothing, sweep
 from tests.cases import LOSSES, NUM_OUTPUTS, batch, network, split
 
 
 def run(model, data, loss=None, **kwargs):
-    layers = find_layers(model, model.parameters())
+    params = list(model.parameters())
     curvature = OutputCurvature(nn.CrossEntropyLoss() if loss is None else loss)
-    factors = KroneckerFactors(curvature_blocks(layers, True))
-    return sweep(model, layers, data, curvature, factors, **kwargs)
+    size = len(params[0][0])
+    X = torch.randn(2, size, dtype=params[0].dtype)  # valid, whatever the data are
+    layers = find_layers(model, params, X, 2)
+    factors = KroneckerFactors(layers, params)
+    return sweep(model, params, layers, data, curvature, factors, **kwargs)
 
 
 @pytest.mark.parametrize("loss_name", LOSSES)
@@ -60,7 +62,7 @@ def test_without_layers_only_the_loss_is_computed():
     X, y = batch("mlp", 10)
     loss = nn.CrossEntropyLoss(reduction="sum")
     curvature = OutputCurvature(loss)
-    summary = sweep(model, [], [(X, y)], curvature, KroneckerFactors([]))
+    summary = sweep(model, [], [], [(X, y)], curvature, Nothing())
     assert torch.allclose(summary.loss, loss(model(X), y))
 
 
@@ -107,7 +109,7 @@ BAD_DATA = {
     "too-few-targets": (
         [(X, CLASSES[:3])],
         "cross-entropy",
-        "leading axis must be the batch",
+        "must hold the examples",
     ),
 }
 
@@ -141,29 +143,30 @@ def test_outputs_must_be_a_matrix_and_finite():
         run(model, [batch("mlp", 4)])
 
 
-class SequenceFirst(nn.Module):
-    """The layer sees [positions, batch, features]."""
+class MixesLater(nn.Module):
+    """Its examples are separate until they mix."""
 
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(3, NUM_OUTPUTS)
+        self.linear, self.mixes = nn.Linear(4, NUM_OUTPUTS), False
 
     def forward(self, x):
-        return self.linear(x.transpose(0, 1)).tanh().mean(0)
+        x = self.linear(x)
+        return x - x.mean(0) if self.mixes else x
 
 
 def test_networks_that_mix_examples_are_refused():
-    X = torch.randn(4, 8, 3, dtype=torch.float64)
+    model = MixesLater().double()
+    params, (X, _) = list(model.parameters()), batch("mlp", 4)
+    layers = find_layers(model, params, X, 4)
+    arguments = [(X, CLASSES)], OutputCurvature(nn.CrossEntropyLoss())
+    factors = KroneckerFactors(layers, params)
+    sweep(model, params, layers, *arguments, factors)
+    model.mixes = True
     with pytest.raises(ValueError, match="'linear', the first example's output"):
-        run(SequenceFirst().double(), [(X, CLASSES)])
-
-    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
-    layers = find_layers(model, model[0].parameters())
-    arguments = [(batch("mlp", 4))], OutputCurvature(nn.CrossEntropyLoss())
-    factors = KroneckerFactors(curvature_blocks(layers, True))
-    with pytest.raises(ValueError, match="must be in eval mode"):
-        sweep(model, layers, *arguments, factors)
-    sweep(model.eval(), layers, *arguments, factors)
+        sweep(model, params, layers, *arguments, factors)
+    with pytest.raises(ValueError, match="'linear', the first example's output"):
+        find_layers(model, params, X, 4)
 
 
 def test_class_probabilities_are_targets_too():
@@ -180,9 +183,10 @@ def test_losses_of_many_batches_add_up_in_half_precision():
     summary = sweep(
         model,
         [],
+        [],
         split(X, y, *[4] * 1000),
         OutputCurvature(nn.CrossEntropyLoss(reduction="sum")),
-        KroneckerFactors([]),
+        Nothing(),
     )
     expected = nn.functional.cross_entropy(model(X).float(), y, reduction="sum")
     assert summary.loss.item() == pytest.approx(expected.item(), rel=1e-2)

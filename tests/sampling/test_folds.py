@@ -12,14 +12,9 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from laplace_debiased.sampling.folds import (
-    draw,
-    draw_uniformly,
-    explicit_folds,
-    fold_sizes,
-    inclusion_probabilities,
-    subset_of,
-)
+from laplace_debiased.sampling.draw import draw_points, inclusion_probabilities
+from laplace_debiased.sampling.folds import draw_uniformly, explicit_folds, fold_sizes
+from laplace_debiased.sampling.loaders import subset_of
 
 SIZE = 20
 HALVES = [0.5, 0.5]
@@ -256,7 +251,7 @@ def test_draws_have_the_inclusion_probabilities(num_points, floor):
     assert expected.max() <= 1 + 1e-6
     counts = torch.zeros(len(SCORES))
     for seed in range(2000):
-        positions, weights = draw(SCORES, num_points, floor, seed)
+        positions, weights = draw_points(SCORES, num_points, floor, seed)
         assert len(positions.unique()) == num_points
         assert torch.allclose(weights.float() * expected[positions], torch.ones(()))
         counts[positions] += 1
@@ -277,7 +272,7 @@ def test_the_mean_over_all_possible_draws_is_the_sum_over_the_pool(
     for low, high in pairwise(starts):
         start = ((low + high) / 2)[None]
         monkeypatch.setattr(torch, "rand", lambda *_, start=start, **__: start)
-        positions, weights = draw(SCORES, num_points, 0.1)
+        positions, weights = draw_points(SCORES, num_points, 0.1)
         inclusion[positions] += high - low
         mean += (high - low) * (weights * values[positions]).sum()
     assert torch.allclose(inclusion, expected, atol=1e-12)
@@ -288,7 +283,7 @@ def test_weighted_sums_are_unbiased():
     values = torch.randn(len(SCORES), generator=torch.Generator().manual_seed(0))
     sums = []
     for seed in range(3000):
-        positions, weights = draw(SCORES, 4, 0.2, seed)
+        positions, weights = draw_points(SCORES, 4, 0.2, seed)
         sums.append((weights * values[positions]).sum())
     sums = torch.stack(sums)
     error = (sums.mean() - values.sum()).abs()
@@ -297,7 +292,7 @@ def test_weighted_sums_are_unbiased():
 
 def test_equal_scores_are_drawn_uniformly():
     for scores in (torch.zeros(6), torch.ones(6)):
-        _, weights = draw(scores, 4)
+        _, weights = draw_points(scores, 4)
         assert torch.allclose(weights, torch.full((4,), 1.5).double())
 
 
@@ -312,13 +307,13 @@ def test_equal_scores_are_drawn_uniformly():
 )
 def test_bad_scores_are_refused(scores, num_points, message):
     with pytest.raises(ValueError, match=message):
-        draw(scores, num_points)
+        draw_points(scores, num_points)
 
 
 @pytest.mark.parametrize("floor", [0.0, -0.1, 1.1])
 def test_bad_floors_are_refused(floor):
     with pytest.raises(ValueError, match=r"`floor` must lie in \(0, 1\]"):
-        draw(SCORES, 4, floor)
+        draw_points(SCORES, 4, floor)
 
 
 @pytest.mark.parametrize("num_points", [2, 5, 8, 33])
@@ -342,7 +337,7 @@ def test_each_stratum_gets_its_share():
     expected = inclusion_probabilities(scores, 40, 0.1)
     counts = torch.zeros(300)
     for seed in range(400):
-        positions, weights = draw(scores, 40, seed=seed, strata=strata)
+        positions, weights = draw_points(scores, 40, seed=seed, strata=strata)
         counts[positions] += 1
         assert torch.allclose(weights, 1 / expected[positions])
         for stratum in range(4):
@@ -353,4 +348,4 @@ def test_each_stratum_gets_its_share():
 
 def test_strata_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="`strata` must have the shape of `scores`"):
-        draw(torch.ones(5), 2, strata=torch.zeros(4))
+        draw_points(torch.ones(5), 2, strata=torch.zeros(4))

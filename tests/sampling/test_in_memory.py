@@ -1,13 +1,13 @@
 import torch
 
-from laplace_debiased.sampling.in_memory import Batches
+from laplace_debiased.sampling.in_memory import PointsInMemory
 
 X, y = torch.arange(14.0).view(7, 2), torch.arange(7)
 SLICES = [slice(0, 2), slice(2, 6), slice(6, 7)]
 
 
 def read(*batches):
-    return list(Batches(batches).loader())
+    return list(PointsInMemory(batches).loader())
 
 
 def test_every_nested_entry_with_a_row_for_each_point_is_divided():
@@ -18,7 +18,7 @@ def test_every_nested_entry_with_a_row_for_each_point_is_divided():
         "labels": y,
         "note": "n",
     }
-    points = Batches([batch])
+    points = PointsInMemory([batch])
     assert len(points) == 7
     (part,) = points.loader().collate_fn([points[1], points[4]])
     assert torch.equal(part["x"]["values"], X[[1, 4]])

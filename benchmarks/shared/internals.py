@@ -1,0 +1,211 @@
+"""All that the studies use of the library beyond its public names.
+
+Studies that take a method apart, or predict at many prior precisions at once, need what
+the library does not export. It is here alone, in functions that a change of the
+library's insides leaves as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from laplace import KronLaplace
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from laplace_debiased import EigenbasisMatrix, KronDebiasedLaplace
+from laplace_debiased.curvature.debias import average, project
+from laplace_debiased.curvature.decomposition import eigenvectors
+from laplace_debiased.curvature.kronecker import Kronecker
+from laplace_debiased.predictive.moments import rotated_jacobians
+from laplace_debiased.rows.linearization import linearize
+from laplace_debiased.rows.selection import find_layers, select
+
+# the Kronecker factors of each parameter, a bias has G alone
+Factors = list[Kronecker]
+
+
+def full_data_factors(model: nn.Module, loader: DataLoader) -> Factors:
+    """Compute K-FAC's factors of all points of a loader.
+
+    By laplace-torch's ``KronLaplace``, or by ours where it refuses a layer.
+
+    Args:
+        model: The network.
+        loader: Yields the points.
+
+    Returns:
+        The factors, whose products are the curvature of the summed loss.
+    """
+    laplace = KronLaplace(model, "classification")
+    try:
+        laplace.fit(loader)
+    except NotImplementedError:
+        ours = KronDebiasedLaplace(model, "classification", estimator="two_batch")
+        ours.fit(loader)
+        return _factors_of_all_points(ours)
+    return [Kronecker(*own) for own in laplace.H_facs.kfacs]
+
+
+def factored_curvature(factors: Factors) -> EigenbasisMatrix:
+    """Decompose K-FAC's factors.
+
+    Args:
+        factors: The factors.
+
+    Returns:
+        K-FAC.
+    """
+    directions = eigenvectors(factors)
+    return _matrix(directions, project(factors, directions))
+
+
+def undo_debiasing(laplace: KronDebiasedLaplace) -> None:
+    """Let all points of a fit give directions and magnitudes along them.
+
+    Args:
+        laplace: The fit, with ``kfac`` magnitudes; its curvature becomes K-FAC's.
+    """
+    laplace.H = factored_curvature(_factors_of_all_points(laplace))
+
+
+def replace_magnitudes(laplace: KronDebiasedLaplace, factors: Factors) -> None:
+    """Measure the magnitudes along a fit's directions by other points.
+
+    Args:
+        laplace: The fit, changed in place.
+        factors: K-FAC's factors of the other points.
+    """
+    directions = [Kronecker(*own) for own in laplace.H.eigenvectors]
+    laplace.H = _matrix(directions, project(factors, directions))
+
+
+def average_repeated_splits(laplace: KronDebiasedLaplace) -> None:
+    """Average magnitudes over all splits of the folds in two halves (NERCOME).
+
+    Args:
+        laplace: A fit by cross-fit with an even number of folds, changed in place.
+    """
+    folds = [_by_parameter(laplace, fold) for fold in laplace.curvature.folds]
+    shares, magnitudes = laplace.curvature.shares, []
+    for first in combinations(range(len(folds)), len(folds) // 2):
+        second = [k for k in range(len(folds)) if k not in first]
+        for_directions, for_magnitudes = (
+            average([folds[k] for k in half], [shares[k] for k in half])
+            for half in (first, second)
+        )
+        magnitudes.append(project(for_magnitudes, eigenvectors(for_directions)))
+    values = average(magnitudes, [1.0] * len(magnitudes))
+    directions = [Kronecker(*own) for own in laplace.H.eigenvectors]
+    laplace.H = _matrix(directions, values)
+
+
+def gradient_covariances(laplace: KronDebiasedLaplace) -> list[Tensor]:
+    """Return the gradient covariance G of each weight, of all points of a fit.
+
+    Args:
+        laplace: The fit, with ``kfac`` magnitudes.
+
+    Returns:
+        The covariances ``[d_out, d_out]``.
+    """
+    factors = _factors_of_all_points(laplace)
+    return [own.gradients for own in factors if own.inputs is not None]
+
+
+def unsupported_parameters(model: nn.Module, X: Tensor) -> list[str]:
+    """List the parameters that a fit would leave at their trained values.
+
+    Args:
+        model: The network.
+        X: Inputs ``[batch, ...]``.
+
+    Returns:
+        Their names.
+    """
+    left_out = select(model, list(model.parameters()), X, len(X)).left_out
+    return [entry.name for entry in left_out]
+
+
+def output_variances(
+    model: nn.Module,
+    X: Tensor,
+    posteriors: Sequence[tuple[EigenbasisMatrix, Sequence[float]]],
+) -> tuple[Tensor, list[Tensor]]:
+    """Compute the variances of a batch's outputs by several posteriors.
+
+    The network is linearized once for all of them.
+
+    Args:
+        model: The network, all parameters of which are in the posteriors.
+        X: Inputs ``[batch, ...]``.
+        posteriors: Curvature without prior, and prior precisions of each.
+
+    Returns:
+        Outputs ``[batch, classes]``, and variances ``[priors, batch, classes]`` of each
+        posterior.
+    """
+    params = list(model.parameters())
+    layers = find_layers(model, params, X, len(X))
+    linear = linearize(model, params, layers, X, len(X))
+    variances = []
+    for curvature, priors in posteriors:
+        total: Tensor | float = 0.0
+        for layer in layers:
+            inputs = linear.inputs.get(layer.name)
+            for position in layer.parameters:
+                total = total + _block_variances(
+                    linear.gradients[layer.name],
+                    inputs if position == layer.matrix else None,
+                    curvature.eigenvectors[position],
+                    curvature.spectra()[position],
+                    priors,
+                )
+        variances.append(total)
+    return linear.output.detach(), variances
+
+
+def _matrix(directions: Factors, values: Factors) -> EigenbasisMatrix:
+    return EigenbasisMatrix(
+        [own.tensors() for own in directions], [own.tensors() for own in values]
+    )
+
+
+def _by_parameter(laplace: KronDebiasedLaplace, factors: Factors) -> Factors:
+    """Give each parameter the factors of its layer."""
+    of = {}
+    for layer, own in zip(laplace.curvature.layers, factors, strict=True):
+        if layer.matrix is not None:
+            of[layer.matrix] = own
+        if layer.vector is not None:
+            of[layer.vector] = Kronecker(own.gradients)
+    return [of[position] for position in sorted(of)]
+
+
+def _factors_of_all_points(laplace: KronDebiasedLaplace) -> Factors:
+    curvature = laplace.curvature
+    return _by_parameter(laplace, average(curvature.folds, curvature.shares))
+
+
+def _block_variances(
+    gradients: Tensor,
+    inputs: Tensor | None,
+    vectors: list[Tensor],
+    values: Tensor,
+    priors: Sequence[float],
+) -> Tensor:
+    """Compute a block's share of the variances, ``[priors, batch, classes]``."""
+    inverses = torch.stack([1 / (values + prior) for prior in priors])
+    if inputs is None:
+        # [batch, C, S, groups, d_out / groups] -> [batch, C, d_out]
+        squares = (gradients.flatten(3).sum(2) @ vectors[0]) ** 2
+        return torch.einsum("nco,po->pnc", squares, inverses)
+    inputs = inputs @ vectors[1]
+    if gradients.shape[2:4] == (1, 1):  # of rank one
+        squares = (gradients.flatten(2) @ vectors[0]) ** 2
+        weights = inputs.flatten(1) ** 2 @ inverses.mT
+        return torch.einsum("nco,pno->pnc", squares, weights)
+    squares = rotated_jacobians(gradients, inputs, vectors[0]).flatten(2) ** 2
+    return (squares @ inverses.flatten(1).T).movedim(2, 0)

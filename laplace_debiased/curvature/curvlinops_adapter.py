@@ -1,0 +1,152 @@
+"""What this library takes from curvlinops, all in one place.
+
+Version 3.0.1, on which laplace-torch 0.3 runs, has no operators for Kronecker products
+or for block diagonals, and exports no base class: ours is its `PyTorchLinearOperator`.
+From version 4 on,
+
+- operators take the network's parameters as a dictionary, and functions of them;
+- trace, determinant, log determinant and norm are methods, not properties;
+- there are public operators for block diagonals of eigendecomposed Kronecker products,
+  of which :class:`EigenbasisLinearOperator` can then be composed.
+
+This file is to change then, and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from curvlinops import GGNLinearOperator, HessianLinearOperator
+from curvlinops._torch_base import PyTorchLinearOperator
+from torch import Tensor, nn
+
+from laplace_debiased.curvature.kronecker import Kronecker
+from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.layers import Layer
+from laplace_debiased.rows.output_curvature import Loss
+
+LinearOperator = PyTorchLinearOperator
+
+_OPERATORS = {"ggn": GGNLinearOperator, "hessian": HessianLinearOperator}
+CURVATURES = tuple(_OPERATORS)
+
+
+def curvature_operator(
+    curvature: str,
+    model_func: nn.Module,
+    loss_func: Loss,
+    params: Sequence[Tensor],
+    data: Iterable[tuple[Inputs, Tensor]],
+) -> LinearOperator:
+    """Build curvlinops' operator of a curvature.
+
+    Args:
+        curvature: ``"ggn"`` or ``"hessian"``.
+        model_func: The neural network.
+        loss_func: The loss.
+        params: The parameters.
+        data: Batches ``(X, y)``.
+
+    Returns:
+        The operator ``[D, D]``.
+
+    Raises:
+        ValueError: If the curvature is not known.
+    """
+    if curvature not in _OPERATORS:
+        raise ValueError(
+            f"`curvature` must be one of {list(_OPERATORS)}, got {curvature!r}."
+        )
+    operator = _OPERATORS[curvature]
+    return operator(
+        model_func,
+        loss_func,
+        list(params),  # type: ignore[arg-type]
+        data,
+        check_deterministic=False,
+    )
+
+
+class EigenbasisLinearOperator(LinearOperator):
+    """A symmetric operator, given by its eigendecomposition.
+
+    Args:
+        params: The parameters it acts on.
+        layers: The layers, whose blocks are on its diagonal.
+        eigenvectors: Eigenvectors of each block.
+        spectra: Eigenvalues of each block, of its shape ``[d_out, d_in]`` or
+            ``[d_out]``. A layer has one block if its bias is a further column of its
+            matrix, and else one for each parameter.
+    """
+
+    SELF_ADJOINT = True
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        layers: Sequence[Layer],
+        eigenvectors: Sequence[Kronecker],
+        spectra: Sequence[Sequence[Tensor]],
+    ):
+        shapes = [tuple(param.shape) for param in params]
+        super().__init__(shapes, shapes)
+        self._device, self._dtype = params[0].device, params[0].dtype
+        self._blocks = [
+            (positions, vectors, values)
+            for layer, vectors, own in zip(layers, eigenvectors, spectra, strict=True)
+            for positions, values in zip(
+                block_positions(layer, len(own) == 1), own, strict=True
+            )
+        ]
+
+    def _matmat(self, M: list[Tensor]) -> list[Tensor]:
+        product: list[Tensor | None] = [None] * len(M)
+        for positions, vectors, values in self._blocks:
+            parts = [M[position].movedim(-1, 0) for position in positions]
+            # [columns, d_out, d_in], the bias as a further column, or [columns, d_out]
+            columns = [p.reshape(len(p), *values.shape[:-1], -1) for p in parts]
+            matrix = torch.cat(columns, dim=-1)
+            matrix = _turned(_turned(matrix, vectors) * values, vectors, back=True)
+            columns = list(matrix.split([c.shape[-1] for c in columns], dim=-1))
+            for position, part, column in zip(positions, parts, columns, strict=True):
+                product[position] = column.reshape(part.shape).movedim(0, -1)
+        return cast("list[Tensor]", product)
+
+    @property
+    def device(self) -> torch.device:
+        """The operator's device."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The operator's dtype."""
+        return self._dtype
+
+
+def block_positions(layer: Layer, joint: bool) -> list[tuple[int, ...]]:
+    """Return the positions of the parameters in each block of a layer.
+
+    Args:
+        layer: The layer.
+        joint: Whether a bias is a further column of the layer's matrix.
+
+    Returns:
+        Positions, the matrix's block first.
+    """
+    if joint:
+        return [layer.parameters]
+    return [(position,) for position in layer.parameters]
+
+
+def _turned(block: Tensor, vectors: Kronecker, back: bool = False) -> Tensor:
+    """Rotate ``[columns, d_out(, d_in)]`` into the eigenbasis, or back."""
+    outer, inner = vectors.gradients, vectors.inputs
+    assert outer is not None
+    if block.ndim == 2:
+        return block @ (outer.T if back else outer)
+    assert inner is not None
+    if back:
+        return outer @ block @ inner.T
+    return outer.T @ block @ inner

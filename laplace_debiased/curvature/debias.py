@@ -1,0 +1,229 @@
+r"""Directions from some points, magnitudes from others: the method, in one file.
+
+The top eigenvectors of a mini-batch's curvature are extreme for that batch only, so
+that its curvature along them is an overestimate. Debiasing takes *directions*
+(eigenvectors) from some points, and *magnitudes* (curvature along them) from others:
+
+- Tatzel, L., Mucsányi, B., Hackel, O., Hennig, P. (2024). Debiasing Mini-Batch
+  Quadratics for Applications in Deep Learning (arXiv 2410.14325), Section 4.2.
+
+:func:`two_batch` does so. :func:`cross_fit` lets each fold of points play both roles:
+its magnitudes are measured along directions of the other folds, and averaged by rank
+(Bartz, 2016).
+
+Magnitudes are what a function of directions *measures*: :func:`project` for the K-FAC
+of other points (the paper's), or the exact curvature of their GGN, for which a pass
+over them is needed. Everything is given layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from laplace_debiased.curvature.decomposition import decompose, eigenvectors
+from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
+
+Factors = list[Kronecker]
+Directions = list[Kronecker]
+Magnitudes = TypeVar("Magnitudes", Kronecker, Spectrum)
+Measure = Callable[[Directions], list[Magnitudes]]
+
+
+class Debiased(NamedTuple, Generic[Magnitudes]):
+    """What debiasing gives, layer by layer.
+
+    Args:
+        directions: The directions.
+        magnitudes: Curvature along them, of other points.
+        own: Eigenvalues of the factors that gave the directions.
+    """
+
+    directions: Directions
+    magnitudes: list[Magnitudes]
+    own: list[Kronecker]
+
+
+def two_batch(factors: Factors, measure: Measure[Magnitudes]) -> Debiased[Magnitudes]:
+    """Measure magnitudes along the eigenvectors of other points.
+
+    Args:
+        factors: Kronecker factors of the points that give directions.
+        measure: Measures the others along directions.
+
+    Returns:
+        Directions and magnitudes.
+    """
+    directions, own = decompose(factors)
+    return Debiased(directions, measure(directions), own)
+
+
+def cross_fit(
+    folds: Sequence[Factors],
+    measures: Sequence[Measure[Magnitudes]],
+    shares: Sequence[float],
+    pooled_inputs: bool = False,
+) -> Debiased[Magnitudes]:
+    """Measure each fold along the eigenvectors of the others; average by rank.
+
+    Args:
+        folds: Kronecker factors of each fold.
+        measures: Measures each fold along directions.
+        shares: Each fold's share of the points.
+        pooled_inputs: Whether input covariances are those of a pool, of which the
+            measured points are a small part: their eigenvectors are then those of all.
+
+    Returns:
+        Directions of all folds, and the averaged magnitudes.
+    """
+    directions, own = decompose(average(folds, shares))
+    inputs = directions if pooled_inputs else None
+    measured = [
+        measure(held_out_directions(folds, shares, k, inputs))
+        for k, measure in enumerate(measures)
+    ]
+    return Debiased(directions, average(measured, shares), own)
+
+
+def held_out_directions(
+    folds: Sequence[Factors],
+    shares: Sequence[float],
+    index: int,
+    inputs: Directions | None = None,
+) -> Directions:
+    """Compute the eigenvectors of all folds but one.
+
+    Args:
+        folds: Kronecker factors of each fold.
+        shares: Each fold's share of the points.
+        index: The fold to leave out.
+        inputs: Directions whose input eigenvectors are taken instead.
+
+    Returns:
+        Eigenvectors of each layer.
+    """
+    others = average(without(folds, index), without(shares, index))
+    if inputs is None:
+        return eigenvectors(others)
+    gradients = eigenvectors([Kronecker(own.gradients) for own in others])
+    return joined(gradients, inputs)
+
+
+def kfac_cross_fit(
+    folds: Sequence[Factors], shares: Sequence[float], pooled_inputs: bool = False
+) -> Debiased[Kronecker]:
+    """Cross-fit with the folds' K-FAC as magnitudes.
+
+    Input covariances of a pool of many points are not scarce: two batches are enough
+    for them, which spares two of three decompositions of what often are the largest
+    factors.
+
+    Args:
+        folds: Kronecker factors of each fold.
+        shares: Each fold's share of the points.
+        pooled_inputs: Whether input covariances are those of a pool.
+
+    Returns:
+        Directions and factored magnitudes.
+    """
+    if not pooled_inputs:
+        return cross_fit(folds, [partial(project, fold) for fold in folds], shares)
+    gradients = [[Kronecker(own.gradients) for own in fold] for fold in folds]
+    inputs = [[Kronecker(None, own.inputs) for own in fold] for fold in folds]
+    outer = kfac_cross_fit(gradients, shares)
+    inner = two_batch(average(inputs[:-1], shares[:-1]), partial(project, inputs[-1]))
+    return Debiased(*(joined(*pair) for pair in zip(outer, inner, strict=True)))
+
+
+def project(factors: Factors, directions: Directions) -> list[Kronecker]:
+    r"""Measure Kronecker factors along given directions.
+
+    These are the ``kfac`` magnitudes of Tatzel et al., 2024 (arXiv 2410.14325,
+    Section 4.2): :math:`\lambda_{ij} = (u_{G,i}^\top \tilde G u_{G,i})
+    (u_{A,j}^\top \tilde A u_{A,j})`.
+
+    Args:
+        factors: Kronecker factors of each layer.
+        directions: Directions of each layer.
+
+    Returns:
+        Factored eigenvalues of each layer.
+    """
+    return [
+        own.map(_squared_lengths, vectors)
+        for own, vectors in zip(factors, directions, strict=True)
+    ]
+
+
+def _squared_lengths(matrix: Tensor, vectors: Tensor) -> Tensor:
+    # [d, d] @ [d, k] -> [k], of each column u the form u^T M u
+    return ((matrix @ vectors) * vectors).sum(0).clamp(min=0)
+
+
+def average(
+    estimates: Sequence[list[Magnitudes]], shares: Sequence[float]
+) -> list[Magnitudes]:
+    """Average factors, or magnitudes, over folds.
+
+    Args:
+        estimates: Those of each layer, for each fold.
+        shares: Weights of the folds, of any sum.
+
+    Returns:
+        The averages.
+    """
+
+    def mean(*tensors: Tensor) -> Tensor:
+        weighted = [s * t for s, t in zip(shares, tensors, strict=True)]
+        return sum(weighted[1:], weighted[0]) / sum(shares)
+
+    return [own[0].map(mean, *own[1:]) for own in zip(*estimates, strict=True)]
+
+
+def add_data(own: Factors, new: Factors, share: float) -> Factors:
+    """Add further data: gradient covariances add up, input covariances average.
+
+    Args:
+        own: Kronecker factors of each layer.
+        new: Those of the further data.
+        share: Number of points that ``own`` stands for, as a share of all.
+
+    Returns:
+        Factors of all data.
+    """
+
+    def added(a: Kronecker, b: Kronecker) -> Kronecker:
+        mean = a.map(lambda A, B: share * A + (1 - share) * B, b)
+        return Kronecker(a.map(lambda G, H: G + H, b).gradients, mean.inputs)
+
+    return [added(*pair) for pair in zip(own, new, strict=True)]
+
+
+def scale_gradients(factors: Sequence[Kronecker], factor: float) -> list[Kronecker]:
+    """Scale the first factor of each layer, and so the curvature.
+
+    Args:
+        factors: Kronecker factors, or factored eigenvalues, of each layer.
+        factor: The factor.
+
+    Returns:
+        The scaled factors.
+    """
+    return [
+        Kronecker(None if own.gradients is None else factor * own.gradients, own.inputs)
+        for own in factors
+    ]
+
+
+def joined(first: Sequence[Kronecker], second: Sequence[Kronecker]) -> list[Kronecker]:
+    """Join what goes with gradients of the first, and with inputs of the second."""
+    pairs = zip(first, second, strict=True)
+    return [Kronecker(a.gradients, b.inputs) for a, b in pairs]
+
+
+def without(items: Sequence, index: int) -> list:
+    """Return all items but one."""
+    return [item for k, item in enumerate(items) if k != index]

@@ -1,0 +1,70 @@
+"""Eigendecompositions of symmetric matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.curvature.kronecker import Kronecker
+
+
+def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose a symmetric matrix, in its own precision where that is enough.
+
+    Args:
+        matrix: Symmetric matrix ``[d, d]``.
+
+    Returns:
+        Eigenvalues ``[d]``, and eigenvectors ``[d, d]`` as columns, in the matrix's
+        dtype.
+    """
+    if matrix.dtype.itemsize >= 4:
+        # in single precision it need not converge: not for few points, for instance
+        with suppress(torch.linalg.LinAlgError):
+            values, vectors = torch.linalg.eigh(matrix)
+            return values, vectors
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def decompose(
+    factors: Sequence[Kronecker],
+) -> tuple[list[Kronecker], list[Kronecker]]:
+    """Compute eigenvectors and eigenvalues of Kronecker factors.
+
+    The factors' own precision is enough to measure magnitudes along the eigenvectors:
+    there their errors enter squared.
+
+    Args:
+        factors: Factors of each layer.
+
+    Returns:
+        Eigenvectors, and eigenvalues, of each layer.
+    """
+    decompositions = [
+        [None if matrix is None else symmetric_eigh(matrix) for matrix in pair]
+        for pair in ((own.gradients, own.inputs) for own in factors)
+    ]
+    eigenvalues, eigenvectors = (
+        [
+            Kronecker(*(None if part is None else part[index] for part in pair))
+            for pair in decompositions
+        ]
+        for index in (0, 1)
+    )
+    return eigenvectors, eigenvalues
+
+
+def eigenvectors(factors: Sequence[Kronecker]) -> list[Kronecker]:
+    """Compute the eigenvectors alone, as :func:`decompose` does.
+
+    Args:
+        factors: Factors of each layer.
+
+    Returns:
+        Eigenvectors of each layer.
+    """
+    return decompose(factors)[0]

@@ -1,0 +1,133 @@
+"""Exact curvature along given directions, accumulated from rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.curvature.factors import (
+    Contributions,
+    accumulation_dtype,
+    is_joint,
+    with_bias_column,
+)
+from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
+from laplace_debiased.rows.layers import Layer, join_positions
+
+_CHUNK_ENTRIES = 2**24
+
+
+class DirectionalCurvatures:
+    r"""Exact curvature of each layer's GGN block along given directions.
+
+    For :math:`u = u_{G,i} \otimes u_{A,j}` it is :math:`u^\top H u = \sum_n w_n
+    \sum_k (\sum_s (u_{G,i}^\top g_{nks}) (u_{A,j}^\top x_{ns}))^2`: the ``ggn``
+    magnitudes, EKFAC's eigenvalue correction (George et al., 2018, arXiv 1806.03884)
+    if directions and data are its own.
+
+    Without weight sharing (``S = 1``) the square of the product is the product of the
+    squares, one matrix product for the batch. Otherwise the rotated per-example
+    gradients ``[batch, d_out, d_in]`` are formed, a chunk of examples at a time.
+
+    Args:
+        layers: The layers.
+        directions: The directions of each.
+        joint: Whether a bias is a further column of its layer's matrix.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        directions: Sequence[Kronecker],
+        joint: bool = False,
+    ):
+        self._layers, self._joint = layers, joint
+        self._directions = {
+            layer.name: own for layer, own in zip(layers, directions, strict=True)
+        }
+        self._inputs: dict[str, list[Tensor]] = {}
+        self._spectra = {layer.name: self._zeros(layer) for layer in layers}
+        self.contributions = Contributions(layers)
+
+    def _zeros(self, layer: Layer) -> Spectrum:
+        basis, inputs = self._bases(layer)
+        matrix = None if inputs is None else basis.new_zeros(len(basis), len(inputs))
+        has_vector = layer.vector is not None and not is_joint(layer, self._joint)
+        return Spectrum(matrix, basis.new_zeros(len(basis)) if has_vector else None)
+
+    def _bases(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
+        own = self._directions[layer.name]
+        assert own.gradients is not None
+        return own.gradients, own.inputs
+
+    def start_batch(self, weights: Tensor) -> None:
+        """Forget the last batch; its weights come with the gradient rows."""
+        self._inputs.clear()
+        self.contributions.start_batch(weights)
+
+    def add_inputs(self, layer: Layer, rows: Tensor) -> None:
+        """Rotate and keep a batch of input rows ``[batch, S, groups, features]``."""
+        rows = rows.to(accumulation_dtype(rows.dtype))
+        if is_joint(layer, self._joint):
+            rows = with_bias_column(rows)
+        _, basis = self._bases(layer)
+        self._inputs.setdefault(layer.name, []).append(rows @ basis)
+
+    def add_gradients(self, layer: Layer, rows: Tensor) -> None:
+        """Add a batch of gradient rows, which carry the square root of the weights."""
+        rows = rows.to(accumulation_dtype(rows.dtype))
+        basis, _ = self._bases(layer)
+        spectrum = self._spectra[layer.name]
+        if spectrum.matrix is not None:
+            inputs = join_positions(self._inputs[layer.name])
+            self._inputs[layer.name] = [inputs]  # the next column's too
+            curvature, squares = _squared_gradients(rows, inputs, basis)
+            spectrum.matrix.add_(curvature)
+            self.contributions.add(layer, squares)
+        if spectrum.vector is not None:
+            # [batch, S, d_out] -> [batch, d_out]
+            squared = (rows.flatten(2).sum(1) @ basis) ** 2
+            spectrum.vector.add_(squared.sum(0))
+            self.contributions.add(layer, squared.sum(1))
+
+    def spectra(self) -> list[Spectrum]:
+        """Return the curvatures of each layer, in the directions' dtype."""
+        return [self._spectra[layer.name] for layer in self._layers]
+
+
+def _squared_gradients(
+    gradients: Tensor, inputs: Tensor, basis: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum the squares of the rotated per-example gradients.
+
+    Args:
+        gradients: Gradient rows ``[batch, S, groups, d_out / groups]``.
+        inputs: Input rows ``[batch, S, groups, d_in]``, rotated already.
+        basis: Eigenvectors ``[d_out, d_out]`` for the gradients.
+
+    Returns:
+        The sums over the batch ``[d_out, d_in]``, and over the gradient ``[batch]``.
+    """
+    _, positions, groups, d_in = inputs.shape
+    if groups == 1:
+        gradients = gradients @ basis
+        if positions == 1:
+            g, x = (rows.flatten(1) ** 2 for rows in (gradients, inputs))
+            # [batch, d_out], [batch, d_in] -> [d_out, d_in]
+            return g.T @ x, g.sum(1) * x.sum(1)
+
+    total = inputs.new_zeros(len(basis), d_in)
+    of_examples = []
+    size = max(1, _CHUNK_ENTRIES // total.numel())
+    # [batch, groups, positions, features]: one matrix product for an example and group
+    gradients, inputs = gradients.transpose(1, 2), inputs.transpose(1, 2)
+    for g, x in zip(gradients.split(size), inputs.split(size), strict=True):
+        products = (g.mT @ x).flatten(1, 2)  # [batch, d_out, d_in]
+        if groups > 1:
+            products = basis.T @ products
+        squares = products**2
+        total += squares.sum(0)
+        of_examples.append(squares.sum((1, 2)))
+    return total, torch.cat(of_examples)

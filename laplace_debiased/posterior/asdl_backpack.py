@@ -1,0 +1,175 @@
+"""Kronecker factors from laplace-torch's ASDL and BackPACK backends."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from laplace.curvature import CurvatureInterface
+from laplace.utils import Kron
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from laplace_debiased.curvature.debias import Directions, Factors, scale_gradients
+from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
+from laplace_debiased.posterior.sources import checked_batches
+from laplace_debiased.rows.layers import Layer
+from laplace_debiased.rows.sweep import SweepSummary
+from laplace_debiased.sampling.folds import Fold
+
+
+def _is_backpack(backend: type[CurvatureInterface]) -> bool:
+    return any("backpack" in base.__module__ for base in backend.__mro__)
+
+
+def check_installed(backend: type[CurvatureInterface]) -> None:
+    """Refuse a backend whose library is missing.
+
+    Args:
+        backend: The backend.
+
+    Raises:
+        ModuleNotFoundError: If it is missing, with what brings it.
+    """
+    library = "backpack" if _is_backpack(backend) else "asdl"
+    try:
+        __import__(library)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{backend.__name__} needs the module `{library}`: "
+            f'pip install "laplace-debiased[{library}]".',
+            name=library,
+        ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class BackendSource:
+    """Lets a backend compute the factors of each batch, and sums them.
+
+    Args:
+        model: The network.
+        params: The parameters.
+        layers: The layers that they are in.
+        backend: An ASDL or BackPACK backend.
+        options: Options of the backend's ``kron``.
+        progress_bar: Whether to show progress bars.
+    """
+
+    model: nn.Module
+    params: Sequence[Tensor]
+    layers: Sequence[Layer]
+    backend: CurvatureInterface
+    options: dict[str, Any]
+    progress_bar: bool = False
+
+    takes_weights = False
+
+    def factors(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
+        """See :meth:`~laplace_debiased.posterior.sources.Source.factors`."""
+        reinstall_hooks(self.backend)
+        first = self.params[0]
+        total = Kron.init_from_model(list(self.params), first.device, first.dtype)
+        loss = torch.zeros((), device=first.device, dtype=first.dtype)
+        num_outputs = 0
+        batches = checked_batches(self.model, fold.loader, self.backend)
+        with tqdm(
+            desc="[Computing Hessian]",
+            total=fold.num_points,
+            disable=not self.progress_bar,
+        ) as bar:
+            for X, y, output in batches:
+                self._check_inputs(X)
+                num_outputs = output.shape[-1]
+                batch_loss, kron = self.backend.kron(
+                    X, y, N=fold.num_points, **self.options
+                )
+                total += Kron(self._aligned(kron.kfacs))
+                loss = loss + batch_loss.detach()
+                bar.update(len(y))
+        # the points have equal weights
+        weight = fold.weights[0].item()
+        factors = scale_gradients(self._by_layer(total.kfacs), weight)
+        summary = SweepSummary(
+            fold.num_points, fold.weights.sum().item(), weight * loss, num_outputs
+        )
+        return factors, summary
+
+    def inputs(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
+        """Not supported: curvature sampling is refused with this backend."""
+        raise NotImplementedError
+
+    def curvatures(
+        self, fold: Fold, directions: Directions, seed: int
+    ) -> tuple[list[Spectrum], SweepSummary]:
+        """Not supported: ``ggn`` magnitudes are refused with this backend."""
+        raise NotImplementedError
+
+    def _check_inputs(self, X: Any) -> None:
+        if isinstance(X, MutableMapping) and _is_backpack(type(self.backend)):
+            raise ValueError("The BackPACK backends do not support dict-like inputs.")
+
+    def _by_layer(self, kfacs: list[list[Tensor]]) -> Factors:
+        """Put together what belongs to a layer.
+
+        laplace-torch spreads a scale of the curvature over the factors of each
+        parameter. A weight's G is then proportional to that of the bias.
+        """
+        factors = []
+        for layer in self.layers:
+            G, *inputs = kfacs[layer.parameters[0]]
+            if layer.matrix is not None and layer.vector is not None:
+                (own,) = kfacs[layer.vector]
+                ratio = G.trace() / own.trace() if own.trace() > 0 else 1.0
+                G, inputs = own, [ratio * A for A in inputs]
+            factors.append(Kronecker(G, *inputs))
+        return factors
+
+    def _aligned(self, kfacs: list[list[Tensor]]) -> list[list[Tensor]]:
+        """Select the factors of the parameters that take part, in their order.
+
+        Raises:
+            ValueError: If the backend has no factors for a parameter.
+        """
+        if not _is_backpack(type(self.backend)):
+            # ASDL returns frozen parameters, too
+            owners = [
+                param
+                for module in self.backend.model.modules()
+                if getattr(module, "fisher", None) is not None
+                for param in (module.weight, getattr(module, "bias", None))
+                if param is not None
+            ]
+            of = {id(p): kfac for p, kfac in zip(owners, kfacs, strict=True)}
+            kfacs = [of[id(param)] for param in self.params if id(param) in of]
+        sizes = [torch.Size([len(f) for f in kfac]).numel() for kfac in kfacs]
+        if sizes != [param.numel() for param in self.params]:
+            raise ValueError(
+                f"{type(self.backend).__name__} has no Kronecker factors for some "
+                "parameters: their layers are not supported by it. Exclude them by "
+                "`requires_grad_(False)`, or use the default backend."
+            )
+        return kfacs
+
+
+def reinstall_hooks(backend: CurvatureInterface) -> None:
+    """Make sure that BackPACK's hooks are where it believes them to be.
+
+    A prediction by any BackPACK backend removes the hooks of all models, but leaves
+    the marks by which BackPACK knows that it had installed them.
+
+    Args:
+        backend: The backend; nothing happens unless it is BackPACK's.
+    """
+    if not _is_backpack(type(backend)):
+        return
+    from backpack import extend
+
+    for extended in (backend._model, backend.lossfunc):
+        for module in extended.modules():
+            module._backpack_extend = any(
+                getattr(hook, "__module__", "").startswith("backpack")
+                for hook in module._forward_hooks.values()
+            )
+        extend(extended)

@@ -1,0 +1,72 @@
+"""What this library knows of laplace-torch's private parts and optional backends.
+
+Releases after 0.3 make ASDL and BackPACK optional: they are imported where one of their
+backends is used, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from laplace.curvature import CurvatureInterface, EFInterface
+from laplace.curvature.curvlinops import CurvlinopsInterface
+from laplace.utils import split_batch
+from torch import Tensor
+
+from laplace_debiased.rows.inputs import Inputs, on_device
+from laplace_debiased.rows.output_curvature import EMPIRICAL, TYPE_2, OutputCurvature
+
+
+def is_curvlinops(backend: type[CurvatureInterface]) -> bool:
+    """Whether a backend's curvature is computed from rows, by this library."""
+    return issubclass(backend, CurvlinopsInterface)
+
+
+def is_empirical(backend: type[CurvatureInterface]) -> bool:
+    """Whether a backend's curvature is the empirical Fisher."""
+    return issubclass(backend, EFInterface)
+
+
+def is_stochastic(backend_kwargs: dict[str, Any]) -> bool:
+    """Whether a backend samples labels."""
+    return bool(backend_kwargs.get("stochastic", False))
+
+
+def output_curvature(
+    backend: CurvatureInterface, mc_samples: int = 1, fisher_rank: int | None = None
+) -> OutputCurvature:
+    """Return the curvature of a backend's loss in the output.
+
+    Args:
+        backend: The backend.
+        mc_samples: Number of sampled labels for each example, if it samples.
+        fisher_rank: Number of columns that are kept.
+
+    Returns:
+        The output curvature, by the backend's Fisher type.
+    """
+    fisher_type = (
+        EMPIRICAL
+        if is_empirical(type(backend))
+        else getattr(backend, "_kron_fisher_type", TYPE_2)
+    )
+    # curvlinops' enumeration, or a string
+    fisher_type = getattr(fisher_type, "value", fisher_type)
+    return OutputCurvature(backend.lossfunc, fisher_type, mc_samples, fisher_rank)
+
+
+def inputs_and_targets(
+    batch: Any, backend: CurvatureInterface
+) -> tuple[Inputs, Tensor]:
+    """Split a batch, and move it to the model's device.
+
+    Args:
+        batch: A pair ``(X, y)``, or a mapping.
+        backend: The backend, which knows the key of the targets.
+
+    Returns:
+        Inputs and targets.
+    """
+    X, y = split_batch(batch, backend.dict_key_y)
+    device = next(backend.model.parameters()).device
+    return on_device(X, device), y.to(device)

@@ -1,0 +1,409 @@
+"""Record the uses of parameters in a forward pass, and their gradients afterwards.
+
+A :class:`torch.overrides.TorchFunctionMode` sees each torch function that a network
+calls, with the parameter itself among its arguments, the input as it is, and the output
+before anyone changes it. Modules, hooks and aliases do not matter, nor do weights that
+are used twice.
+
+Each use shifts its output by a *probe* of zeros. The gradient in a probe is that in the
+output of the function, also where an activation then overwrites that output in place,
+and asking autograd for the probes alone spares the weight gradients that a
+backward pass to the parameters computes and throws away.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.layers import Layer
+from laplace_debiased.rows.uses import USES, Layout, MatrixUse, Use
+
+
+def _opened(function: Any) -> FunctionType:
+    """Copy a function of torch so that a mode sees the functions that it calls.
+
+    Else it is given to the mode as a whole.
+    """
+    inner = function.__globals__ | {"has_torch_function": lambda _: False}
+    copy = FunctionType(
+        function.__code__, inner, function.__name__, function.__defaults__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_OPENED: dict[Callable, Callable] = {
+    function: _opened(function)
+    for function in (F.multi_head_attention_forward, torch.autograd.grad)
+}
+
+
+class Substitution(TorchFunctionMode):
+    """Runs a network with other values in the place of its parameters.
+
+    The network itself is not touched: it may have aliased modules, tied weights, and
+    other threads that use it.
+
+    Args:
+        values: Values by the ``id`` of the parameters.
+    """
+
+    def __init__(self, values: Mapping[int, Tensor]):
+        super().__init__()
+        self._values = values
+
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch."""
+        return func(*self._replaced(args), **self._replaced(kwargs or {}))
+
+    def _replaced(self, item: Any) -> Any:
+        """Replace the parameters in arguments, which may be nested."""
+        if isinstance(item, Tensor):
+            return self._values.get(id(item), item)
+        if type(item) in (tuple, list):
+            return type(item)([self._replaced(part) for part in item])
+        if type(item) is dict:
+            return {key: self._replaced(part) for key, part in item.items()}
+        return item
+
+
+class Recorder(Substitution):
+    """Tells of each use of a parameter.
+
+    Args:
+        values: Stand-ins for all parameters of the network, by their ``id``.
+        on_use: Called with each use, whose weight and bias are stand-ins, and its
+            output; returns a tensor to go on with.
+        on_other: Called with the stand-ins that another function takes, be it a part of
+            them, and its name; None if it does not matter.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[int, Tensor],
+        on_use: Callable[[Use, Tensor], Tensor],
+        on_other: Callable[[list[Tensor], str], None] | None = None,
+    ):
+        super().__init__(values)
+        self._stand_ins = {id(value): value for value in values.values()}
+        self._on_use, self._on_other = on_use, on_other
+
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch."""
+        if func in _OPENED:
+            with self:
+                return _OPENED[func](*args, **(kwargs or {}))
+        args, kwargs = self._replaced(args), self._replaced(kwargs or {})
+        output = func(*args, **kwargs)
+        if func in USES:
+            use = USES[func](*args, **kwargs)
+            if self._is_recorded(use):
+                return self._on_use(use, output)
+        if self._on_other is not None:
+            taken = list(self._taken([args, kwargs]))
+            if taken and any(self._is_new(value) for value in _tensors(output)):
+                self._on_other(taken, getattr(func, "__name__", str(func)))
+        return output
+
+    def _is_recorded(self, use: Use) -> bool:
+        """Whether weight or bias is a parameter, and no parameter is used otherwise."""
+        parameters = [p for p in (use.weight, use.bias) if p is not None]
+        return (
+            all(id(p) in self._stand_ins or not self._is_part(p) for p in parameters)
+            and any(id(p) in self._stand_ins for p in parameters)
+            and id(use.input) not in self._stand_ins
+            and not self._is_part(use.input)
+            # what a transform of functions maps over cannot be probed
+            and not torch._C._functorch.is_functorch_wrapped_tensor(use.input)
+        )
+
+    def _is_part(self, tensor: Tensor) -> bool:
+        return id(tensor._base) in self._stand_ins
+
+    def _is_new(self, tensor: Tensor) -> bool:
+        """Whether a tensor is neither a stand-in nor a part of one."""
+        return id(tensor) not in self._stand_ins and not self._is_part(tensor)
+
+    def _taken(self, item: Any) -> Iterator[Tensor]:
+        """Yield the stand-ins among arguments, and those that they are parts of."""
+        for tensor in _tensors(item):
+            for own in (tensor, tensor._base):
+                if id(own) in self._stand_ins:
+                    yield self._stand_ins[id(own)]
+
+
+def _tensors(item: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested containers."""
+    if isinstance(item, Tensor):
+        yield item
+    elif isinstance(item, tuple | list):
+        for part in item:
+            yield from _tensors(part)
+    elif isinstance(item, dict):
+        yield from _tensors(list(item.values()))
+
+
+def stand_ins(
+    model: nn.Module, requiring_gradients: Sequence[Tensor] = ()
+) -> dict[int, Tensor]:
+    """Return detached stand-ins for a network's parameters.
+
+    Neither the parameters' gradients nor their ``requires_grad`` flags matter then.
+
+    Args:
+        model: The network.
+        requiring_gradients: Parameters whose stand-ins require gradients.
+
+    Returns:
+        The stand-ins, by the ``id`` of the parameters.
+    """
+    values = {id(parameter): parameter.detach() for parameter in model.parameters()}
+    for parameter in requiring_gradients:
+        values[id(parameter)].requires_grad_()
+    return values
+
+
+def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
+    """Call a network, eagerly if it is compiled.
+
+    Args:
+        model: The network.
+        X: Inputs, a tensor or a mapping.
+        **kwargs: Its further keywords.
+
+    Returns:
+        Its output.
+    """
+    original = getattr(model, "_orig_mod", model)
+    return original(X, **kwargs)
+
+
+def check_not_scripted(model: nn.Module) -> None:
+    """Refuse scripted modules, into which no mode can look.
+
+    Args:
+        model: The network.
+
+    Raises:
+        ValueError: If a part of it is scripted.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"Module {name or '(model)'!r} is scripted, so that the uses of its "
+                "parameters cannot be recorded: pass the original module."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Record:
+    """A use, with the layers whose rows it gives, and the key of each.
+
+    Args:
+        use: The use.
+        probe: The zeros that its output was shifted by.
+        layout: Where the examples are.
+        layers: Pairs of a layer and what its parameter is to the function.
+    """
+
+    use: Use
+    probe: Tensor
+    layout: Layout
+    layers: list[tuple[Layer, str]]
+
+
+class Tape:
+    """The uses in one forward pass.
+
+    Args:
+        batch_size: Number of examples in the pass.
+        replay: Does with functions that are called again in a backward pass, by
+            checkpointing, what was done in the forward pass.
+
+    Attributes:
+        num_calls: Number of calls of each layer so far, by its name.
+    """
+
+    def __init__(self, batch_size: int, replay: TorchFunctionMode):
+        self._batch_size, self._replay = batch_size, replay
+        self._records: list[_Record] = []
+        self.num_calls: Counter[str] = Counter()
+
+    def add(self, record: _Record) -> None:
+        """Add a use."""
+        self._records.append(record)
+        self.num_calls.update(layer.name for layer, _ in record.layers)
+
+    def gradient_rows(
+        self,
+        output: Tensor,
+        column: Tensor,
+        retain_graph: bool,
+        create_graph: bool = False,
+    ) -> list[tuple[Layer, Tensor]]:
+        """Backpropagate a column to the outputs of all layers.
+
+        Args:
+            output: The network's output ``[batch, outputs]``.
+            column: What to backpropagate, of the output's shape.
+            retain_graph: Whether another column follows.
+            create_graph: Whether the rows are to be differentiated.
+
+        Returns:
+            Each layer with its gradient rows ``[batch, S, groups, features]``, the
+            positions of all calls in their order. Layers that do not influence the
+            output are left out: their gradient is zero.
+        """
+        probes = [r.probe for r in self._records if r.probe.requires_grad]
+        with self._replay:
+            gradients = iter(
+                torch.autograd.grad(
+                    output,
+                    probes,
+                    grad_outputs=column,
+                    retain_graph=retain_graph,
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+            )
+        calls: dict[str, tuple[Layer, list[Tensor]]] = {}
+        influential: set[str] = set()
+        for record in self._records:
+            gradient = next(gradients) if record.probe.requires_grad else None
+            for layer, key in record.layers:
+                if gradient is not None:
+                    influential.add(layer.name)
+                rows = record.use.gradient_rows(
+                    torch.zeros_like(record.probe) if gradient is None else gradient,
+                    key,
+                    record.layout,
+                    self._batch_size,
+                )
+                calls.setdefault(layer.name, (layer, []))[1].append(rows)
+        return [
+            (layer, layer.join_calls(rows))
+            for name, (layer, rows) in calls.items()
+            if name in influential
+        ]
+
+
+def probed(output: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift an output by zeros whose gradient is that in the output.
+
+    Args:
+        output: The output of a function.
+
+    Returns:
+        The zeros, which have no gradient where gradients are disabled, and a tensor
+        equal to the output.
+    """
+    zeros = output.new_zeros(()).expand(output.shape)
+    if not torch.is_grad_enabled():
+        return zeros, output
+    zeros.requires_grad_()
+    return zeros, output + zeros
+
+
+@contextmanager
+def record_rows(
+    model: nn.Module,
+    params: Sequence[Tensor],
+    layers: Sequence[Layer],
+    batch_size: int,
+    on_input: Callable[[Layer, Tensor], None],
+    differentiable: bool = False,
+) -> Iterator[Tape]:
+    """Record the layers during one forward pass, made by :func:`run`.
+
+    Args:
+        model: The network, all of whose parameters are detached meanwhile.
+        params: Parameters, in which the layers have their positions.
+        layers: The layers to record.
+        batch_size: Number of examples in the pass.
+        on_input: Called with each layer that has inputs and its input rows, at each of
+            its calls, as soon as they are known: a network may overwrite an activation
+            later.
+        differentiable: Whether the rows are to be differentiated.
+
+    Yields:
+        The tape to ask for gradient rows once the forward pass is done.
+
+    Raises:
+        ValueError: If a layer never runs, mixes examples, or runs on an input whose
+            axis of examples has no whole number of entries for each.
+    """
+    values = stand_ins(model)
+    of_parameter = {
+        id(values[id(params[position])]): layer
+        for layer in layers
+        for position in layer.parameters
+    }
+
+    def layers_of(use: Use) -> list[tuple[Layer, str]]:
+        keys: dict[str, tuple[Layer, str]] = {}
+        for key, parameter in (("weight", use.weight), ("bias", use.bias)):
+            layer = of_parameter.get(id(parameter))
+            if layer is not None:
+                keys.setdefault(layer.name, (layer, key))
+        return list(keys.values())
+
+    def on_replayed_use(use: Use, output: Tensor) -> Tensor:
+        return probed(output)[1] if layers_of(use) else output
+
+    tape = Tape(batch_size, Recorder(values, on_replayed_use))
+
+    def on_use(use: Use, output: Tensor) -> Tensor:
+        own = layers_of(use)
+        if not own:
+            return output
+        first, _ = own[0]
+        if use.mixes_examples:
+            raise ValueError(_batch_statistics(first))
+        layout = first.layout(tape.num_calls[first.name])
+        kept = use.before_changes(differentiable)
+        for layer, _ in own:
+            if layer.has_inputs:
+                assert isinstance(kept, MatrixUse)
+                on_input(layer, kept.input_rows(layout, batch_size))
+        probe, shifted = probed(output)
+        tape.add(_Record(kept, probe, layout, own))
+        return shifted
+
+    with Recorder(values, on_use):
+        yield tape
+    silent = [layer.name for layer in layers if not tape.num_calls[layer.name]]
+    if silent:
+        raise ValueError(
+            f"Layers never ran in the forward pass: {', '.join(silent)}. Exclude them "
+            "by `requires_grad_(False)`."
+        )
+
+
+def _batch_statistics(layer: Layer) -> str:
+    return (
+        f"Layer {layer.name!r} uses batch statistics, which mix examples. Use eval "
+        "mode and running statistics, or exclude the layer by `requires_grad_(False)`."
+    )
