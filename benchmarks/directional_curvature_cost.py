@@ -134,12 +134,12 @@ def table(rows: list[dict]) -> str:
         "| peak memory (GB) | largest relative difference |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        lines.append(
-            f"| {row['network']} | {row['parameters']:,} | {row['method']} "
-            f"| {row['seconds']:.1f} | {row['ratio']:.1f} "
-            f"| {row['peak_mb'] / 1024:.1f} | {row['difference']:.0e} |"
-        )
+    lines += [
+        f"| {row['network']} | {row['parameters']:,} | {row['method']} "
+        f"| {row['seconds']:.1f} | {row['ratio']:.1f} "
+        f"| {row['peak_mb'] / 1024:.1f} | {row['difference']:.0e} |"
+        for row in rows
+    ]
     return "\n".join(lines)
 
 

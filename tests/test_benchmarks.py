@@ -317,7 +317,7 @@ def test_data_of_many_classes(benchmarks, monkeypatch):
     images, labels = data.train.tensors
     assert images.shape == (module.NUM_PAIRS, 1, 4, 8)
     assert labels.max() < 100
-    left = (X == images[0, :, :, :4]).flatten(1).all(1).nonzero()[0]
+    left = (images[0, :, :, :4] == X).flatten(1).all(1).nonzero()[0]
     assert labels[0] // 10 == y[left]
 
 

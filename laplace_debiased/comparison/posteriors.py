@@ -132,7 +132,7 @@ def same_data_curvature(
     Returns:
         The curvature of the points' summed loss.
     """
-    batches = [batch for batch in _loader(points)]
+    batches = list(_loader(points))
     operator = DebiasedKFACLinearOperator(
         model,
         nn.CrossEntropyLoss(reduction="sum"),

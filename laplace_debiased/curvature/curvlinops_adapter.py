@@ -19,15 +19,13 @@ from typing import cast
 
 import torch
 from curvlinops import GGNLinearOperator, HessianLinearOperator
-from curvlinops._torch_base import PyTorchLinearOperator
+from curvlinops._torch_base import PyTorchLinearOperator as LinearOperator
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.kronecker import Kronecker
-from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.inputs import Batch
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import Loss
-
-LinearOperator = PyTorchLinearOperator
 
 _OPERATORS = {"ggn": GGNLinearOperator, "hessian": HessianLinearOperator}
 CURVATURES = tuple(_OPERATORS)
@@ -38,7 +36,7 @@ def curvature_operator(
     model_func: nn.Module,
     loss_func: Loss,
     params: Sequence[Tensor],
-    data: Iterable[tuple[Inputs, Tensor]],
+    data: Iterable[Batch],
 ) -> LinearOperator:
     """Build curvlinops' operator of a curvature.
 
@@ -63,7 +61,7 @@ def curvature_operator(
     return operator(
         model_func,
         loss_func,
-        list(params),  # type: ignore[arg-type]
+        list(params),
         data,
         check_deterministic=False,
     )

@@ -73,6 +73,7 @@ class DirectionalCurvatures:
         if is_joint(layer, self._joint):
             rows = with_bias_column(rows)
         _, basis = self._bases(layer)
+        assert basis is not None
         self._inputs.setdefault(layer.name, []).append(rows @ basis)
 
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:

@@ -13,7 +13,7 @@ A block's eigenvectors are lists ``[U_G, U_A]`` or ``[U_G]``; its eigenvalues ``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from laplace.utils import block_diag, kron
@@ -85,7 +85,25 @@ class EigenbasisMatrix(KronDecomposed):
     Raises:
         ValueError: If ``damping`` is asked for eigenvalues that do not factor, or
             shapes do not match.
+
+    Example:
+        One block whose eigenvalues factor, with a prior precision:
+
+        >>> import torch
+        >>> from laplace_debiased import EigenbasisMatrix
+        >>> eigenvalues = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0, 3.0])]
+        >>> curvature = EigenbasisMatrix([[torch.eye(2), torch.eye(3)]], [eigenvalues])
+        >>> precision = curvature + torch.tensor(0.5)
+        >>> precision.spectra()
+        [tensor([[1.5000, 0.5000, 3.5000],
+                [2.5000, 0.5000, 6.5000]])]
+        >>> precision.diag(-1)  # variances
+        tensor([0.6667, 2.0000, 0.2857, 0.4000, 2.0000, 0.1538])
     """
+
+    # laplace-torch declares tuples of one tensor, but makes lists of one or two
+    eigenvectors: list[list[Tensor]]  # type: ignore[assignment]
+    eigenvalues: list[list[Tensor]]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -104,7 +122,12 @@ class EigenbasisMatrix(KronDecomposed):
                 )
             if damping and not factored:
                 raise ValueError("`damping` needs factored eigenvalues.")
-        super().__init__(eigenvectors, eigenvalues, deltas, damping)
+        super().__init__(
+            cast("list[tuple[Tensor]]", eigenvectors),
+            cast("list[tuple[Tensor]]", eigenvalues),
+            deltas,
+            damping,
+        )
 
     def _replace(
         self,
@@ -139,7 +162,8 @@ class EigenbasisMatrix(KronDecomposed):
         Returns:
             The scaled matrix.
         """
-        return self._replace(eigenvalues=super().__mul__(scalar).eigenvalues)
+        scaled = super().__mul__(scalar).eigenvalues
+        return self._replace(cast("list[list[Tensor]]", scaled))
 
     __radd__ = __add__
     __rmul__ = __mul__
@@ -180,7 +204,8 @@ class EigenbasisMatrix(KronDecomposed):
 
     def logdet(self) -> Tensor:
         """Compute the log determinant."""
-        return sum(values.log().sum() for values in self.spectra())
+        parts = [values.log().sum() for values in self.spectra()]
+        return sum(parts[1:], parts[0])
 
     def _split(self, W: Tensor) -> list[Tensor]:
         """Split ``[..., params]`` into blocks ``[..., d_out(, d_in)]`` in own dtype."""
@@ -214,7 +239,7 @@ class EigenbasisMatrix(KronDecomposed):
         Returns:
             ``[batch, outputs, outputs]``.
         """
-        result = 0
+        result = self.eigenvectors[0][0].new_zeros(())
         for part, vectors, values in zip(
             self._split(W), self.eigenvectors, self.spectra(), strict=True
         ):
@@ -259,7 +284,7 @@ class EigenbasisMatrix(KronDecomposed):
 def by_parameter(
     layers: Sequence[Layer],
     directions: Sequence[Kronecker],
-    magnitudes: Sequence[Kronecker] | Sequence[Spectrum],
+    magnitudes: Sequence[Kronecker | Spectrum],
     damping: bool = False,
 ) -> EigenbasisMatrix:
     """Split layers into their parameters.

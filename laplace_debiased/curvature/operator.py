@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_debiased.curvature import operator_state
 from laplace_debiased.curvature.curvlinops_adapter import (
     EigenbasisLinearOperator,
     LinearOperator,
@@ -29,7 +30,7 @@ from laplace_debiased.curvature.factors import (
     is_joint,
 )
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
-from laplace_debiased.rows.inputs import Inputs, on_device
+from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import TYPE_2, Loss, OutputCurvature
@@ -39,8 +40,6 @@ from laplace_debiased.rows.selection import find_layers
 from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
 
 MAGNITUDES = ("kfac", "ggn")
-# of saved operators; those of version 0.1 before had none
-FORMAT = 2
 
 
 def check_magnitudes(magnitudes: str) -> None:
@@ -101,6 +100,28 @@ class DebiasedKFACLinearOperator(LinearOperator):
 
     Raises:
         ValueError: If an argument is not supported.
+
+    Example:
+        The trace of exact curvatures is exact, whatever points gave the directions:
+
+        >>> import torch
+        >>> from curvlinops import GGNLinearOperator
+        >>> from laplace_debiased import DebiasedKFACLinearOperator
+        >>> _ = torch.manual_seed(0)
+        >>> model, loss = torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss()
+        >>> params = list(model.parameters())
+        >>> first, second = (
+        ...     [(torch.randn(20, 3), torch.randint(2, (20,)))] for _ in range(2)
+        ... )
+        >>> debiased = DebiasedKFACLinearOperator(
+        ...     model, loss, params, first, second, magnitudes="ggn"
+        ... )
+        >>> exact = GGNLinearOperator(model, loss, params, second) @ torch.eye(8)
+        >>> torch.allclose(debiased.trace, exact.trace())
+        True
+        >>> inverse = debiased.inverse(damping=0.1)
+        >>> torch.allclose(inverse @ (debiased @ exact + 0.1 * exact), exact, atol=1e-4)
+        True
     """
 
     SELF_ADJOINT = True
@@ -110,8 +131,8 @@ class DebiasedKFACLinearOperator(LinearOperator):
         model_func: nn.Module,
         loss_func: Loss,
         params: Sequence[Tensor],
-        direction_data: Iterable[tuple[Inputs, Tensor]],
-        magnitude_data: Iterable[tuple[Inputs, Tensor]],
+        direction_data: Iterable[Batch],
+        magnitude_data: Iterable[Batch],
         *,
         magnitudes: str = "kfac",
         fisher_type: str = TYPE_2,
@@ -187,7 +208,7 @@ class DebiasedKFACLinearOperator(LinearOperator):
     def _sweep(
         self,
         role: str,
-        data: Iterable[tuple[Inputs, Tensor]],
+        data: Iterable[Batch],
         accumulator: Accumulator,
     ) -> SweepSummary:
         source = self._data[role]
@@ -349,15 +370,7 @@ class DebiasedKFACLinearOperator(LinearOperator):
         Returns:
             A dictionary of plain values and tensors, without the model.
         """
-        computed = self._computed()
-        return {
-            "format": FORMAT,
-            "settings": self._settings(),
-            "layers": [layer.state_dict() for layer in self._layers],
-            "directions": [dict(vars(own)) for own in computed.directions],
-            "magnitudes": [dict(vars(own)) for own in computed.magnitudes],
-            "own": [dict(vars(own)) for own in computed.own],
-        }
+        return operator_state.state_dict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what another operator computed.
@@ -368,72 +381,18 @@ class DebiasedKFACLinearOperator(LinearOperator):
         Raises:
             ValueError: If format, settings or shapes differ.
         """
-        if state_dict.get("format") != FORMAT:
-            raise ValueError(
-                f"`state_dict` has format {state_dict.get('format')}, this version "
-                f"reads format {FORMAT}: compute the operator again."
-            )
-        settings = self._settings()
-        if state_dict["settings"] != settings:
-            raise ValueError(
-                f"`state_dict` was computed with {state_dict['settings']}, this "
-                f"operator has {settings}."
-            )
-        layers = [Layer.from_state_dict(own) for own in state_dict["layers"]]
-        _check_layers(layers, self._params)
-        kind = Kronecker if self._magnitudes == "kfac" else Spectrum
-        self._debiased = Debiased(
-            [Kronecker(**own) for own in state_dict["directions"]],
-            [kind(**own) for own in state_dict["magnitudes"]],
-            [Kronecker(**own) for own in state_dict["own"]],
-        )
-        self._layers, self._product = layers, None
-
-    def _settings(self) -> dict[str, Any]:
-        curvature = self._output_curvature
-        return {
-            "loss": type(self._loss_func).__name__,
-            "reduction": self._loss_func.reduction,
-            "magnitudes": self._magnitudes,
-            "fisher_type": _plain(curvature.fisher_type),
-            "mc_samples": curvature.mc_samples,
-            "fisher_rank": curvature.fisher_rank,
-            "kfac_approx": _plain(self._kfac_approx),
-            "separate_weight_and_bias": not self._joint,
-            "seed": self._seed,
-        }
+        operator_state.load(self, state_dict)
 
 
-def _plain(value: str) -> str:
-    """Return the string that a member of curvlinops' enumerations stands for."""
-    return str(getattr(value, "value", value))
-
-
-def _num_points(source: Iterable[tuple[Inputs, Tensor]]) -> int | None:
+def _num_points(source: Iterable[Batch]) -> int | None:
     """Return the number of points, unless it takes reading them."""
     if isinstance(source, list | tuple):
         return sum(len(y) for _, y in source)
     return None
 
 
-def _first(data: Iterator[tuple[Inputs, Tensor]]) -> Iterator[tuple[Inputs, Tensor]]:
+def _first(data: Iterator[Batch]) -> Iterator[Batch]:
     """Yield the first batch, if there is one."""
     for batch in data:
         yield batch
         return
-
-
-def _check_layers(layers: list[Layer], params: Sequence[Tensor]) -> None:
-    """Refuse layers that are not those of parameters."""
-    sizes: dict[int, int] = {}
-    for layer in layers:
-        if layer.matrix is not None:
-            sizes[layer.matrix] = layer.d_out * layer.d_in
-        if layer.vector is not None:
-            sizes[layer.vector] = layer.d_out
-    saved = [sizes[position] for position in sorted(sizes)]
-    expected = [param.numel() for param in params]
-    if saved != expected:
-        raise ValueError(
-            f"`state_dict` has parameters of {saved} entries, the model {expected}."
-        )

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.inputs import Batch
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import Loss, OutputCurvature
 from laplace_debiased.rows.sweep import Nothing, sweep
 
 
 def curvature_scores(
-    model_func: nn.Module, loss_func: Loss, data: Iterable[tuple[Inputs, Tensor]]
+    model_func: nn.Module, loss_func: Loss, data: Iterable[Batch]
 ) -> Tensor:
     r"""Compute the trace of each point's loss curvature in the output.
 
@@ -36,6 +36,17 @@ def curvature_scores(
     Raises:
         ValueError: If the loss is not supported, data are empty or not valid, or the
             network mixes examples or is random.
+
+    Example:
+        A point that the network is sure of has little curvature:
+
+        >>> import torch
+        >>> from laplace_debiased import curvature_scores
+        >>> model = torch.nn.Linear(1, 2, bias=False)
+        >>> model.weight.data = torch.tensor([[1.0], [-1.0]])
+        >>> data = [(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([0, 0, 0]))]
+        >>> curvature_scores(model, torch.nn.CrossEntropyLoss(), data)
+        tensor([0.5000, 0.2100, 0.0049])
     """
     check_repeatable(model_func)
     output_curvature = OutputCurvature(loss_func)

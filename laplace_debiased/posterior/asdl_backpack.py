@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from laplace.curvature import CurvatureInterface
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from laplace_debiased.curvature.debias import Directions, Factors, scale_gradients
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.posterior.sources import checked_batches
+from laplace_debiased.posterior.upstream import loss_of
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.sweep import SweepSummary
 from laplace_debiased.sampling.folds import Fold
@@ -70,7 +71,8 @@ class BackendSource:
         """See :meth:`~laplace_debiased.posterior.sources.Source.factors`."""
         reinstall_hooks(self.backend)
         first = self.params[0]
-        total = Kron.init_from_model(list(self.params), first.device, first.dtype)
+        params = cast("list[nn.Parameter]", list(self.params))
+        total = Kron.init_from_model(params, first.device, first.dtype)
         loss = torch.zeros((), device=first.device, dtype=first.dtype)
         num_outputs = 0
         batches = checked_batches(self.model, fold.loader, self.backend)
@@ -85,12 +87,12 @@ class BackendSource:
                 batch_loss, kron = self.backend.kron(
                     X, y, N=fold.num_points, **self.options
                 )
-                total += Kron(self._aligned(kron.kfacs))
+                total += Kron(self._aligned(kron))
                 loss = loss + batch_loss.detach()
                 bar.update(len(y))
         # the points have equal weights
         weight = fold.weights[0].item()
-        factors = scale_gradients(self._by_layer(total.kfacs), weight)
+        factors = scale_gradients(self._by_layer(total), weight)
         summary = SweepSummary(
             fold.num_points, fold.weights.sum().item(), weight * loss, num_outputs
         )
@@ -110,13 +112,13 @@ class BackendSource:
         if isinstance(X, MutableMapping) and _is_backpack(type(self.backend)):
             raise ValueError("The BackPACK backends do not support dict-like inputs.")
 
-    def _by_layer(self, kfacs: list[list[Tensor]]) -> Factors:
+    def _by_layer(self, kron: Kron) -> Factors:
         """Put together what belongs to a layer.
 
         laplace-torch spreads a scale of the curvature over the factors of each
         parameter. A weight's G is then proportional to that of the bias.
         """
-        factors = []
+        factors, kfacs = [], _kfacs(kron)
         for layer in self.layers:
             G, *inputs = kfacs[layer.parameters[0]]
             if layer.matrix is not None and layer.vector is not None:
@@ -126,12 +128,13 @@ class BackendSource:
             factors.append(Kronecker(G, *inputs))
         return factors
 
-    def _aligned(self, kfacs: list[list[Tensor]]) -> list[list[Tensor]]:
+    def _aligned(self, kron: Kron) -> list[tuple[Tensor] | Tensor]:
         """Select the factors of the parameters that take part, in their order.
 
         Raises:
             ValueError: If the backend has no factors for a parameter.
         """
+        kfacs = _kfacs(kron)
         if not _is_backpack(type(self.backend)):
             # ASDL returns frozen parameters, too
             owners = [
@@ -150,7 +153,12 @@ class BackendSource:
                 "parameters: their layers are not supported by it. Exclude them by "
                 "`requires_grad_(False)`, or use the default backend."
             )
-        return kfacs
+        return cast("list[tuple[Tensor] | Tensor]", kfacs)
+
+
+def _kfacs(kron: Kron) -> list[list[Tensor]]:
+    """Return a list of factors for each parameter: laplace-torch declares tuples."""
+    return cast("list[list[Tensor]]", kron.kfacs)
 
 
 def reinstall_hooks(backend: CurvatureInterface) -> None:
@@ -166,8 +174,10 @@ def reinstall_hooks(backend: CurvatureInterface) -> None:
         return
     from backpack import extend
 
-    for extended in (backend._model, backend.lossfunc):
-        for module in extended.modules():
+    for extended in (backend._model, loss_of(backend)):
+        # torch declares that modules have no other attributes
+        modules = cast("Iterator[Any]", extended.modules())
+        for module in modules:
             module._backpack_extend = any(
                 getattr(hook, "__module__", "").startswith("backpack")
                 for hook in module._forward_hooks.values()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from laplace.utils import split_batch
@@ -272,7 +272,8 @@ def take_over(la: KronDebiasedLaplace, estimate: Estimate, num_data: float) -> N
     la._estimate = estimate
     la.mean = mean if la.enable_backprop else mean.detach()
     la.loss, la.n_outputs, la.n_data = estimate.loss, estimate.num_outputs, num_data
-    la.model.output_size = estimate.num_outputs
+    # torch declares that modules have no attributes of this type
+    cast("Any", la.model).output_size = estimate.num_outputs
 
 
 def messages(la: KronDebiasedLaplace, before: Seen, explicit: bool) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from math import pi
-from typing import Any
+from typing import Any, cast
 from warnings import warn
 
 import torch
@@ -29,6 +29,7 @@ from laplace.utils.enums import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
 from laplace_debiased.curvature.streams import Curvature
 from laplace_debiased.posterior import diagnostics, fitting, state
 from laplace_debiased.posterior.measuring import Estimate
@@ -108,9 +109,34 @@ class KronDebiasedLaplace(KronLaplace):
     Raises:
         TypeError: If an argument has a wrong type.
         ValueError: If an argument is out of range or does not fit the others.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from laplace_debiased import KronDebiasedLaplace
+        >>> _ = torch.manual_seed(0)
+        >>> X = torch.randn(200, 2)
+        >>> train = DataLoader(TensorDataset(X, (X[:, 0] > 0).long()), batch_size=50)
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        ... )
+        >>> la = KronDebiasedLaplace(model, "classification", budget=100)
+        >>> la.fit(train)
+        >>> la.prior_precision = 2.0
+        >>> la(X[:3]).shape  # probabilities
+        torch.Size([3, 2])
+        >>> la.sample(5).shape  # of all parameters
+        torch.Size([5, 42])
+        >>> list(la.curvature_standard_errors)  # of each layer
+        ['0', '2']
     """
 
     _key = ("all", "kron_debiased")
+
+    # laplace-torch declares that a mean may be a number, and that points are counted,
+    # while here they have weights
+    mean: Tensor
+    n_data: float  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -157,13 +183,11 @@ class KronDebiasedLaplace(KronLaplace):
             memory_limit,
             strict,
         )
+        prior = (sigma_noise, prior_precision, prior_mean, temperature)
         super().__init__(
             model,
             likelihood,
-            sigma_noise,
-            prior_precision,
-            prior_mean,
-            temperature,
+            *prior,
             enable_backprop,
             dict_key_x,
             dict_key_y,
@@ -216,6 +240,12 @@ class KronDebiasedLaplace(KronLaplace):
     def fitted_params(self) -> list[Tensor]:
         """The parameters that the posterior is over."""
         return self.params
+
+    # a tensor in laplace-torch's base class, a matrix of another class in its K-FAC's
+    @property
+    def posterior_precision(self) -> EigenbasisMatrix:  # type: ignore[override]
+        """The posterior precision, that of the prior included."""
+        return cast("EigenbasisMatrix", super().posterior_precision)
 
     @KronLaplace.prior_precision.setter
     def prior_precision(self, prior_precision: float | Tensor) -> None:
@@ -513,12 +543,18 @@ class KronDebiasedLaplace(KronLaplace):
             return samples.softmax(-1)
         return samples
 
-    def _nn_predictive_classification(
-        self, X: Inputs, n_samples: int = 100, **model_kwargs: Any
+    # the base class declares each further keyword as a dictionary
+    def _nn_predictive_classification(  # type: ignore[override]
+        self,
+        X: Inputs,
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        **model_kwargs: Any,
     ) -> Tensor:
         with evaluating(self.model):
             total = torch.zeros((), device=self._device)
-            for output in self._sampled_outputs(X, n_samples, **model_kwargs):
+            outputs = self._sampled_outputs(X, n_samples, generator, **model_kwargs)
+            for output in outputs:
                 total = total + output.softmax(-1)
             return total / n_samples
 

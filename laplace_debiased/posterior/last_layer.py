@@ -10,7 +10,7 @@ from laplace import KronLLLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.utils import select_rows
 from laplace.utils.enums import Likelihood
-from laplace.utils.feature_extractor import FeatureReduction
+from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -64,9 +64,29 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     Raises:
         TypeError: If an argument has a wrong type.
         ValueError: If an argument is out of range or does not fit the others.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from laplace_debiased import KronDebiasedLLLaplace
+        >>> _ = torch.manual_seed(0)
+        >>> X = torch.randn(200, 2)
+        >>> train = DataLoader(TensorDataset(X, (X[:, 0] > 0).long()), batch_size=50)
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        ... )
+        >>> la = KronDebiasedLLLaplace(model, "classification")
+        >>> la.fit(train)
+        >>> la(X[:3]).shape  # probabilities
+        torch.Size([3, 2])
+        >>> la.sample(5).shape  # of the parameters of the last layer
+        torch.Size([5, 18])
     """
 
     _key = ("last_layer", "kron_debiased")
+
+    mean: Tensor
+    model: FeatureExtractor
 
     def __init__(
         self,
@@ -115,24 +135,12 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             memory_limit,
             strict,
         )
-        KronLLLaplace.__init__(
-            self,
-            model,
-            likelihood,
-            sigma_noise,
-            prior_precision,
-            prior_mean,
-            temperature,
-            enable_backprop,
-            feature_reduction,
-            dict_key_x,
-            dict_key_y,
-            backend,
-            last_layer_name,
-            damping,
-            backend_kwargs,
-            asdl_fisher_kwargs,
-        )
+        network = (model, likelihood, sigma_noise, prior_precision, prior_mean)
+        prediction = (temperature, enable_backprop, feature_reduction)
+        batches = (dict_key_x, dict_key_y)
+        curvature = (backend, last_layer_name, damping, backend_kwargs)
+        given = (*network, *prediction, *batches, *curvature, asdl_fisher_kwargs)
+        KronLLLaplace.__init__(self, *given)
         # laplace-torch's class forgets it on the way
         self.damping = damping
         self._check_settings()
@@ -142,7 +150,15 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         """The parameters of the last layer."""
         if self._selection is not None:
             return self.params
-        return list(self.model.last_layer.parameters())
+        return list(self._last_layer.parameters())
+
+    @property
+    def _last_layer(self) -> nn.Module:
+        """The last layer, in laplace-torch's copy of the network."""
+        layer = self.model.last_layer
+        if layer is None:
+            raise AttributeError("The last layer is not known before the first fit.")
+        return layer
 
     def fit(
         self,
@@ -188,7 +204,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             with torch.no_grad():
                 self.model.find_last_layer(select_rows(X, torch.arange(1), batch_size))
         self._free_last_layer()
-        self._candidates = list(self.model.last_layer.parameters())
+        self._candidates = list(self._last_layer.parameters())
         return self._candidates
 
     def _free_last_layer(self) -> None:
@@ -196,7 +212,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
 
         The features are fixed, also where they share the last layer's weight.
         """
-        layer = self.model.last_layer
+        layer = self._last_layer
         others = {
             id(param)
             for module in self.model.modules()
@@ -253,5 +269,5 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             self.model.set_last_layer(state_dict["found_last_layer"])
         if self.model.last_layer is not None:
             self._free_last_layer()
-            self._candidates = list(self.model.last_layer.parameters())
+            self._candidates = list(self._last_layer.parameters())
         state.load(self, state_dict)

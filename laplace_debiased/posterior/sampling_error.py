@@ -242,7 +242,7 @@ class SamplingError:
             The message, None if they are enough.
         """
         errors = {k: e for k, e in self.relative_errors().items() if not isnan(e)}
-        layer = max(errors, key=errors.get, default=None)
+        layer = max(errors, key=errors.__getitem__, default=None)
         if layer is None or errors[layer] <= TRUSTED_ERROR:
             return None
         if isinf(errors[layer]):

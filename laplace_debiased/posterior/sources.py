@@ -14,7 +14,11 @@ from laplace_debiased.curvature.debias import Directions, Factors, scale_gradien
 from laplace_debiased.curvature.directional import DirectionalCurvatures
 from laplace_debiased.curvature.factors import EXPAND, KroneckerFactors
 from laplace_debiased.curvature.kronecker import Spectrum
-from laplace_debiased.posterior.upstream import inputs_and_targets, output_curvature
+from laplace_debiased.posterior.upstream import (
+    inputs_and_targets,
+    loss_of,
+    output_curvature,
+)
 from laplace_debiased.rows.inputs import (
     Inputs,
     at_least_single,
@@ -33,8 +37,13 @@ _OPTIONS = {"kfac_approx", "mc_samples"}
 class Source(Protocol):
     """Measures curvature, loss and contributions, as weighted sums over points."""
 
-    layers: Sequence[Layer]
-    params: Sequence[Tensor]
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """The layers."""
+
+    @property
+    def params(self) -> Sequence[Tensor]:
+        """The parameters that they are over."""
 
     @property
     def takes_weights(self) -> bool:
@@ -201,7 +210,7 @@ def checked_batches(
         check_finite_inputs(X)
         with torch.no_grad():
             output = run(model, X)
-        yield X, check_targets(output, y, backend.lossfunc), output
+        yield X, check_targets(output, y, loss_of(backend)), output
 
 
 def total_output_curvature(

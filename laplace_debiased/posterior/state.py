@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from laplace import ParametricLaplace
+from torch import Tensor
 
 from laplace_debiased.curvature.streams import CURVATURE_TYPES
 from laplace_debiased.posterior.fitting import Seen, set_params
@@ -91,7 +92,7 @@ def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
     """
     check(la, saved)
     named = dict(la.model.named_parameters())
-    fitted = [named[name] for name in saved["parameters"]]
+    fitted: list[Tensor] = [named[name] for name in saved["parameters"]]
     set_params(la, fitted)
     layers = [Layer.from_state_dict(own) for own in saved["layers"]]
     cls_name = type(la).__name__

@@ -6,15 +6,19 @@ backends is used, and nowhere else.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from laplace.curvature import CurvatureInterface, EFInterface
 from laplace.curvature.curvlinops import CurvlinopsInterface
 from laplace.utils import split_batch
-from torch import Tensor
 
-from laplace_debiased.rows.inputs import Inputs, on_device
-from laplace_debiased.rows.output_curvature import EMPIRICAL, TYPE_2, OutputCurvature
+from laplace_debiased.rows.inputs import Batch, on_device
+from laplace_debiased.rows.output_curvature import (
+    EMPIRICAL,
+    TYPE_2,
+    Loss,
+    OutputCurvature,
+)
 
 
 def is_curvlinops(backend: type[CurvatureInterface]) -> bool:
@@ -30,6 +34,11 @@ def is_empirical(backend: type[CurvatureInterface]) -> bool:
 def is_stochastic(backend_kwargs: dict[str, Any]) -> bool:
     """Whether a backend samples labels."""
     return bool(backend_kwargs.get("stochastic", False))
+
+
+def loss_of(backend: CurvatureInterface) -> Loss:
+    """Return a backend's loss, a module that laplace-torch declares as any callable."""
+    return cast("Loss", backend.lossfunc)
 
 
 def output_curvature(
@@ -52,12 +61,10 @@ def output_curvature(
     )
     # curvlinops' enumeration, or a string
     fisher_type = getattr(fisher_type, "value", fisher_type)
-    return OutputCurvature(backend.lossfunc, fisher_type, mc_samples, fisher_rank)
+    return OutputCurvature(loss_of(backend), fisher_type, mc_samples, fisher_rank)
 
 
-def inputs_and_targets(
-    batch: Any, backend: CurvatureInterface
-) -> tuple[Inputs, Tensor]:
+def inputs_and_targets(batch: Any, backend: CurvatureInterface) -> Batch:
     """Split a batch, and move it to the model's device.
 
     Args:

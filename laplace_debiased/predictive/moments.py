@@ -258,8 +258,8 @@ class LinearizedPredictive:
     def _chunk_size(self, X: Inputs, batch_size: int) -> int:
         """Tell how many examples fit into the memory limit."""
         count, entry = self._num_outputs, self._dtype.itemsize
-        entries = rows_per_example(self._layers, count) + count**2
-        entries *= max(1.0, _example_size(X, batch_size) / self._example_size)
+        scale = max(1.0, _example_size(X, batch_size) / self._example_size)
+        entries = scale * (rows_per_example(self._layers, count) + count**2)
         # with a single position, Jacobians are never formed
         shared = [
             posterior.precisions.numel()

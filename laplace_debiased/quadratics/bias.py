@@ -35,7 +35,7 @@ from laplace_debiased.quadratics.derivatives import directional_derivatives
 from laplace_debiased.quadratics.eigenspace import top_eigenspace
 from laplace_debiased.quadratics.gram import gram_eigenspace, gram_is_cheaper
 from laplace_debiased.quadratics.report import BiasReport, Comparison
-from laplace_debiased.rows.inputs import Inputs, on_device
+from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import Loss
 from laplace_debiased.rows.selection import select
@@ -44,7 +44,6 @@ from laplace_debiased.sampling.loaders import loader_over
 
 DIRECTIONS = {"eigenvectors": "eigenvectors", "cg": "conjugate directions"}
 _NUM_RESAMPLES, _RESAMPLES_AT_ONCE = 1000, 50
-Batches = Sequence[tuple[Inputs, Tensor]]
 
 
 def bias_report(
@@ -93,6 +92,26 @@ def bias_report(
         TypeError: If the loader yields mappings.
         ValueError: If an argument is out of range or not supported, or the network
             mixes examples or is random.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from laplace_debiased import bias_report
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(20, 3)
+        >>> points = TensorDataset(torch.randn(500, 20), torch.randint(3, (500,)))
+        >>> report = bias_report(
+        ...     model,
+        ...     torch.nn.CrossEntropyLoss(),
+        ...     list(model.parameters()),
+        ...     DataLoader(points, batch_size=100),
+        ...     num_directions=10,
+        ...     batch_size=50,
+        ... )
+        >>> report.curvature.ratio.shape  # of the batch's own, to that of all points
+        torch.Size([10])
+        >>> report.curvature.group_ratio(slice(10)) > 1.1
+        True
     """
     check_repeatable(model_func)
     _check_kinds(directions, num_directions, curvature, params)
@@ -152,7 +171,7 @@ def _check_kinds(
         )
 
 
-def _batch(points: Points, batch_size: int) -> Batches:
+def _batch(points: Points, batch_size: int) -> Sequence[Batch]:
     """Read the first mini-batch."""
     batches = list(loader_over(points.loader, points.indices[:batch_size]))
     if isinstance(batches[0], Mapping):
@@ -170,7 +189,7 @@ class _Quadratic:
     model: nn.Module
     loss_func: Loss
     params: Sequence[Tensor]
-    batches: Batches
+    batches: Sequence[Batch]
     curvature: str
     damping: float
 
@@ -233,14 +252,14 @@ def _conjugate_directions(quadratic: _Quadratic, count: int) -> Tensor:
     return result.directions / result.directions.norm(dim=0)
 
 
-def _share(loss_func: Loss, y: Tensor, batches: Sequence) -> float:
+def _share(loss_func: Loss, y: Tensor, batches: Sequence[Batch]) -> float:
     """Weight of a batch's loss in the loss of all batches."""
     if loss_func.reduction == "sum":
         return 1.0
     return len(y) / sum(len(other) for _, other in batches)
 
 
-def _per_example(loss_func: Loss, batches: Sequence) -> float:
+def _per_example(loss_func: Loss, batches: Sequence[Batch]) -> float:
     """Return the factor from the loss of all batches to a mean over examples."""
     if loss_func.reduction == "mean":
         return 1.0
@@ -297,7 +316,7 @@ def _resampled_means(
 
 
 def kfac_bias(
-    curvature: KFACCurvature, num_points: int, num_directions: int
+    curvature: KFACCurvature, num_points: float, num_directions: int
 ) -> BiasReport:
     """Compare folds of points along the eigenvectors of each other's K-FAC.
 

@@ -11,8 +11,9 @@ Section 4.1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -104,25 +105,28 @@ def cg(
     Raises:
         ValueError: If shapes do not match, an argument is negative or not finite, or
             the curvature along a direction is not finite.
-    """
-    if b.ndim != 1 or (x0 is not None and x0.shape != b.shape):
-        shapes = [tuple(v.shape) for v in (b, x0) if v is not None]
-        raise ValueError(f"`b` and `x0` must be vectors of one shape, got {shapes}.")
-    if not b.isfinite().all():
-        raise ValueError("`b` must be finite.")
-    if rtol < 0 or atol < 0:
-        raise ValueError(f"Tolerances must not be negative, got {rtol} and {atol}.")
-    limit = 10 * len(b) if max_iterations is None else max_iterations
-    if limit < 1:
-        raise ValueError(f"`max_iterations` must be at least 1, got {limit}.")
 
+    Example:
+        >>> import torch
+        >>> from laplace_debiased import cg
+        >>> result = cg(torch.diag(torch.tensor([1.0, 10.0])), torch.ones(2))
+        >>> result.solution
+        tensor([1.0000, 0.1000])
+        >>> result.num_iterations, result.termination
+        (2, 'converged')
+    """
+    limit = 10 * len(b) if max_iterations is None else max_iterations
+    _check_arguments(b, x0, rtol, atol, limit)
     if not b.any():  # no tolerance relative to it can be met but by the origin
         x0 = None
     start = torch.zeros_like(b) if x0 is None else x0
     residual = b if x0 is None else b - A @ x0
     # what is below rounding errors tells no direction
     tolerance = max(max(rtol, torch.finfo(b.dtype).eps) * b.norm().item(), atol)
-    directions, products, slopes, curvatures = [], [], [], []
+    directions: list[Tensor] = []
+    products: list[Tensor] = []
+    slopes: list[Tensor] = []
+    curvatures: list[Tensor] = []
     termination = EXHAUSTED
     for _ in range(limit + 1):
         if residual.norm() <= tolerance:
@@ -131,10 +135,7 @@ def cg(
         if len(directions) == limit:
             break
         direction = residual if preconditioner is None else preconditioner @ residual
-        for other, product, curvature in zip(
-            directions, products, curvatures, strict=True
-        ):
-            direction = direction - (direction @ product / curvature) * other
+        direction = _conjugate(direction, directions, products, curvatures)
         product = A @ direction
         curvature = direction @ product
         if not curvature.isfinite():
@@ -149,18 +150,48 @@ def cg(
         slopes.append(slope)
         curvatures.append(curvature)
 
-    def stacked(scalars: list[Tensor]) -> Tensor:
-        return torch.stack(scalars) if scalars else b.new_zeros(0)
-
-    slopes, curvatures = stacked(slopes), stacked(curvatures)
+    slope = _stacked(slopes, b.new_zeros(0))
+    curvature = _stacked(curvatures, b.new_zeros(0))
     return CGResult(
         start,
-        torch.stack(directions, 1) if directions else b.new_zeros(len(b), 0),
-        _each_after_the_other(-slopes / curvatures),
-        slopes,
-        curvatures,
+        _stacked(directions, b.new_zeros(len(b), 0)),
+        _each_after_the_other(-slope / curvature),
+        slope,
+        curvature,
         termination,
     )
+
+
+def _check_arguments(
+    b: Tensor, x0: Tensor | None, rtol: float, atol: float, limit: int
+) -> None:
+    """Refuse what :func:`cg` cannot start from."""
+    if b.ndim != 1 or (x0 is not None and x0.shape != b.shape):
+        shapes = [tuple(v.shape) for v in (b, x0) if v is not None]
+        raise ValueError(f"`b` and `x0` must be vectors of one shape, got {shapes}.")
+    if not b.isfinite().all():
+        raise ValueError("`b` must be finite.")
+    if rtol < 0 or atol < 0:
+        raise ValueError(f"Tolerances must not be negative, got {rtol} and {atol}.")
+    if limit < 1:
+        raise ValueError(f"`max_iterations` must be at least 1, got {limit}.")
+
+
+def _conjugate(
+    direction: Tensor,
+    directions: Sequence[Tensor],
+    products: Sequence[Tensor],
+    curvatures: Sequence[Tensor],
+) -> Tensor:
+    """Make a direction conjugate to all before."""
+    for other, product, curvature in zip(directions, products, curvatures, strict=True):
+        direction = direction - (direction @ product / curvature) * other
+    return direction
+
+
+def _stacked(tensors: Sequence[Tensor], empty: Tensor) -> Tensor:
+    """Stack scalars to a vector, or vectors to columns."""
+    return torch.stack(list(tensors), dim=-1) if tensors else empty
 
 
 def debiased_cg(
@@ -171,7 +202,7 @@ def debiased_cg(
     x0: Tensor | None = None,
     *,
     subspace: bool = False,
-    **options: float | int | Operator | None,
+    **options: Any,
 ) -> CGResult:
     """Take directions from one quadratic, and step lengths from another.
 
@@ -193,6 +224,19 @@ def debiased_cg(
 
     Raises:
         ValueError: As :func:`cg`.
+
+    Example:
+        >>> import torch
+        >>> from laplace_debiased import cg, debiased_cg
+        >>> A, b = torch.diag(torch.tensor([1.0, 10.0])), torch.tensor([1.0, 1.0])
+        >>> A_other, b_other = 2 * torch.eye(2), torch.tensor([1.0, 2.0])
+        >>> biased, debiased = cg(A, b), debiased_cg(A, b, A_other, b_other)
+        >>> torch.equal(debiased.directions, biased.directions)
+        True
+        >>> biased.slopes[0], debiased.slopes[0]
+        (tensor(-2.), tensor(-3.))
+        >>> biased.curvatures[0], debiased.curvatures[0]
+        (tensor(11.), tensor(4.))
     """
     biased = cg(A, b, x0, **options)
     directions = biased.directions

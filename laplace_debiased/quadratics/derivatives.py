@@ -31,13 +31,14 @@ from tqdm import tqdm
 
 from laplace_debiased.curvature.curvlinops_adapter import CURVATURES
 from laplace_debiased.rows.inputs import (
+    Batch,
     Inputs,
     check_finite_inputs,
     check_targets,
     on_device,
 )
 from laplace_debiased.rows.linearization import (
-    contract_positions,
+    changes_by_matrix,
     linearize,
     rows_per_example,
 )
@@ -87,7 +88,7 @@ def directional_derivatives(
     model_func: nn.Module,
     loss_func: Loss,
     params: list[Tensor],
-    data: Iterable[tuple[Inputs, Tensor]],
+    data: Iterable[Batch],
     directions: Tensor,
     *,
     curvature: str = "ggn",
@@ -122,6 +123,22 @@ def directional_derivatives(
     Raises:
         ValueError: If an argument is not supported, shapes do not match, the data are
             empty or not finite, or the network mixes examples or is random.
+
+    Example:
+        >>> import torch
+        >>> from laplace_debiased import directional_derivatives
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> data = [(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.ones(2, 1))]
+        >>> derivatives = directional_derivatives(
+        ...     model,
+        ...     torch.nn.MSELoss(reduction="sum"),
+        ...     list(model.parameters()),
+        ...     data,
+        ...     torch.eye(2),
+        ... )
+        >>> derivatives.slope, derivatives.curvature
+        (tensor([-2., -4.]), tensor([2., 8.]))
     """
     check_repeatable(model_func)
     for name, value, choices in (
@@ -235,7 +252,7 @@ def _reverse_ggn(quadratic: _Quadratic, selection: Selection) -> Measure:
             if layer.vector is not None:
                 changes += gradients.flatten(3).sum(2) @ parts[layer.vector]
             if layer.matrix is not None:
-                changes += _changes_by_matrix(
+                changes += changes_by_matrix(
                     gradients,
                     linear.inputs[layer.name],
                     parts[layer.matrix],
@@ -245,65 +262,6 @@ def _reverse_ggn(quadratic: _Quadratic, selection: Selection) -> Measure:
         return _slopes_and_curvatures(quadratic.loss_func, output, changes, y)
 
     return measure
-
-
-def _changes_by_matrix(
-    gradients: Tensor, inputs: Tensor, directions: Tensor, memory_limit: int
-) -> Tensor:
-    """Compute the changes of the output along directions of a layer's matrix.
-
-    Args:
-        gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]``.
-        inputs: Input rows ``[batch, S, groups, d_in]``.
-        directions: Directions ``[d_out * d_in, K]``.
-        memory_limit: Bytes that intermediate results may take.
-
-    Returns:
-        Changes ``[batch, C, K]``.
-    """
-    multiply, entries = _cheaper_product(gradients, inputs, directions.shape[1])
-    size = max(1, memory_limit // (3 * entries * inputs.element_size()))
-    return torch.cat(
-        [
-            multiply(*examples, directions)
-            for examples in zip(gradients.split(size), inputs.split(size), strict=True)
-        ]
-    )
-
-
-def _cheaper_product(
-    gradients: Tensor, inputs: Tensor, num_directions: int
-) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]:
-    """Choose how a layer's changes of the output are computed.
-
-    Args:
-        gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]``.
-        inputs: Input rows ``[batch, S, groups, d_in]``.
-        num_directions: Number of directions, K.
-
-    Returns:
-        A function of gradients, inputs and directions ``[d_out * d_in, K]`` to changes
-        ``[batch, C, K]``, and how many entries it forms for an example.
-    """
-    _, num_outputs, positions, groups, d_out = gradients.shape
-    d_in = inputs.shape[-1]
-    by_jacobians = num_outputs * (positions + num_directions) * d_in
-    by_positions = positions * num_directions * (d_in + num_outputs)
-    if groups == 1 and by_positions < by_jacobians:
-        return _through_positions, positions * d_out * num_directions
-    return _through_jacobians, num_outputs * groups * d_out * d_in
-
-
-def _through_jacobians(gradients: Tensor, inputs: Tensor, directions: Tensor) -> Tensor:
-    return contract_positions(gradients, inputs).flatten(2) @ directions
-
-
-def _through_positions(gradients: Tensor, inputs: Tensor, directions: Tensor) -> Tensor:
-    d_in, num_directions = inputs.shape[-1], directions.shape[1]
-    # [d_in, d_out * K], so that products are those of one matrix
-    flat = directions.reshape(-1, d_in, num_directions).transpose(0, 1).flatten(1)
-    products = (inputs.squeeze(2) @ flat).view(len(inputs), -1, num_directions)
-    return gradients.flatten(2) @ products
 
 
 def _slopes_and_curvatures(
@@ -323,7 +281,7 @@ def _slopes_and_curvatures(
     gradient = grad(lambda f: example_losses(loss_func, f, y).sum())
 
     def derivatives(change: Tensor) -> tuple[Tensor, Tensor]:
-        slope, product = jvp(gradient, (output,), (change,))
+        slope, product = jvp(gradient, (output,), (change,))[:2]
         return (slope * change).sum(1), (product * change).sum(1)
 
     slopes, curvatures = vmap(derivatives)(changes)
@@ -361,7 +319,7 @@ def _forward_hessian(quadratic: _Quadratic) -> Measure:
             def slope(values: Parameters) -> Tensor:
                 return jvp(losses, (values,), (direction,))[1]
 
-            return jvp(slope, (at,), (direction,))
+            return jvp(slope, (at,), (direction,))[:2]
 
         chunk = _chunk_size(quadratic, X, quadratic.memory_limit // 2)
         parts = [

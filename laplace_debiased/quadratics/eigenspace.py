@@ -54,6 +54,17 @@ def top_eigenspace(
 
     Raises:
         ValueError: If ``k`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from curvlinops import GGNLinearOperator
+        >>> from laplace_debiased import top_eigenspace
+        >>> model = torch.nn.Linear(3, 1, bias=False)
+        >>> loss = torch.nn.MSELoss(reduction="sum")
+        >>> data = [(torch.diag(torch.tensor([1.0, 2.0, 3.0])), torch.zeros(3, 1))]
+        >>> ggn = GGNLinearOperator(model, loss, list(model.parameters()), data)
+        >>> top_eigenspace(ggn, k=2).eigenvalues.round(decimals=2)
+        tensor([18.,  8.])
     """
     size = operator.shape[1]
     if not 1 <= k < size:
@@ -121,6 +132,13 @@ def overlap(first: Tensor, second: Tensor) -> float:
     Returns:
         One if the subspaces are the same, k / D in expectation for random ones
         (Gur-Ari, Roberts and Dyer, 2018, arXiv 1812.04754).
+
+    Example:
+        >>> import torch
+        >>> from laplace_debiased import overlap
+        >>> axes = torch.eye(4)
+        >>> overlap(axes[:, :2], axes[:, 1:3])  # one of two dimensions
+        0.5
     """
     return (first.T @ second).square().sum().item() / first.shape[1]
 
@@ -134,6 +152,13 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
 
     Returns:
         Angles ``[min(k, l)]`` in radians, the smallest first.
+
+    Example:
+        >>> import torch
+        >>> from laplace_debiased import principal_angles
+        >>> axes = torch.eye(4)
+        >>> principal_angles(axes[:, :2], axes[:, 1:3]).rad2deg()
+        tensor([ 0., 90.])
     """
     bases = (at_least_single(basis).detach().cpu().numpy() for basis in (first, second))
     angles = subspace_angles(*bases)[::-1].copy()

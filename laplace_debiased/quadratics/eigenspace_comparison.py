@@ -66,10 +66,10 @@ class EigenspaceComparison:
         ]
         for i, j in self.pairs:
             angles = self.angles[i, j].rad2deg()
-            cells = (angles[0], angles.quantile(0.5), angles[-1])
+            shown = (angles[0], angles.quantile(0.5), angles[-1])
             lines.append(
                 f"| {self.names[i]}, {self.names[j]} | {self.overlaps[i, j]:.3f} | "
-                + " | ".join(f"{angle:.1f}°" for angle in cells)
+                + " | ".join(f"{angle:.1f}°" for angle in shown)
                 + " |"
             )
         return "\n".join(lines)
@@ -116,6 +116,23 @@ def compare_eigenspaces(spaces: Mapping[str, Eigenspace]) -> EigenspaceCompariso
 
     Raises:
         ValueError: If there are fewer than two, or their shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from laplace_debiased import Eigenspace, compare_eigenspaces
+        >>> axes = torch.eye(4)
+        >>> first = Eigenspace(torch.tensor([3.0, 1.0]), axes[:, :2])
+        >>> second = Eigenspace(torch.tensor([2.0, 1.0]), axes[:, 1:3])
+        >>> comparison = compare_eigenspaces({"a batch": first, "all data": second})
+        >>> comparison.overlaps
+        tensor([[1.0000, 0.5000],
+                [0.5000, 1.0000]])
+        >>> print(comparison)  # doctest: +ELLIPSIS
+        | mean eigenvalue | a batch | all data |
+        |---|---|---|
+        | 1 to 1 | 3 | 2 |
+        | 2 to 2 | 1 | 1 |
+        ...
     """
     bases = [space.eigenvectors for space in spaces.values()]
     shapes = {tuple(basis.shape) for basis in bases}

@@ -16,7 +16,7 @@ from laplace.utils import select_rows
 from torch import Tensor, nn
 
 from laplace_debiased.quadratics.eigenspace import Eigenspace, lanczos
-from laplace_debiased.rows.inputs import Inputs, at_least_single, on_device
+from laplace_debiased.rows.inputs import Batch, at_least_single, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.linearization import (
     Linearization,
@@ -25,8 +25,6 @@ from laplace_debiased.rows.linearization import (
 )
 from laplace_debiased.rows.output_curvature import Loss, OutputCurvature
 from laplace_debiased.rows.selection import Selection, find_layers
-
-Batches = Sequence[tuple[Inputs, Tensor]]
 
 _MEMORY_LIMIT = 2**32
 # Lanczos iterations take about this many products for each eigenvector, and a product
@@ -68,8 +66,8 @@ def gram_is_cheaper(
 def gram_eigenspace(
     model_func: nn.Module,
     loss_func: Loss,
-    params: list[Tensor],
-    data: Batches,
+    params: Sequence[Tensor],
+    data: Sequence[Batch],
     k: int,
     *,
     tol: float = 1e-4,
@@ -109,8 +107,8 @@ def gram_eigenspace(
 def ggn_rows(
     model_func: nn.Module,
     loss_func: Loss,
-    params: list[Tensor],
-    data: Batches,
+    params: Sequence[Tensor],
+    data: Sequence[Batch],
 ) -> Tensor:
     """Compute rows R for which the GGN is :math:`R^T R`.
 

@@ -167,6 +167,24 @@ class DebiasedCG(Optimizer):
 
     Raises:
         ValueError: If an argument is out of range, or there is more than one group.
+
+    Example:
+        >>> import torch
+        >>> from laplace_debiased import DebiasedCG
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(3, 1)
+        >>> X = torch.randn(100, 3)
+        >>> y = X @ torch.tensor([[1.0], [2.0], [3.0]])
+        >>> def closure(rows):
+        ...     output = model(X[rows])
+        ...     return (output - y[rows]).square().sum(1), output
+        >>> optimizer = DebiasedCG(model.parameters(), damping=1e-3)
+        >>> losses = []
+        >>> for step in range(5):
+        ...     a, b = torch.randperm(100)[:40].split(20)
+        ...     losses.append(optimizer.step(lambda: closure(a), lambda: closure(b)))
+        >>> bool(losses[-1] < 1e-2 * losses[0])
+        True
     """
 
     def __init__(
@@ -224,8 +242,9 @@ class DebiasedCG(Optimizer):
     def _params(self) -> list[Tensor]:
         return [p for p in self.param_groups[0]["params"] if p.requires_grad]
 
+    # torch's optimizers take one closure, which returns the loss alone
     @torch.enable_grad()
-    def step(
+    def step(  # type: ignore[override]
         self, direction_closure: Closure, magnitude_closure: Closure | None = None
     ) -> Tensor:
         """Make a step.

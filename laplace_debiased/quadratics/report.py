@@ -162,8 +162,8 @@ class BiasReport:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        parts = [("slope", self.slope), ("curvature", self.curvature)]
-        parts = [(name, values) for name, values in parts if values is not None]
+        quantities = (("slope", self.slope), ("curvature", self.curvature))
+        parts = [(name, values) for name, values in quantities if values is not None]
         figure, panels = rank_figure(len(parts))
         for axis, (name, values) in zip(panels, parts, strict=True):
             ranks = range(1, len(values.own) + 1)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import CrossEntropyLoss
 
 Inputs = Tensor | MutableMapping[str, Any]
+# what a data source yields: inputs and targets, with a row for each example
+Batch = tuple[Inputs, Tensor]
 
 
 def on_device(X: Inputs, device: torch.device) -> Inputs:

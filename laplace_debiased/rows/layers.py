@@ -41,6 +41,8 @@ class Layer:
         groups: Number of groups.
         num_positions: Number of positions, S, of the example that the layer was found
             with.
+        is_recomputed: Whether a backward pass calls its function again, as
+            checkpointing does.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Layer:
     layouts: tuple[Layout, ...] = (Layout(),)
     groups: int = 1
     num_positions: int = 1
+    is_recomputed: bool = False
 
     @property
     def has_inputs(self) -> bool:

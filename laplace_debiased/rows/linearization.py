@@ -6,7 +6,7 @@ gradient rows and input rows, so that both together hold it in far less memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,3 +125,62 @@ def contract_positions(gradients: Tensor, inputs: Tensor) -> Tensor:
     # one matrix product for an example: its outputs share the inputs
     flat = transposed.reshape(batch, num_outputs * d_out, positions)
     return (flat @ inputs.squeeze(2)).view(batch, num_outputs, d_out, -1)
+
+
+def changes_by_matrix(
+    gradients: Tensor, inputs: Tensor, directions: Tensor, memory_limit: int
+) -> Tensor:
+    """Compute the changes of the output along directions of a layer's matrix.
+
+    Args:
+        gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]``.
+        inputs: Input rows ``[batch, S, groups, d_in]``.
+        directions: Directions ``[d_out * d_in, K]``.
+        memory_limit: Bytes that intermediate results may take.
+
+    Returns:
+        Changes ``[batch, C, K]``.
+    """
+    multiply, entries = _cheaper_product(gradients, inputs, directions.shape[1])
+    size = max(1, memory_limit // (3 * entries * inputs.element_size()))
+    return torch.cat(
+        [
+            multiply(*examples, directions)
+            for examples in zip(gradients.split(size), inputs.split(size), strict=True)
+        ]
+    )
+
+
+def _cheaper_product(
+    gradients: Tensor, inputs: Tensor, num_directions: int
+) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]:
+    """Choose how a layer's changes of the output are computed.
+
+    Args:
+        gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]``.
+        inputs: Input rows ``[batch, S, groups, d_in]``.
+        num_directions: Number of directions, K.
+
+    Returns:
+        A function of gradients, inputs and directions ``[d_out * d_in, K]`` to changes
+        ``[batch, C, K]``, and how many entries it forms for an example.
+    """
+    _, num_outputs, positions, groups, d_out = gradients.shape
+    d_in = inputs.shape[-1]
+    by_jacobians = num_outputs * (positions + num_directions) * d_in
+    by_positions = positions * num_directions * (d_in + num_outputs)
+    if groups == 1 and by_positions < by_jacobians:
+        return _through_positions, positions * d_out * num_directions
+    return _through_jacobians, num_outputs * groups * d_out * d_in
+
+
+def _through_jacobians(gradients: Tensor, inputs: Tensor, directions: Tensor) -> Tensor:
+    return contract_positions(gradients, inputs).flatten(2) @ directions
+
+
+def _through_positions(gradients: Tensor, inputs: Tensor, directions: Tensor) -> Tensor:
+    d_in, num_directions = inputs.shape[-1], directions.shape[1]
+    # [d_in, d_out * K], so that products are those of one matrix
+    flat = directions.reshape(-1, d_in, num_directions).transpose(0, 1).flatten(1)
+    products = (inputs.squeeze(2) @ flat).view(len(inputs), -1, num_directions)
+    return gradients.flatten(2) @ products

@@ -8,6 +8,7 @@ All square roots are computed for the whole batch at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -197,17 +198,17 @@ def example_losses(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
         The loss of each example ``[batch]``, summed over its outputs.
     """
     loss_type = _type_of(loss_func)
-    functional = {
+    functionals: dict[type[Loss], Callable[..., Tensor]] = {
         MSELoss: torch.nn.functional.mse_loss,
         CrossEntropyLoss: torch.nn.functional.cross_entropy,
         BCEWithLogitsLoss: torch.nn.functional.binary_cross_entropy_with_logits,
-    }[loss_type]
+    }
     options = (
         {"label_smoothing": loss_func.label_smoothing}
         if loss_type is CrossEntropyLoss
         else {}
     )
-    loss = functional(output, target, reduction="none", **options)
+    loss = functionals[loss_type](output, target, reduction="none", **options)
     return loss.reshape(output.shape[0], -1).sum(1)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -201,23 +201,6 @@ def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
     return original(X, **kwargs)
 
 
-def check_not_scripted(model: nn.Module) -> None:
-    """Refuse scripted modules, into which no mode can look.
-
-    Args:
-        model: The network.
-
-    Raises:
-        ValueError: If a part of it is scripted.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(
-                f"Module {name or '(model)'!r} is scripted, so that the uses of its "
-                "parameters cannot be recorded: pass the original module."
-            )
-
-
 @dataclass(frozen=True, eq=False)
 class _Record:
     """A use, with the layers whose rows it gives, and the key of each.
@@ -241,14 +224,14 @@ class Tape:
     Args:
         batch_size: Number of examples in the pass.
         replay: Does with functions that are called again in a backward pass, by
-            checkpointing, what was done in the forward pass.
+            checkpointing, what was done in the forward pass; None if there are none.
 
     Attributes:
         num_calls: Number of calls of each layer so far, by its name.
     """
 
-    def __init__(self, batch_size: int, replay: TorchFunctionMode):
-        self._batch_size, self._replay = batch_size, replay
+    def __init__(self, batch_size: int, replay: TorchFunctionMode | None):
+        self._batch_size, self._replay = batch_size, replay or nullcontext()
         self._records: list[_Record] = []
         self.num_calls: Counter[str] = Counter()
 
@@ -362,26 +345,20 @@ def record_rows(
         for position in layer.parameters
     }
 
-    def layers_of(use: Use) -> list[tuple[Layer, str]]:
-        keys: dict[str, tuple[Layer, str]] = {}
-        for key, parameter in (("weight", use.weight), ("bias", use.bias)):
-            layer = of_parameter.get(id(parameter))
-            if layer is not None:
-                keys.setdefault(layer.name, (layer, key))
-        return list(keys.values())
-
     def on_replayed_use(use: Use, output: Tensor) -> Tensor:
-        return probed(output)[1] if layers_of(use) else output
+        return probed(output)[1] if _layers_of(use, of_parameter) else output
 
-    tape = Tape(batch_size, Recorder(values, on_replayed_use))
+    is_replayed = any(layer.is_recomputed for layer in layers)
+    replay = Recorder(values, on_replayed_use) if is_replayed else None
+    tape = Tape(batch_size, replay)
 
     def on_use(use: Use, output: Tensor) -> Tensor:
-        own = layers_of(use)
+        own = _layers_of(use, of_parameter)
         if not own:
             return output
         first, _ = own[0]
         if use.mixes_examples:
-            raise ValueError(_batch_statistics(first))
+            raise ValueError(batch_statistics(first.name))
         layout = first.layout(tape.num_calls[first.name])
         kept = use.before_changes(differentiable)
         for layer, _ in own:
@@ -402,8 +379,19 @@ def record_rows(
         )
 
 
-def _batch_statistics(layer: Layer) -> str:
+def _layers_of(use: Use, of_parameter: Mapping[int, Layer]) -> list[tuple[Layer, str]]:
+    """Return the layers of a use's parameters, with what the first is to it."""
+    keys: dict[str, tuple[Layer, str]] = {}
+    for key, parameter in (("weight", use.weight), ("bias", use.bias)):
+        layer = of_parameter.get(id(parameter))
+        if layer is not None:
+            keys.setdefault(layer.name, (layer, key))
+    return list(keys.values())
+
+
+def batch_statistics(name: str) -> str:
+    """Say that a layer mixes examples, and what to do about it."""
     return (
-        f"Layer {layer.name!r} uses batch statistics, which mix examples. Use eval "
-        "mode and running statistics, or exclude the layer by `requires_grad_(False)`."
+        f"Layer {name!r} uses batch statistics, which mix examples. Use eval mode and "
+        "running statistics, or exclude the layer by `requires_grad_(False)`."
     )

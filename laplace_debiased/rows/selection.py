@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.layers import Layer, join_positions
+from laplace_debiased.rows.recorder import batch_statistics
 from laplace_debiased.rows.tracing import (
     PAIR,
-    TRIPLE,
+    SINGLE,
     Trace,
     find_layouts,
     rows_tell_gradient,
@@ -120,7 +121,7 @@ def select(
     Args:
         model: The network.
         params: Its parameters.
-        X: Inputs of some examples, of which up to three are used.
+        X: Inputs of some examples, of which up to two are used.
         batch_size: Their number.
 
     Returns:
@@ -128,15 +129,19 @@ def select(
 
     Raises:
         ValueError: If a parameter is given twice or is not the network's, its output is
-            no finite matrix, or an example's output depends on others.
+            no finite matrix, an example's output depends on others, or batch statistics
+            are used.
     """
     names = _names(model, params)
     pair = trace(model, params, X, batch_size, PAIR, backward=True)
-    triple = trace(model, params, X, batch_size, TRIPLE, backward=False)
+    for name, uses in zip(names, pair.uses, strict=True):
+        if any(traced.use.mixes_examples for traced in uses):
+            raise ValueError(batch_statistics(name))
+    single = trace(model, params, X, batch_size, SINGLE, backward=False)
     reasons: dict[int, str] = {}
     layouts: dict[int, list[Layout]] = {}
     for k in range(len(params)):
-        found = _reason(pair, k) or find_layouts(pair.uses[k], triple.uses[k])
+        found = _reason(pair, k) or find_layouts(pair.uses[k], single.uses[k])
         if isinstance(found, str):
             reasons[k] = found
         elif not rows_tell_gradient(pair, k, found):
@@ -179,8 +184,6 @@ def _reason(pair: Trace, k: int) -> str | None:
         return "is used where no gradients are recorded"
     if not uses:
         return "is not used"
-    if any(use.use.mixes_examples for use in uses):
-        return "is used with batch statistics, which mix examples"
     if len({(type(use.use), use.key) for use in uses}) > 1:
         return "is used in different ways"
     if all(gradient is None for use in uses for gradient in use.gradients):
@@ -195,9 +198,9 @@ def _check_examples_are_separate(pair: Trace, layers: list[Layer]) -> None:
             if (gradient := use.gradients[0]) is not None:
                 rows = layer.layout(call).split(gradient, PAIR)
                 check_rows_are_separate(f"layer {layer.name!r}", rows)
-    for rows in pair.inputs[0]:
-        if rows is not None:
-            check_rows_are_separate("the input", rows)
+    for gradient in pair.inputs:
+        if gradient is not None:
+            check_rows_are_separate("the input", gradient)
 
 
 def check_rows_are_separate(place: str, rows: Tensor) -> None:
@@ -239,7 +242,14 @@ def _layer(
     first, *_ = group
     uses, own = pair.uses[first], tuple(layouts[first])
     parameter = getattr(uses[0].use, uses[0].key)
-    layer = Layer(names[first], None, first, parameter.numel(), layouts=own)
+    layer = Layer(
+        names[first],
+        None,
+        first,
+        parameter.numel(),
+        layouts=own,
+        is_recomputed=any(k in pair.recomputed for k in group),
+    )
     if isinstance(uses[0].use, NormalizationUse):
         return replace(layer, is_normalization=True)
     keys = {pair.uses[k][0].key: k for k in group}

@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 from laplace_debiased.rows.inputs import (
-    Inputs,
+    Batch,
     at_least_single,
     check_finite_inputs,
     check_targets,
@@ -21,8 +21,6 @@ from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import OutputCurvature, example_losses
 from laplace_debiased.rows.recorder import Tape, record_rows, run
 from laplace_debiased.rows.selection import check_rows_are_separate
-
-Batches = Iterable[tuple[Inputs, Tensor]]
 
 
 class Accumulator(Protocol):
@@ -82,7 +80,7 @@ def sweep(
     model: nn.Module,
     params: Sequence[Tensor],
     layers: Sequence[Layer],
-    data: Batches,
+    data: Iterable[Batch],
     output_curvature: OutputCurvature,
     accumulator: Accumulator,
     *,

@@ -6,7 +6,7 @@ of one example's output which entries of such an axis are its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from laplace_debiased.rows.inputs import Inputs, check_output
 from laplace_debiased.rows.recorder import (
     Recorder,
-    check_not_scripted,
     probed,
     run,
     stand_ins,
 )
 from laplace_debiased.rows.uses import Layout, MatrixUse, Use
 
-PAIR, TRIPLE = 2, 3
+SINGLE, PAIR = 1, 2
 _SHARED = "is applied to values that examples share"
 _SEVERAL = "is applied along several axes of examples"
 _IRREGULAR = "runs a different number of times for other examples"
@@ -59,7 +58,8 @@ class Trace:
         gradients: Gradients of each example's output in the parameters.
         hidden: Positions of parameters that have a gradient by functions that no
             recorder sees.
-        inputs: Gradients of each example's output in the inputs.
+        recomputed: Positions of parameters whose functions a backward pass calls again.
+        inputs: Gradients of the first example's output in the inputs.
         example_size: Number of entries in an example's input.
         num_outputs: Number of network outputs.
     """
@@ -68,7 +68,8 @@ class Trace:
     others: dict[int, str] = field(default_factory=dict)
     gradients: list[Sequence[Tensor | None]] = field(default_factory=list)
     hidden: set[int] = field(default_factory=set)
-    inputs: list[Sequence[Tensor | None]] = field(default_factory=list)
+    recomputed: set[int] = field(default_factory=set)
+    inputs: Sequence[Tensor | None] = ()
     example_size: int = 1
     num_outputs: int = 1
 
@@ -132,12 +133,49 @@ def trace(
     check_output(output, count)
     seen.num_outputs = output.shape[1]
     if backward:
-        own = [values[id(param)] for param in params]
-        # checkpointing calls functions again: with probes, as in the forward pass
-        replay = Recorder(values, lambda _, output: probed(output)[1])
-        for example in range(count):
-            _backpropagate(seen, output, example, replay, own, params, probes)
+        _see_gradients(seen, output, values, params, probes)
     return seen
+
+
+def check_not_scripted(model: nn.Module) -> None:
+    """Refuse scripted modules, into which no mode can look.
+
+    Args:
+        model: The network.
+
+    Raises:
+        ValueError: If a part of it is scripted.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"Module {name or '(model)'!r} is scripted, so that the uses of its "
+                "parameters cannot be recorded: pass the original module."
+            )
+
+
+def _see_gradients(
+    seen: Trace,
+    output: Tensor,
+    values: Mapping[int, Tensor],
+    params: Sequence[Tensor],
+    probes: list[Tensor],
+) -> None:
+    """Backpropagate the output of each example."""
+    own = [values[id(param)] for param in params]
+    position = {id(value): k for k, value in enumerate(own)}
+
+    def on_replayed_use(use: Use, output: Tensor) -> Tensor:
+        taken = (id(use.weight), id(use.bias))
+        seen.recomputed |= {position[key] for key in taken if key in position}
+        return probed(output)[1]
+
+    # checkpointing calls functions again: with probes, as in the forward pass
+    replay = Recorder(values, on_replayed_use)
+    for example in range(len(output)):
+        # the second example tells of the order of an axis alone
+        inputs = probes if example == 0 else []
+        _backpropagate(seen, output, example, replay, own, params, inputs)
 
 
 def _some_of(
@@ -194,7 +232,7 @@ def _backpropagate(
     for use in uses:
         use.gradients.append(of_use.get(id(use)))
     seen.gradients.append(seen_own)
-    seen.inputs.append(seen_inputs)
+    seen.inputs = seen_inputs or seen.inputs
     pairs = zip(free, seen_free, strict=True)
     seen.hidden |= {k for k, gradient in pairs if gradient is not None}
 
@@ -222,30 +260,30 @@ def _gradients(
     yield from gradients
 
 
-def find_layouts(pair: list[TracedUse], triple: list[TracedUse]) -> list[Layout] | str:
+def find_layouts(pair: list[TracedUse], single: list[TracedUse]) -> list[Layout] | str:
     """Find out where the examples are in each call.
 
     Args:
         pair: The uses of a parameter with two examples.
-        triple: Those with three.
+        single: Those with one.
 
     Returns:
         A layout for each call, one if they agree; or why there is none.
     """
     layouts = []
-    for two, three in zip(pair, triple, strict=False):
-        sizes, more = two.use.input.shape, three.use.input.shape
+    for two, one in zip(pair, single, strict=False):
+        sizes, fewer = two.use.input.shape, one.use.input.shape
         axes = [
             axis
             for axis in two.use.axes
-            if len(sizes) == len(more) and sizes[axis] * TRIPLE == more[axis] * PAIR
+            if len(sizes) == len(fewer) and sizes[axis] * SINGLE == fewer[axis] * PAIR
         ]
         if len(axes) != 1:
             return _SEVERAL if axes else _SHARED
         layouts.append(_order(two, axes[0]))
     if len(set(layouts)) == 1:
         return layouts[:1]
-    return layouts if len(pair) == len(triple) else _IRREGULAR
+    return layouts if len(pair) == len(single) else _IRREGULAR
 
 
 def _order(use: TracedUse, axis: int) -> Layout:

@@ -7,7 +7,7 @@ on neither the batch size nor the order in which the loader shuffles.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,11 @@ class Fold:
             over all data. This is the one place where curvature is scaled to N.
     """
 
-    loader: Iterable
+    loader: DataLoader
     weights: Tensor
 
     @classmethod
-    def of_all(cls, loader: Iterable, num_points: int, num_data: float) -> Fold:
+    def of_all(cls, loader: DataLoader, num_points: int, num_data: float) -> Fold:
         """Let points stand for all data, each for as many as the others.
 
         Args:

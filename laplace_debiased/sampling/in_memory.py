@@ -46,7 +46,8 @@ class RunLoader(DataLoader):
     neighbours.
     """
 
-    def __iter__(self) -> Iterator[Any]:
+    # a generator: torch's own class of iterators is private
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batches in super().__iter__():
             yield from batches
 
@@ -150,7 +151,7 @@ def _leaves(entries: MutableMapping, path: Keys = ()) -> Iterator[tuple[Keys, An
 
 def _nested(leaves: dict[Keys, Any]) -> dict:
     """Undo :func:`_leaves`."""
-    entries = {}
+    entries: dict = {}
     for (*path, last), value in leaves.items():
         inner = entries
         for key in path:
@@ -169,8 +170,8 @@ def _length(value: Any) -> int | None:
 
 def _mode(leaves: dict[Keys, Any]) -> int:
     """Return the most frequent length, the first of several; zero if there is none."""
-    counts = Counter(_length(value) for value in leaves.values())
-    del counts[None]
+    lengths = (_length(value) for value in leaves.values())
+    counts = Counter(length for length in lengths if length is not None)
     return max(counts, key=counts.__getitem__, default=0)
 
 

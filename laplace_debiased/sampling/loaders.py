@@ -87,7 +87,7 @@ def loader_over(
     kind = RunLoader if isinstance(loader, RunLoader) else DataLoader
     return kind(
         Subset(loader.dataset if dataset is None else dataset, indices.tolist()),
-        loader.batch_size or loader.batch_sampler.batch_size,
+        _batch_size(loader),
         collate_fn=loader.collate_fn,
         **_reading(loader),
     )
@@ -98,6 +98,14 @@ def loader_over_set(loader: DataLoader, indices: Tensor) -> DataLoader:
     if isinstance(loader, RunLoader):
         return loader_over(loader, loader.arranged(indices))
     return loader_over(loader, indices.sort()[0])
+
+
+def _batch_size(loader: DataLoader) -> int:
+    """Return how many points a loader yields in a batch."""
+    if loader.batch_size:
+        return loader.batch_size
+    assert isinstance(loader.batch_sampler, BatchSampler)
+    return loader.batch_sampler.batch_size
 
 
 def _reading(loader: DataLoader) -> dict[str, Any]:
@@ -116,8 +124,11 @@ def subset_of(loader: DataLoader, positions: Tensor) -> DataLoader:
     Returns:
         The loader.
     """
-    indices = torch.as_tensor(loader.dataset.indices)[positions]
-    return loader_over(loader, indices, loader.dataset.dataset)
+    subset = loader.dataset
+    assert isinstance(subset, Subset)
+    return loader_over(
+        loader, torch.as_tensor(subset.indices)[positions], subset.dataset
+    )
 
 
 def base_indices(dataset: Dataset, indices: Tensor) -> tuple[Dataset, Tensor]:
@@ -152,6 +163,7 @@ def _listed(loader: DataLoader) -> DataLoader:
     ``collate_fn``, which is taken to join any points, a new batch begins where the
     shapes change.
     """
+    assert loader.batch_sampler is not None
     batches = [[int(index) for index in batch] for batch in loader.batch_sampler]
     kind, collate = DataLoader, loader.collate_fn
     if collate is default_collate:

@@ -80,4 +80,6 @@ def best_share(
     shares = torch.arange(1, 100, dtype=torch.float64) / 100
     variances = [(d, d / effective_rank - 1) for d in dimensions]
     errors = [holdout_error(shares, num_points, d, p) for d, p in variances if p > 1e-6]
-    return shares[sum(errors).argmin()].item() if errors else 0.5
+    if not errors:
+        return 0.5
+    return shares[sum(errors[1:], errors[0]).argmin()].item()

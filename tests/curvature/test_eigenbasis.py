@@ -146,7 +146,7 @@ def test_eigenvalues_of_a_wrong_shape_are_refused():
 
 @pytest.mark.parametrize("deltas", [1.0, torch.ones(3), torch.ones(4, 1)])
 def test_priors_of_a_wrong_shape_are_refused(deltas):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"Can only add|Invalid shape"):
         random_matrix() + deltas
 
 

@@ -21,10 +21,8 @@ def test_the_models_dtype_is_followed(dtype, magnitudes, subset):
     la.fit(loader(dtype=dtype))
     X, _ = batch("mlp", 5, dtype=dtype)
     tensors = [la(X), la(X, pred_type="nn", link_approx="mc"), la.sample(1), la.mean]
-    for link in ("mc", "bridge"):
-        tensors.append(la(X, link_approx=link))
-    for kind in ("glm", "nn"):
-        tensors.append(la.functional_samples(X, pred_type=kind))
+    tensors += [la(X, link_approx=link) for link in ("mc", "bridge")]
+    tensors += [la.functional_samples(X, pred_type=kind) for kind in ("glm", "nn")]
     assert {tensor.dtype for tensor in tensors} == {dtype}
     # sums over all data, which half precision cannot hold
     sums = [la.loss, la.H.eigenvectors[0][0], la.H.eigenvalues[0][0]]

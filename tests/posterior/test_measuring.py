@@ -220,8 +220,10 @@ def test_gradient_covariances_are_unbiased():
     for seed in range(150):
         la = debiased(model, budget=12, sampling="curvature", pool_size=30, seed=seed)
         la.fit(train)
-        for fold in la.curvature.folds:
-            estimates.append(torch.cat([own.gradients.flatten() for own in fold]))
+        estimates += [
+            torch.cat([own.gradients.flatten() for own in fold])
+            for fold in la.curvature.folds
+        ]
     estimates = torch.stack(estimates)
     error = (estimates.mean(0) - exact).abs()
     # a fold's estimates are independent of each other but for the pool

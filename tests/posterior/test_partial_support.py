@@ -84,7 +84,7 @@ def test_others_are_fitted_as_if_those_were_frozen(model, tokens, magnitudes):
 
 def test_one_warning_lists_and_counts_them(model, tokens):
     la = debiased(model)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="stay at") as caught:
         la.fit(tokens)
     (message,) = [str(w.message) for w in caught if "stay at" in str(w.message)]
     total = sum(param.numel() for param in model.parameters())

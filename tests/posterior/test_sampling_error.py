@@ -134,7 +134,7 @@ def test_a_stream_gets_over_a_batch_with_a_single_magnitude(sizes):
     parts = zip(X.split(sizes), y.split(sizes), strict=True)
     for part in parts:
         la.partial_fit(part, decay=0.9)
-    assert all(0 < e and isfinite(e) for e in la.curvature_standard_errors.values())
+    assert all(e > 0 and isfinite(e) for e in la.curvature_standard_errors.values())
 
 
 @pytest.mark.parametrize("size", [8, 16])

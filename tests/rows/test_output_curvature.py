@@ -99,7 +99,8 @@ def test_fewer_columns_are_unbiased_and_keep_the_trace(loss_name, rank):
     assert columns.shape == (rank + 1, *f.shape)
     exact = outer_products(OutputCurvature(loss).columns(f[:1], f[:1], generator))
     mean = outer_products(columns).mean(0)
-    assert torch.allclose(mean, exact, atol=0.03 * exact.abs().max().item())
+    # entries have a standard error of up to 0.02 of the largest
+    assert torch.allclose(mean, exact, atol=0.08 * exact.abs().max().item())
     traces = columns.square().sum((0, 2))
     assert torch.allclose(traces, exact.diagonal(dim1=1, dim2=2).sum())
 

@@ -26,7 +26,7 @@ class Unsupported(nn.Module):
 
 def test_unsupported_uses_are_named_with_a_remedy():
     model, X = Unsupported(), torch.rand(SIZE, 2)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="not supported") as error:
         find_layers(model, list(model.parameters()), X, SIZE)
     for part in (
         "pairs (Bilinear: weight, bias) is used by `bilinear`",

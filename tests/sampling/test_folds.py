@@ -224,7 +224,7 @@ def test_points_of_one_length_are_batched(num_workers):
     assert torch.cat(seen).sort()[0].tolist() == list(range(SIZE))
     for own, order, fold in zip(batches, seen, folds, strict=True):
         assert len(own) <= 5  # of three lengths, and up to 7 points
-        assert all((X == y[:, None]).all() for X, y in own)
+        assert all((y[:, None] == X).all() for X, y in own)
         positions = torch.tensor([0, 4, 5, 9])
         some = torch.cat([y for _, y in subset_of(fold.loader, positions)])
         assert torch.equal(some, order[positions])

@@ -1,0 +1,106 @@
+"""Saving and loading what an operator computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from laplace_debiased.curvature.debias import Debiased
+from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
+from laplace_debiased.rows.layers import Layer
+
+if TYPE_CHECKING:
+    from laplace_debiased.curvature.operator import DebiasedKFACLinearOperator
+
+# of saved operators; those of version 0.1 before had none
+FORMAT = 2
+
+
+def state_dict(operator: DebiasedKFACLinearOperator) -> dict[str, Any]:
+    """Return what an operator computed, and by which settings.
+
+    Args:
+        operator: The operator.
+
+    Returns:
+        A dictionary of plain values and tensors, without the model.
+    """
+    computed = operator._computed()
+    return {
+        "format": FORMAT,
+        "settings": _settings(operator),
+        "layers": [layer.state_dict() for layer in operator._layers],
+        "directions": [dict(vars(own)) for own in computed.directions],
+        "magnitudes": [dict(vars(own)) for own in computed.magnitudes],
+        "own": [dict(vars(own)) for own in computed.own],
+    }
+
+
+def load(operator: DebiasedKFACLinearOperator, saved: dict[str, Any]) -> None:
+    """Let an operator take over what another one computed.
+
+    Args:
+        operator: The operator.
+        saved: From :func:`state_dict`.
+
+    Raises:
+        ValueError: If format, settings or shapes differ.
+    """
+    if saved.get("format") != FORMAT:
+        raise ValueError(
+            f"`state_dict` has format {saved.get('format')}, this version "
+            f"reads format {FORMAT}: compute the operator again."
+        )
+    settings = _settings(operator)
+    if saved["settings"] != settings:
+        raise ValueError(
+            f"`state_dict` was computed with {saved['settings']}, this "
+            f"operator has {settings}."
+        )
+    layers = [Layer.from_state_dict(own) for own in saved["layers"]]
+    _check_layers(layers, operator._params)
+    kind = Kronecker if operator._magnitudes == "kfac" else Spectrum
+    operator._debiased = Debiased(
+        [Kronecker(**own) for own in saved["directions"]],
+        [kind(**own) for own in saved["magnitudes"]],
+        [Kronecker(**own) for own in saved["own"]],
+    )
+    operator._layers, operator._product = layers, None
+
+
+def _settings(operator: DebiasedKFACLinearOperator) -> dict[str, Any]:
+    curvature = operator._output_curvature
+    return {
+        "loss": type(operator._loss_func).__name__,
+        "reduction": operator._loss_func.reduction,
+        "magnitudes": operator._magnitudes,
+        "fisher_type": _plain(curvature.fisher_type),
+        "mc_samples": curvature.mc_samples,
+        "fisher_rank": curvature.fisher_rank,
+        "kfac_approx": _plain(operator._kfac_approx),
+        "separate_weight_and_bias": not operator._joint,
+        "seed": operator._seed,
+    }
+
+
+def _plain(value: str) -> str:
+    """Return the string that a member of curvlinops' enumerations stands for."""
+    return str(getattr(value, "value", value))
+
+
+def _check_layers(layers: list[Layer], params: Sequence[Tensor]) -> None:
+    """Refuse layers that are not those of parameters."""
+    sizes: dict[int, int] = {}
+    for layer in layers:
+        if layer.matrix is not None:
+            sizes[layer.matrix] = layer.d_out * layer.d_in
+        if layer.vector is not None:
+            sizes[layer.vector] = layer.d_out
+    saved = [sizes[position] for position in sorted(sizes)]
+    expected = [param.numel() for param in params]
+    if saved != expected:
+        raise ValueError(
+            f"`state_dict` has parameters of {saved} entries, the model {expected}."
+        )
