@@ -1,7 +1,45 @@
 r"""Debiased mini-batch curvature for laplace-torch.
 
-Directions come from one mini-batch, magnitudes from another (arXiv 2410.14325).
-Importing the package registers the structure ``"kron_debiased"`` with laplace-torch.
+The top eigenvectors of a mini-batch's curvature are extreme for that batch only.
+Directions therefore come from one mini-batch, and magnitudes from another (arXiv
+2410.14325). Importing the package registers the structure ``"kron_debiased"`` with
+laplace-torch.
+
+The folders are in reading order; none imports one below it::
+
+    rows/        network -> rows of inputs and gradients, layer by layer
+    curvature/   rows -> directions and magnitudes; the method itself is `debias`
+    sampling/    loader -> weighted folds
+    predictive/  posterior -> moments and samples of outputs
+    quadratics/  bias, eigenspaces, slopes and curvatures, conjugate gradients
+    posterior/   folds -> posterior, with laplace-torch's interface
+    comparison/  what `python -m laplace_debiased` runs
+
+``la.fit(train_loader)`` calls, in this order::
+
+    posterior/laplace        fit
+    posterior/fitting        assign the points, then update the posterior
+    sampling/folds           draw points, split them into folds
+    sampling/loaders             by their dataset indices
+    rows/selection           which parameters are in which layers
+    rows/tracing                 by running the network on two examples
+    posterior/measuring      pool -> draw -> factors -> directions and magnitudes
+    posterior/sources            of the folds, by curvlinops' conventions
+    rows/sweep                   a forward pass a batch, a backward pass a column
+    rows/recorder                    records the uses of parameters
+    rows/uses                            as rows
+    curvature/factors                sums them to Kronecker factors
+    sampling/draw                which points get backward passes
+    curvature/debias             directions of some folds, magnitudes of others
+    curvature/decomposition          eigenvectors
+    curvature/eigenbasis     the matrix `la.H`
+
+and ``la(x)`` calls::
+
+    posterior/laplace        probit, samples or moments
+    predictive/moments       covariance of the outputs, block by block
+    rows/linearization           rows of the Jacobian
+    rows/recorder                    recorded as in a fit
 """
 
 from laplace import Laplace
