@@ -123,7 +123,7 @@ class BackendSource:
             G, *inputs = kfacs[layer.parameters[0]]
             if layer.matrix is not None and layer.vector is not None:
                 (own,) = kfacs[layer.vector]
-                ratio = G.trace() / own.trace() if own.trace() > 0 else 1.0
+                ratio = _trace(G) / _trace(own) if _trace(own) > 0 else 1.0
                 G, inputs = own, [ratio * A for A in inputs]
             factors.append(Kronecker(G, *inputs))
         return factors
@@ -159,6 +159,11 @@ class BackendSource:
 def _kfacs(kron: Kron) -> list[list[Tensor]]:
     """Return a list of factors for each parameter: laplace-torch declares tuples."""
     return cast("list[list[Tensor]]", kron.kfacs)
+
+
+def _trace(matrix: Tensor) -> Tensor:
+    # torch's own is not implemented for half precision in all versions
+    return matrix.diagonal().sum()
 
 
 def reinstall_hooks(backend: CurvatureInterface) -> None:

@@ -101,16 +101,17 @@ def assign(
         ValueError: If data or model are not valid.
     """
     settings = la.settings
+    points: Points | Folds
     if magnitude_loader is not None:
-        folds = explicit_folds(loader, magnitude_loader, all_count)
-        if not seen.weight:
-            choose_parameters(la, folds.first_batch())
-        return folds
-    draws = settings.draws(la._backend_cls)
-    num_points = settings.num_candidates if draws else settings.budget
-    points = draw_uniformly(loader, num_points, seen.seed(settings.seed), name)
+        points = explicit_folds(loader, magnitude_loader, all_count)
+    else:
+        draws = settings.draws(la._backend_cls)
+        num_points = settings.num_candidates if draws else settings.budget
+        points = draw_uniformly(loader, num_points, seen.seed(settings.seed), name)
     if not seen.weight:
         choose_parameters(la, points.first_batch())
+    if isinstance(points, Folds):
+        return points
     best = _best_share(la, points) if settings.finds_share else None
     return points.split(settings.shares(best))
 
