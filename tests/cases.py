@@ -201,8 +201,9 @@ def batch(name, size, loss="cross-entropy", seed=1, dtype=torch.float64):
     X = torch.randn(size, *shape, dtype=torch.float64, generator=generator).to(dtype)
     if loss == "cross-entropy":
         return X, torch.randint(NUM_OUTPUTS, (size,), generator=generator)
-    y = torch.randn(size, NUM_OUTPUTS, dtype=dtype, generator=generator)
-    return X, (y > 0).to(dtype) if loss == "bce" else y
+    # the same numbers in each dtype
+    y = torch.randn(size, NUM_OUTPUTS, dtype=torch.float64, generator=generator)
+    return X, ((y > 0) if loss == "bce" else y).to(dtype)
 
 
 def split(X, y, *sizes):

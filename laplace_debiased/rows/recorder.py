@@ -198,7 +198,20 @@ def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
         Its output.
     """
     original = getattr(model, "_orig_mod", model)
-    return original(X, **kwargs)
+    with (
+        torch.compiler.set_stance("force_eager")
+        if _has_compiled(original)
+        else nullcontext()
+    ):
+        return original(X, **kwargs)
+
+
+def _has_compiled(model: nn.Module) -> bool:
+    """Whether a part of a network is compiled: no mode sees the functions of that."""
+    return any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -279,6 +279,20 @@ def test_compiled_networks_are_recorded_eagerly():
         assert all(torch.equal(a[name], b[name]) for name in b)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_compiled_parts_are_recorded_eagerly(in_place):
+    model = network("mlp")
+    if in_place:
+        model.compile()
+    else:
+        model[0] = torch.compile(model[0])
+    X = torch.randn(SIZE, 4, dtype=torch.float64)
+    layers, params = found(model, X)
+    assert len(layers) == 2
+    with torch.compiler.set_stance("force_eager"):
+        assert_rows_are_exact(model, X, params, layers)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_scripted_modules_are_refused_by_name():
     model = nn.Sequential(torch.jit.script(nn.Linear(3, 3)), nn.Linear(3, 2))
