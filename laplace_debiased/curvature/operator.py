@@ -34,9 +34,9 @@ from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import TYPE_2, Loss, OutputCurvature
-from laplace_debiased.rows.recorder import Substitution, run, stand_ins
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.selection import find_layers
+from laplace_debiased.rows.substitution import Substitution, run, stand_ins
 from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
 
 MAGNITUDES = ("kfac", "ggn")

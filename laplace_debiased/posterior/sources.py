@@ -27,7 +27,7 @@ from laplace_debiased.rows.inputs import (
 )
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import OutputCurvature
-from laplace_debiased.rows.recorder import run
+from laplace_debiased.rows.substitution import run
 from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
 from laplace_debiased.sampling.folds import Fold
 

@@ -30,7 +30,7 @@ from laplace_debiased.rows.linearization import (
     linearize,
     rows_per_example,
 )
-from laplace_debiased.rows.recorder import run
+from laplace_debiased.rows.substitution import run
 
 KINDS = ("full", "diagonal", "joint")
 # the memory allocator uses the same pages for all Jacobians that are no larger

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from laplace_debiased.rows.inputs import Inputs
-from laplace_debiased.rows.recorder import Substitution, run
+from laplace_debiased.rows.substitution import Substitution, run
 
 
 def sampled_outputs(

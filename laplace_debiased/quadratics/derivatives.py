@@ -44,8 +44,8 @@ from laplace_debiased.rows.linearization import (
 )
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import Loss, OutputCurvature, example_losses
-from laplace_debiased.rows.recorder import Substitution, run
 from laplace_debiased.rows.selection import Selection, refusal, select
+from laplace_debiased.rows.substitution import Substitution, run
 
 MODES = ("auto", "forward", "reverse")
 

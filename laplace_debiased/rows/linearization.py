@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.layers import Layer, join_positions
-from laplace_debiased.rows.recorder import record_rows, run
+from laplace_debiased.rows.recorder import record_rows
+from laplace_debiased.rows.substitution import run
 from laplace_debiased.rows.sweep import check_examples_are_separate
 
 

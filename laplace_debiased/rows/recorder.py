@@ -7,8 +7,8 @@ are used twice.
 
 Each use shifts its output by a *probe* of zeros. The gradient in a probe is that in the
 output of the function, also where an activation then overwrites that output in place,
-and asking autograd for the probes alone spares the weight gradients that a
-backward pass to the parameters computes and throws away.
+and asking autograd for the probes alone spares the weight gradients that a backward
+pass to the parameters computes and throws away.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.layers import Layer
+from laplace_debiased.rows.substitution import Substitution, stand_ins
 from laplace_debiased.rows.uses import USES, Layout, MatrixUse, Use
 
 
@@ -47,41 +47,6 @@ _OPENED: dict[Callable, Callable] = {
     function: _opened(function)
     for function in (F.multi_head_attention_forward, torch.autograd.grad)
 }
-
-
-class Substitution(TorchFunctionMode):
-    """Runs a network with other values in the place of its parameters.
-
-    The network itself is not touched: it may have aliased modules, tied weights, and
-    other threads that use it.
-
-    Args:
-        values: Values by the ``id`` of the parameters.
-    """
-
-    def __init__(self, values: Mapping[int, Tensor]):
-        super().__init__()
-        self._values = values
-
-    def __torch_function__(
-        self,
-        func: Callable,
-        types: Sequence[type],
-        args: tuple = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call a function of torch."""
-        return func(*self._replaced(args), **self._replaced(kwargs or {}))
-
-    def _replaced(self, item: Any) -> Any:
-        """Replace the parameters in arguments, which may be nested."""
-        if isinstance(item, Tensor):
-            return self._values.get(id(item), item)
-        if type(item) in (tuple, list):
-            return type(item)([self._replaced(part) for part in item])
-        if type(item) is dict:
-            return {key: self._replaced(part) for key, part in item.items()}
-        return item
 
 
 class Recorder(Substitution):
@@ -164,54 +129,6 @@ def _tensors(item: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
     elif isinstance(item, dict):
         yield from _tensors(list(item.values()))
-
-
-def stand_ins(
-    model: nn.Module, requiring_gradients: Sequence[Tensor] = ()
-) -> dict[int, Tensor]:
-    """Return detached stand-ins for a network's parameters.
-
-    Neither the parameters' gradients nor their ``requires_grad`` flags matter then.
-
-    Args:
-        model: The network.
-        requiring_gradients: Parameters whose stand-ins require gradients.
-
-    Returns:
-        The stand-ins, by the ``id`` of the parameters.
-    """
-    values = {id(parameter): parameter.detach() for parameter in model.parameters()}
-    for parameter in requiring_gradients:
-        values[id(parameter)].requires_grad_()
-    return values
-
-
-def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
-    """Call a network, eagerly if it is compiled.
-
-    Args:
-        model: The network.
-        X: Inputs, a tensor or a mapping.
-        **kwargs: Its further keywords.
-
-    Returns:
-        Its output.
-    """
-    original = getattr(model, "_orig_mod", model)
-    with (
-        torch.compiler.set_stance("force_eager")
-        if _has_compiled(original)
-        else nullcontext()
-    ):
-        return original(X, **kwargs)
-
-
-def _has_compiled(model: nn.Module) -> bool:
-    """Whether a part of a network is compiled: no mode sees the functions of that."""
-    return any(
-        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-        for module in model.modules()
-    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,9 @@ from laplace_debiased.rows.inputs import (
 )
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import OutputCurvature, example_losses
-from laplace_debiased.rows.recorder import Tape, record_rows, run
+from laplace_debiased.rows.recorder import Tape, record_rows
 from laplace_debiased.rows.selection import check_rows_are_separate
+from laplace_debiased.rows.substitution import run
 
 
 class Accumulator(Protocol):

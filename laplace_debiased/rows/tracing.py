@@ -15,12 +15,8 @@ from laplace.utils import select_rows
 from torch import Tensor, nn
 
 from laplace_debiased.rows.inputs import Inputs, check_output
-from laplace_debiased.rows.recorder import (
-    Recorder,
-    probed,
-    run,
-    stand_ins,
-)
+from laplace_debiased.rows.recorder import Recorder, probed
+from laplace_debiased.rows.substitution import run, stand_ins
 from laplace_debiased.rows.uses import Layout, MatrixUse, Use
 
 SINGLE, PAIR = 1, 2

@@ -184,7 +184,7 @@ def test_cross_fit_to_drawn_points_equals_dense_reference(name, magnitudes):
         return [[g[0], *a[1:]] for g, a in pairs]
 
     first, second = factors
-    # with `kfac`, the other pool judges the input directions
+    # with `kfac`, input magnitudes come from the other pool
     pools = pool_factors if magnitudes == "ggn" else pool_factors[:1]
     own = directions(factors, pools)
     of_first, of_second = (directions([fold], pools) for fold in factors)

@@ -147,7 +147,7 @@ def test_damping_adapts_to_how_well_the_quadratic_predicts(lr, factor):
     assert optimizer.param_groups[0]["damping"] == pytest.approx(0.01 * factor)
 
 
-def test_damping_is_judged_by_the_quadratic_before_the_step(monkeypatch):
+def test_damping_adapts_to_the_quadratic_before_the_step(monkeypatch):
     """The Jacobian of convolutions depends on the parameters, which a step changes."""
     model, data = network("cnn-stride-padding"), batch("cnn-stride-padding", SIZE)
     closure = closure_over(model, *data)
@@ -164,7 +164,7 @@ def test_damping_is_judged_by_the_quadratic_before_the_step(monkeypatch):
     assert predicted == pytest.approx(expected, rel=1e-8)
 
 
-def test_damping_is_judged_on_the_points_that_gave_magnitudes():
+def test_damping_adapts_on_the_points_that_gave_magnitudes():
     model, (X, y) = network("mlp"), batch("mlp", SIZE)
     first, second = halves(X, y)
     calls = []
@@ -230,8 +230,8 @@ def test_in_train_mode_the_quadratic_is_that_of_batch_statistics():
         ]
     )
     f = model(X).detach()
-    bend = torch.func.hessian(lambda f: cross_entropy(f, y))(f)
-    expected = J.T @ bend.reshape(len(J), -1) @ J @ V
+    curvature = torch.func.hessian(lambda f: cross_entropy(f, y))(f)
+    expected = J.T @ curvature.reshape(len(J), -1) @ J @ V
     products = torch.stack([own @ v for v in V.T], 1)
     assert dense.relative_error(products, expected) < 1e-10
 

@@ -2,8 +2,9 @@
 
 import torch
 
-from laplace_debiased.rows.recorder import record_rows, run
+from laplace_debiased.rows.recorder import record_rows
 from laplace_debiased.rows.selection import find_layers, select
+from laplace_debiased.rows.substitution import run
 
 
 def found(model, X, params=None):

@@ -4,10 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_debiased.rows.recorder import (
-    Substitution,
-    run,
-)
+from laplace_debiased.rows.substitution import Substitution, run
 from tests.cases import network
 from tests.rows.recording import (
     assert_rows_are_exact,
