@@ -1,11 +1,17 @@
 """Whatever a network does with its weights, fits and predictions are exact."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from laplace_debiased.posterior import fitting
+from laplace_debiased.posterior.measuring import measure
+from laplace_debiased.rows.selection import select
 from tests import dense
+from tests.cases import network
 from tests.fits import debiased, posterior
 from tests.rows.test_recorder import EXACT
 
@@ -76,3 +82,35 @@ def test_aliases_survive_an_interrupted_fit(name):
         debiased(model).fit(first)
     after = [(key, id(p)) for key, p in model.named_parameters(remove_duplicate=False)]
     assert after == own
+
+
+def test_layers_are_found_once_for_a_fit_and_not_for_predictions():
+    model, (first, _) = network("mlp"), loaders((4,), 3)
+    la = debiased(
+        model, budget=8, estimator="two_batch", direction_fraction="auto", pool_size=16
+    )
+    with mock.patch(
+        "laplace_debiased.posterior.fitting.select", wraps=select
+    ) as selecting:
+        la.fit(first)
+        assert selecting.call_count == 1
+        calls = []
+        handle = model.register_forward_hook(lambda *_: calls.append(1))
+        la(first.dataset.tensors[0])
+        handle.remove()
+        assert selecting.call_count == 1
+    assert len(calls) == 1  # nor does a chunk size take a pass
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_measuring_is_a_function(magnitudes):
+    first, _ = loaders((4,), 3)
+    la = debiased(network("mlp"), magnitudes=magnitudes, budget=8, pool_size=16)
+    la.fit(first)
+    folds = fitting.assign(la, first, None, la._seen)
+    source = fitting.source(la)
+    H, again = (
+        measure(source, folds, la.settings, seed=3).curvature.to_matrix()
+        for _ in range(2)
+    )
+    assert torch.equal(H, again)
