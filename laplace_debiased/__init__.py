@@ -22,7 +22,7 @@ The folders are in reading order; none imports one below it::
     sampling/folds           draw points, split them into folds
     sampling/loaders             by their dataset indices
     rows/selection           which parameters are in which layers
-    rows/tracing                 by running the network on two examples
+    rows/tracing                 by running the network on few examples
     posterior/measuring      pool -> draw -> factors -> directions and magnitudes
     posterior/sources            of the folds, by curvlinops' conventions
     rows/sweep                   a forward pass a batch, a backward pass a column

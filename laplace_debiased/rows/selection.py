@@ -17,7 +17,7 @@ from laplace_debiased.rows.layers import Layer, join_positions
 from laplace_debiased.rows.recorder import batch_statistics
 from laplace_debiased.rows.tracing import (
     PAIR,
-    SINGLE,
+    TRIPLE,
     Trace,
     find_layouts,
     rows_tell_gradient,
@@ -121,7 +121,7 @@ def select(
     Args:
         model: The network.
         params: Its parameters.
-        X: Inputs of some examples, of which up to two are used.
+        X: Inputs of some examples, of which up to three are used.
         batch_size: Their number.
 
     Returns:
@@ -137,11 +137,11 @@ def select(
     for name, uses in zip(names, pair.uses, strict=True):
         if any(traced.use.mixes_examples for traced in uses):
             raise ValueError(batch_statistics(name))
-    single = trace(model, params, X, batch_size, SINGLE, backward=False)
+    triple = trace(model, params, X, batch_size, TRIPLE, backward=False)
     reasons: dict[int, str] = {}
     layouts: dict[int, list[Layout]] = {}
     for k in range(len(params)):
-        found = _reason(pair, k) or find_layouts(pair.uses[k], single.uses[k])
+        found = _reason(pair, k) or find_layouts(pair.uses[k], triple.uses[k])
         if isinstance(found, str):
             reasons[k] = found
         elif not rows_tell_gradient(pair, k, found):

@@ -19,7 +19,7 @@ from laplace_debiased.rows.recorder import Recorder, probed
 from laplace_debiased.rows.substitution import run, stand_ins
 from laplace_debiased.rows.uses import Layout, MatrixUse, Use
 
-SINGLE, PAIR = 1, 2
+PAIR, TRIPLE = 2, 3
 _SHARED = "is applied to values that examples share"
 _SEVERAL = "is applied along several axes of examples"
 _IRREGULAR = "runs a different number of times for other examples"
@@ -256,30 +256,30 @@ def _gradients(
     yield from gradients
 
 
-def find_layouts(pair: list[TracedUse], single: list[TracedUse]) -> list[Layout] | str:
+def find_layouts(pair: list[TracedUse], triple: list[TracedUse]) -> list[Layout] | str:
     """Find out where the examples are in each call.
 
     Args:
         pair: The uses of a parameter with two examples.
-        single: Those with one.
+        triple: Those with three.
 
     Returns:
         A layout for each call, one if they agree; or why there is none.
     """
     layouts = []
-    for two, one in zip(pair, single, strict=False):
-        sizes, fewer = two.use.input.shape, one.use.input.shape
+    for two, three in zip(pair, triple, strict=False):
+        sizes, more = two.use.input.shape, three.use.input.shape
         axes = [
             axis
             for axis in two.use.axes
-            if len(sizes) == len(fewer) and sizes[axis] * SINGLE == fewer[axis] * PAIR
+            if len(sizes) == len(more) and sizes[axis] * TRIPLE == more[axis] * PAIR
         ]
         if len(axes) != 1:
             return _SEVERAL if axes else _SHARED
         layouts.append(_order(two, axes[0]))
     if len(set(layouts)) == 1:
         return layouts[:1]
-    return layouts if len(pair) == len(single) else _IRREGULAR
+    return layouts if len(pair) == len(triple) else _IRREGULAR
 
 
 def _order(use: TracedUse, axis: int) -> Layout:

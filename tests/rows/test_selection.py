@@ -243,3 +243,17 @@ def test_gradients_that_rows_do_not_tell_leave_a_parameter_out(monkeypatch):
         ("0.weight", "is also used in ways that its calls do not tell"),
         ("2.weight", "is also used in ways that its calls do not tell"),
     }
+
+
+def test_networks_that_squeeze_a_single_example_are_supported():
+    class Squeezing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Conv1d(1, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.body(x).mean(2, keepdim=True).squeeze())
+
+    model, X = Squeezing().double(), torch.randn(SIZE, 1, 5).double()
+    _, layers, left_out = supported(model, X)
+    assert [layer.name for layer in layers] == ["body", "head"] and not left_out
