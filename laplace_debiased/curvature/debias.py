@@ -13,23 +13,24 @@ its magnitudes are measured along directions of the other folds, and averaged by
 
 Magnitudes are what a function of directions *measures*: :func:`project` for the K-FAC
 of other points (the paper's), or the exact curvature of their GGN, for which a pass
-over them is needed. Everything is given layer by layer.
+over them is needed. Directions that only rounding tells apart share one magnitude
+(:mod:`~laplace_debiased.curvature.degenerate`). Everything is given layer by layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple
 
 from torch import Tensor
 
-from laplace_debiased.curvature.decomposition import decompose, eigenvectors
-from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
+from laplace_debiased.curvature.decomposition import decompose
+from laplace_debiased.curvature.degenerate import with_common_magnitudes
+from laplace_debiased.curvature.kronecker import Kronecker, Magnitudes
 
 Factors = list[Kronecker]
 Directions = list[Kronecker]
-Magnitudes = TypeVar("Magnitudes", Kronecker, Spectrum)
 Measure = Callable[[Directions], list[Magnitudes]]
 
 
@@ -58,7 +59,7 @@ def two_batch(factors: Factors, measure: Measure[Magnitudes]) -> Debiased[Magnit
         Directions and magnitudes.
     """
     directions, own = decompose(factors)
-    return Debiased(directions, measure(directions), own)
+    return Debiased(directions, with_common_magnitudes(measure(directions), own), own)
 
 
 def cross_fit(
@@ -80,36 +81,32 @@ def cross_fit(
         Directions of all folds, and the averaged magnitudes.
     """
     directions, own = decompose(average(folds, shares))
-    inputs = directions if pooled_inputs else None
-    measured = [
-        measure(held_out_directions(folds, shares, k, inputs))
-        for k, measure in enumerate(measures)
-    ]
-    return Debiased(directions, average(measured, shares), own)
+    measured = []
+    for k, measure in enumerate(measures):
+        others = held_out(folds, shares, k)
+        if pooled_inputs:
+            gradients = decompose([Kronecker(factors.gradients) for factors in others])
+            pairs = zip(gradients, (directions, own), strict=True)
+            vectors, values = (joined(*pair) for pair in pairs)
+        else:
+            vectors, values = decompose(others)
+        measured.append(with_common_magnitudes(measure(vectors), values))
+    magnitudes = with_common_magnitudes(average(measured, shares), own)
+    return Debiased(directions, magnitudes, own)
 
 
-def held_out_directions(
-    folds: Sequence[Factors],
-    shares: Sequence[float],
-    index: int,
-    inputs: Directions | None = None,
-) -> Directions:
-    """Compute the eigenvectors of all folds but one.
+def held_out(folds: Sequence[Factors], shares: Sequence[float], index: int) -> Factors:
+    """Average the factors of all folds but one.
 
     Args:
         folds: Kronecker factors of each fold.
         shares: Each fold's share of the points.
         index: The fold to leave out.
-        inputs: Directions whose input eigenvectors are taken instead.
 
     Returns:
-        Eigenvectors of each layer.
+        Factors of each layer.
     """
-    others = average(without(folds, index), without(shares, index))
-    if inputs is None:
-        return eigenvectors(others)
-    gradients = eigenvectors([Kronecker(own.gradients) for own in others])
-    return joined(gradients, inputs)
+    return average(without(folds, index), without(shares, index))
 
 
 def kfac_cross_fit(

@@ -14,18 +14,39 @@ from laplace_debiased.curvature.kronecker import Kronecker
 def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Decompose a symmetric matrix, in its own precision where that is enough.
 
+    Rows of zeros, such as those of units that no example activates, are taken out
+    before: a unit vector is the eigenvector of each.
+
     Args:
         matrix: Symmetric matrix ``[d, d]``.
 
     Returns:
-        Eigenvalues ``[d]``, and eigenvectors ``[d, d]`` as columns, in the matrix's
-        dtype.
+        Eigenvalues ``[d]`` in ascending order, and eigenvectors ``[d, d]`` as columns,
+        in the matrix's dtype.
     """
+    used = matrix.any(0)
+    if used.all():
+        return _eigh(matrix)
+    some, none = used.nonzero().squeeze(1), used.logical_not().nonzero().squeeze(1)
+    own_values, own_vectors = _eigh(matrix[used][:, used])
+    values, vectors = matrix.new_zeros(len(matrix)), torch.zeros_like(matrix)
+    # before they are sorted, each eigenvector has the place of one of its rows
+    values[some] = own_values
+    vectors[some[:, None], some] = own_vectors
+    vectors[none, none] = 1
+    order = values.argsort(stable=True)
+    return values[order], vectors[:, order]
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Decompose a matrix in double precision if its own does not do."""
     if matrix.dtype.itemsize >= 4:
-        # in single precision it need not converge: not for few points, for instance
+        # in single precision it need not converge: some versions raise, others return
+        # NaN
         with suppress(torch.linalg.LinAlgError):
             values, vectors = torch.linalg.eigh(matrix)
-            return values, vectors
+            if values.isfinite().all() and vectors.isfinite().all():
+                return values, vectors
     values, vectors = torch.linalg.eigh(matrix.double())
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 

@@ -297,7 +297,12 @@ def by_parameter(
 
     Returns:
         A matrix with a block for each parameter, in the order of their positions.
+
+    Raises:
+        ValueError: If directions or magnitudes are not finite.
     """
+    check_finite(layers, directions)
+    check_finite(layers, magnitudes)
     blocks: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
     for layer, vectors, values in zip(layers, directions, magnitudes, strict=True):
         if layer.matrix is not None:
@@ -316,3 +321,29 @@ def by_parameter(
 
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
+
+
+def check_finite(
+    layers: Sequence[Layer], of_layers: Sequence[Kronecker | Spectrum]
+) -> None:
+    """Refuse curvature that overflowed, or could not be decomposed.
+
+    Args:
+        layers: The layers.
+        of_layers: Factors, directions or magnitudes of each.
+
+    Raises:
+        ValueError: If there is an entry that is not finite; it names the layers.
+    """
+    bad = [
+        f"{layer.name!r} ({tensor.dtype})"
+        for layer, own in zip(layers, of_layers, strict=True)
+        for tensor in own.tensors()
+        if not tensor.isfinite().all()
+    ]
+    if bad:
+        raise ValueError(
+            f"The curvature of layer {', '.join(dict.fromkeys(bad))} is not finite: "
+            "use a model in float32 or float64, or check its inputs and outputs for "
+            "entries of extreme size."
+        )

@@ -72,3 +72,6 @@ class Spectrum(_Tensors):
 
     matrix: Tensor | None
     vector: Tensor | None = None
+
+
+Magnitudes = TypeVar("Magnitudes", Kronecker, Spectrum)

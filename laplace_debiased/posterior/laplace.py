@@ -8,14 +8,13 @@ eigenvectors from some of the training points and eigenvalues measured on others
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from math import pi
 from typing import Any, cast
 from warnings import warn
 
 import torch
-import torchmetrics
 from laplace import KronLaplace
 from laplace.curvature import CurvatureInterface
 from laplace.utils import batch_size
@@ -31,14 +30,19 @@ from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
 from laplace_debiased.curvature.streams import Curvature
-from laplace_debiased.posterior import diagnostics, fitting, state
+from laplace_debiased.posterior import diagnostics, fitting, state, tuning
 from laplace_debiased.posterior.measuring import Estimate
 from laplace_debiased.posterior.sampling_error import SamplingError
 from laplace_debiased.posterior.settings import Settings, check_integer
 from laplace_debiased.predictive.moments import LinearizedPredictive
 from laplace_debiased.predictive.samples import sampled_outputs
 from laplace_debiased.quadratics.bias import BiasReport
-from laplace_debiased.rows.inputs import Inputs, at_least_single, on_device
+from laplace_debiased.rows.inputs import (
+    Inputs,
+    at_least_single,
+    check_finite_predictions,
+    on_device,
+)
 from laplace_debiased.rows.model_state import evaluating, unchanged_on_failure
 from laplace_debiased.rows.selection import Selection
 from laplace_debiased.sampling.loaders import loader_of_batch
@@ -253,6 +257,11 @@ class KronDebiasedLaplace(KronLaplace):
         # laplace-torch's setter takes the value over before it has checked its length
         with unchanged_on_failure(self):
             KronLaplace.prior_precision.fset(self, prior_precision)
+            values = self._prior_precision
+            if not (values.isfinite() & (values >= 0)).all():
+                raise ValueError(
+                    f"`prior_precision` must be finite and at least zero, got {values}."
+                )
 
     @property
     def prior_precision_diag(self) -> Tensor:
@@ -424,8 +433,10 @@ class KronDebiasedLaplace(KronLaplace):
         finally:
             _GENERATOR.reset(token)
         if isinstance(prediction, Tensor):
+            check_finite_predictions(prediction)
             return prediction.to(self.mean.dtype)
         f_mu, f_var = prediction
+        check_finite_predictions(f_mu, f_var)
         return f_mu.to(self.mean.dtype), f_var.to(self.mean.dtype)
 
     def sample(
@@ -462,6 +473,7 @@ class KronDebiasedLaplace(KronLaplace):
         kind = "joint" if joint else "diagonal" if diagonal_output else "full"
         with evaluating(self.model):
             f_mu, f_var = self._output_moments(on_device(X, self._device), kind)
+        check_finite_predictions(f_mu, f_var)
         f_mu = at_least_single(f_mu)
         return (f_mu.flatten() if joint else f_mu), f_var
 
@@ -558,7 +570,7 @@ class KronDebiasedLaplace(KronLaplace):
                 total = total + output.softmax(-1)
             return total / n_samples
 
-    def optimize_prior_precision(
+    def optimize_prior_precision(  # type: ignore[override]
         self,
         pred_type: PredType | str = PredType.GLM,
         method: TuningMethod | str = TuningMethod.MARGLIK,
@@ -567,7 +579,7 @@ class KronDebiasedLaplace(KronLaplace):
         init_prior_prec: float | Tensor = 1.0,
         prior_structure: PriorStructure | str = PriorStructure.SCALAR,
         val_loader: DataLoader | None = None,
-        loss: torchmetrics.Metric | Callable[[Tensor], Tensor | float] | None = None,
+        loss: tuning.Loss | None = None,
         log_prior_prec_min: float = -4,
         log_prior_prec_max: float = 4,
         grid_size: int = 100,
@@ -579,7 +591,10 @@ class KronDebiasedLaplace(KronLaplace):
     ) -> None:
         """Tune the prior precision as laplace-torch does, and keep the model's mode.
 
-        If anything fails, the prior precision stays as it was.
+        A grid search judges each prior precision for itself, and regressions by the
+        Gaussian negative log likelihood
+        (:mod:`~laplace_debiased.posterior.tuning`); a choice at the end of the grid
+        warns. If anything fails, the prior precision stays as it was.
 
         Args:
             pred_type: As in ``KronLaplace.optimize_prior_precision``, like all others.
@@ -598,7 +613,13 @@ class KronDebiasedLaplace(KronLaplace):
             verbose: Whether to print the result.
             progress_bar: Whether to show a progress bar.
             log_prior_prec_base: Base of the grid's logarithms.
+
+        Raises:
+            ValueError: If no validation loss is finite, or the marginal likelihood has
+                no maximum that is.
         """
+        if loss is None and self.likelihood == Likelihood.REGRESSION:
+            loss = tuning.GaussianNLL(self)
         with evaluating(self.model), unchanged_on_failure(self):
             super().optimize_prior_precision(
                 pred_type,
@@ -618,6 +639,28 @@ class KronDebiasedLaplace(KronLaplace):
                 progress_bar,
                 log_prior_prec_base,
             )
+
+    # the base class declares functions of one argument, and gives them two or three
+    def _gridsearch(  # type: ignore[override]
+        self,
+        loss: tuning.Loss,
+        interval: Tensor,
+        val_loader: DataLoader,
+        pred_type: PredType | str,
+        link_approx: LinkApprox | str = LinkApprox.PROBIT,
+        n_samples: int = 100,
+        progress_bar: bool = False,
+    ) -> Tensor:
+        return tuning.grid_search(
+            self,
+            loss,
+            interval,
+            val_loader,
+            progress_bar,
+            pred_type=pred_type,
+            link_approx=link_approx,
+            n_samples=n_samples,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fitted posterior.

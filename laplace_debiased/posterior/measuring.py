@@ -19,6 +19,7 @@ from laplace_debiased.curvature.debias import (
     joined,
     two_batch,
 )
+from laplace_debiased.curvature.eigenbasis import check_finite
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.curvature.streams import Curvature, GGNCurvature, KFACCurvature
 from laplace_debiased.posterior.sampling_error import SamplingError
@@ -230,11 +231,7 @@ def _factors(source: Source, fold: Fold, seed: int) -> tuple[Factors, SweepSumma
 
 def _finite(own: list[LayerTensors], source: Source) -> list[LayerTensors]:
     """Refuse curvature that overflowed; turn half precision into single."""
-    if not all(tensor.isfinite().all() for layer in own for tensor in layer.tensors()):
-        raise ValueError(
-            f"Curvature is not finite in {source.params[0].dtype}: use a model in "
-            "float32 or bfloat16."
-        )
+    check_finite(source.layers, own)
     return [layer.map(at_least_single) for layer in own]
 
 

@@ -23,11 +23,10 @@ from laplace_debiased.curvature.curvlinops_adapter import (
 from laplace_debiased.curvature.debias import (
     Directions,
     Factors,
-    average,
-    held_out_directions,
+    held_out,
     project,
-    without,
 )
+from laplace_debiased.curvature.decomposition import eigenvectors
 from laplace_debiased.curvature.eigenbasis import by_parameter
 from laplace_debiased.curvature.streams import KFACCurvature
 from laplace_debiased.quadratics.cg import cg
@@ -334,11 +333,11 @@ def kfac_bias(
         The report. Ranks are those on the points that gave the directions.
     """
     folds, shares = curvature.folds, curvature.shares
-    held_out = range(len(folds)) if curvature.cross_fit else [1]
+    measured = range(len(folds)) if curvature.cross_fit else [1]
     own, other = [], []
-    for k in held_out:
-        rest = average(without(folds, k), without(shares, k))
-        directions = held_out_directions(folds, shares, k)
+    for k in measured:
+        rest = held_out(folds, shares, k)
+        directions = eigenvectors(rest)
         mine, theirs = (
             _spectrum(curvature, directions, factors) for factors in (rest, folds[k])
         )
@@ -346,7 +345,7 @@ def kfac_bias(
         own.append(mine[order])
         other.append(theirs[order])
     others = torch.stack(other)
-    share = 1 - sum(shares[k] for k in held_out) / len(held_out) / sum(shares)
+    share = 1 - sum(shares[k] for k in measured) / len(measured) / sum(shares)
     return BiasReport(
         "K-FAC eigenvectors",
         round(share * num_points),

@@ -74,6 +74,22 @@ def check_output(output: Tensor, batch_size: int) -> None:
         raise ValueError("The model's output contains NaN or infinite entries.")
 
 
+def check_finite_predictions(*predictions: Tensor) -> None:
+    """Refuse predictions with NaN or infinite entries.
+
+    Args:
+        *predictions: Means, covariances, probabilities or samples.
+
+    Raises:
+        ValueError: If an entry is not finite.
+    """
+    if not all(prediction.isfinite().all() for prediction in predictions):
+        raise ValueError(
+            "Predictions contain NaN or infinite entries: check the inputs, and the "
+            "model's own output for them."
+        )
+
+
 def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
     """Refuse outputs and targets that a loss cannot compare.
 

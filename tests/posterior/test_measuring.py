@@ -451,3 +451,19 @@ def test_each_batch_of_a_stream_has_its_own_share():
     used = [call.args[1] for call in splitting.call_args_list]
     assert used == [[share, 1 - share] for share in expected]
     assert expected[0] != expected[1]
+
+
+@pytest.mark.parametrize("estimator", ["two_batch", "cross_fit"])
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_posterior_does_not_depend_on_the_batch_size(estimator, magnitudes):
+    """Though factors of few points have null spaces, in which any basis will do."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3)).double()
+    X, y = torch.randn(24, 40).double(), torch.randint(3, (24,))
+    variances = []
+    for size in (24, 5):
+        la = debiased(model, estimator=estimator, magnitudes=magnitudes)
+        la.fit(DataLoader(TensorDataset(X, y), batch_size=size))
+        la.prior_precision = 0.01
+        variances.append(la._glm_predictive_distribution(X)[1])
+    assert torch.allclose(*variances, rtol=1e-9, atol=0)

@@ -1,0 +1,85 @@
+r"""One magnitude for each degenerate subspace.
+
+Where eigenvalues of a factor agree, as all zeros of a factor of few points do, its
+eigenvectors are any basis of a subspace, which changes with the order in which points
+are summed. The curvature along them changes with it, but not its mean over the
+subspace: the trace of the curvature there over the dimension. The mean varies less,
+too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.curvature.kronecker import Kronecker, Magnitudes, Spectrum
+
+
+def eigenspaces(eigenvalues: Tensor) -> Tensor:
+    r"""Number the subspaces of eigenvalues that agree.
+
+    Rounding of the size :math:`\epsilon \lambda_{\max}` turns eigenvectors by
+    :math:`\epsilon \lambda_{\max}` over the gap between their eigenvalues (Davis and
+    Kahan, 1970). Those of gaps below :math:`\epsilon^{5/6} \lambda_{\max}` are taken
+    as one subspace.
+
+    Args:
+        eigenvalues: Eigenvalues in ascending order ``[d]``.
+
+    Returns:
+        The number of each one's subspace ``[d]``, from zero on.
+    """
+    tolerance = torch.finfo(eigenvalues.dtype).eps ** (5 / 6)
+    gaps = eigenvalues.diff(prepend=eigenvalues[:1])
+    return (gaps > tolerance * eigenvalues[-1:].abs()).cumsum(0)
+
+
+def mean_over(values: Tensor, subspaces: Tensor, axis: int) -> Tensor:
+    """Replace values by their mean over subspaces.
+
+    Args:
+        values: A tensor with an entry for each eigenvalue along an axis.
+        subspaces: From :func:`eigenspaces`.
+        axis: The axis.
+
+    Returns:
+        A tensor of the same shape.
+    """
+    shape = list(values.shape)
+    sums = values.new_zeros(shape).index_add_(axis, subspaces, values)
+    counts = values.new_zeros(len(subspaces)).index_add_(
+        0, subspaces, values.new_ones(len(subspaces))
+    )
+    shape = [1] * values.ndim
+    shape[axis] = -1
+    means = sums / counts.clamp(min=1).view(shape)
+    return means.index_select(axis, subspaces)
+
+
+def with_common_magnitudes(
+    magnitudes: Sequence[Magnitudes], eigenvalues: Sequence[Kronecker]
+) -> list[Magnitudes]:
+    """Average magnitudes over the degenerate subspaces of their directions.
+
+    Args:
+        magnitudes: Magnitudes of each layer, along the eigenvectors of factors.
+        eigenvalues: Eigenvalues of these factors.
+
+    Returns:
+        The magnitudes.
+    """
+    return [_averaged(*own) for own in zip(magnitudes, eigenvalues, strict=True)]
+
+
+def _averaged(own: Magnitudes, eigenvalues: Kronecker) -> Magnitudes:
+    groups = eigenvalues.map(eigenspaces)
+    if isinstance(own, Kronecker):
+        return own.map(lambda values, group: mean_over(values, group, 0), groups)
+    assert groups.gradients is not None
+    rows, matrix, vector = groups.gradients, own.matrix, own.vector
+    if matrix is not None:
+        assert groups.inputs is not None
+        matrix = mean_over(mean_over(matrix, rows, 0), groups.inputs, 1)
+    return Spectrum(matrix, None if vector is None else mean_over(vector, rows, 0))

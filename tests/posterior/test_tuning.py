@@ -1,0 +1,168 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from torch import nn
+from torch.distributions import MultivariateNormal
+from torch.utils.data import DataLoader, TensorDataset
+
+from laplace_debiased.posterior.tuning import GaussianNLL
+from tests.fits import debiased
+
+GRID = {"log_prior_prec_min": -3, "log_prior_prec_max": 3, "grid_size": 25}
+
+
+def splits(likelihood, outputs, noise):
+    """Training and validation data of a noisy function of two inputs."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(160, 2, generator=generator, dtype=torch.float64)
+    clean = torch.stack([X[:, 0].sin() + X[:, 1] * (k + 1) for k in range(outputs)], 1)
+    y = clean + noise * torch.randn(clean.shape, generator=generator).double()
+    if likelihood == "classification":
+        y = y.argmax(1)
+    data = TensorDataset(X, y)
+    return (
+        DataLoader(torch.utils.data.Subset(data, range(40)), batch_size=16),
+        DataLoader(torch.utils.data.Subset(data, range(40, 160)), batch_size=50),
+    )
+
+
+def fitted(likelihood, outputs, noise):
+    """A network that was trained too long on few points, and its posterior."""
+    train, val = splits(likelihood, outputs, noise)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, outputs)).double()
+    loss = nn.MSELoss() if likelihood == "regression" else nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    for _ in range(100):
+        for X, y in train:
+            optimizer.zero_grad()
+            loss(model(X), y).backward()
+            optimizer.step()
+    la = debiased(model, likelihood)
+    if likelihood == "regression":
+        la.sigma_noise = noise
+    la.fit(train)
+    return la, val
+
+
+def nll(la, val):
+    """Mean NLL on all validation data at the present prior precision."""
+    X, y = (torch.cat(parts) for parts in zip(*val, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prediction = la(X)
+    if la.likelihood == "classification":
+        return nn.functional.nll_loss(prediction.log(), y).item()
+    mean, covariance = prediction
+    noise = la.sigma_noise**2 * torch.eye(mean.shape[1])
+    return -MultivariateNormal(mean, covariance + noise).log_prob(y).mean().item()
+
+
+@pytest.mark.filterwarnings("ignore:By default")
+@pytest.mark.parametrize(
+    ("likelihood", "outputs"),
+    [("classification", 3), ("regression", 1), ("regression", 2)],
+)
+def test_choice_equals_the_best_of_all_grid_points(likelihood, outputs):
+    la, val = fitted(likelihood, outputs, 0.3)
+    grid, losses = torch.logspace(-3, 3, 25), []
+    for prior_precision in grid:
+        la.prior_precision = prior_precision
+        losses.append(nll(la, val))
+    best = int(np.argmin(losses))
+    assert 0 < best < len(grid) - 1  # so that the choice is not the grid's end
+    la.optimize_prior_precision(method="gridsearch", val_loader=val, **GRID)
+    assert torch.allclose(la.prior_precision, grid[best].double())
+
+
+@pytest.mark.filterwarnings("ignore:By default")
+def test_metrics_of_the_user_are_reset_for_each_grid_point():
+    la, val = fitted("classification", 3, 0.3)
+    values = []
+
+    class Recorded(torchmetrics.classification.MulticlassCalibrationError):
+        def compute(self):
+            values.append(super().compute().item())
+            return torch.tensor(values[-1])
+
+    metric = Recorded(num_classes=3)
+    la.optimize_prior_precision(
+        method="gridsearch", val_loader=val, loss=metric, **GRID
+    )
+    chosen = la.prior_precision
+    expected = []
+    for prior_precision in torch.logspace(-3, 3, 25):
+        la.prior_precision = prior_precision
+        own = torchmetrics.classification.MulticlassCalibrationError(num_classes=3)
+        for X, y in val:
+            own.update(la(X), y)
+        expected.append(own.compute().item())
+    assert np.allclose(values[: len(expected)], expected)
+    best = torch.logspace(-3, 3, 25)[int(np.argmin(expected))]
+    assert torch.allclose(chosen, best.double())
+
+
+@pytest.mark.filterwarnings("ignore:By default")
+@pytest.mark.parametrize(("bounds", "name"), [((-3, -2), "max"), ((2, 3), "min")])
+def test_a_choice_at_the_end_of_the_grid_warns(bounds, name):
+    la, val = fitted("regression", 1, 0.3)
+    low, high = bounds
+    with pytest.warns(UserWarning, match=f"extend it by `log_prior_prec_{name}`"):
+        la.optimize_prior_precision(
+            method="gridsearch",
+            val_loader=val,
+            grid_size=3,
+            log_prior_prec_min=low,
+            log_prior_prec_max=high,
+        )
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 2), (5, 2)])
+def test_gaussian_nll_equals_the_density(shape):
+    la, _ = fitted("regression", 2, 0.3)
+    torch.manual_seed(0)
+    mean, y = torch.randn(2, 5, 2)
+    root = torch.randn(5, 2, 2)
+    covariance = root @ root.mT
+    if len(shape) == 2:
+        covariance = covariance.diagonal(dim1=1, dim2=2)
+        full = torch.diag_embed(covariance)
+    else:
+        full = covariance
+    noise = 0.09 * torch.eye(2)
+    expected = -MultivariateNormal(mean, full + noise).log_prob(y).mean()
+    assert torch.allclose(GaussianNLL(la)(mean, covariance, y).float(), expected)
+    with pytest.raises(ValueError, match="outputs' shape"):
+        GaussianNLL(la)(mean, covariance, y[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:By default")
+def test_losses_that_are_not_finite_are_not_chosen():
+    la, val = fitted("classification", 3, 0.3)
+    la.prior_precision = 7.0
+
+    def first_is_nan(probabilities, _):
+        # the narrower the posterior, the larger its confidence
+        loss = -probabilities.max(1).values.mean()
+        return torch.where(la.prior_precision > 500, torch.nan, loss)
+
+    options = {"method": "gridsearch", "val_loader": val, **GRID}
+    la.optimize_prior_precision(loss=first_is_nan, **options)
+    assert 300 < la.prior_precision < 500
+
+    before = la.prior_precision
+    with pytest.raises(ValueError, match="not finite for any prior precision"):
+        la.optimize_prior_precision(loss=lambda *_: torch.tensor(torch.nan), **options)
+    assert la.prior_precision is before
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_prior_precisions_that_are_none_are_refused(value):
+    la, _ = fitted("regression", 1, 0.3)
+    before = la.prior_precision
+    with pytest.raises(ValueError, match="must be finite and at least zero"):
+        la.prior_precision = value
+    assert la.prior_precision is before
