@@ -44,7 +44,7 @@ def check_approximation(kfac_approx: str) -> None:
 
 
 class Contributions:
-    """What each example contributes to the trace of each layer's curvature.
+    """A number for each example and layer, such as its part of a trace.
 
     Args:
         layers: The layers.
@@ -58,12 +58,12 @@ class Contributions:
         """Begin a batch of examples with weights ``[batch]``."""
         self._batches.append(weights.new_zeros(len(weights), len(self._columns)))
 
-    def add(self, layer: Layer, squares: Tensor) -> None:
-        """Add the squares of a layer ``[batch]``, which carry the weights."""
-        self._batches[-1][:, self._columns[layer.name]] += squares
+    def add(self, layer: Layer, values: Tensor | float) -> None:
+        """Add to the numbers of a layer ``[batch]``."""
+        self._batches[-1][:, self._columns[layer.name]] += values
 
     def matrix(self) -> Tensor:
-        """Return all contributions ``[examples, layers]``."""
+        """Return all numbers ``[examples, layers]``."""
         return torch.cat(self._batches)
 
 
@@ -91,6 +91,11 @@ class KroneckerFactors:
         kfac_approx: ``"expand"`` or ``"reduce"``.
         joint: Whether a bias is a further column of its layer's matrix.
 
+    Attributes:
+        contributions: Each example's part of tr G, which carries its weight.
+        squared_inputs: Sum of the squared entries of its input rows.
+        num_rows: Number of its input rows.
+
     Raises:
         ValueError: If ``kfac_approx`` is not supported.
     """
@@ -114,11 +119,14 @@ class KroneckerFactors:
         self._row_weights: dict[str, Tensor] = {}
         self._calls: dict[str, tuple[Layer, list[Tensor]]] = {}
         self.contributions = Contributions(layers)
+        self.squared_inputs = Contributions(layers)
+        self.num_rows = Contributions(layers)
 
     def start_batch(self, weights: Tensor) -> None:
         """Begin a batch of examples with weights ``[batch]``."""
         self._reduce_calls()
-        self.contributions.start_batch(weights)
+        for own in (self.contributions, self.squared_inputs, self.num_rows):
+            own.start_batch(weights)
         self._weights = weights
 
     def add_inputs(self, layer: Layer, rows: Tensor) -> None:
@@ -138,6 +146,8 @@ class KroneckerFactors:
         self._calls.clear()
 
     def _add_covariance(self, layer: Layer, rows: Tensor) -> None:
+        self.squared_inputs.add(layer, rows.square().sum((1, 2)))
+        self.num_rows.add(layer, rows.shape[1])
         if is_joint(layer, self._joint):
             rows = with_bias_column(rows)
         weights = self._weights[:, None].expand(rows.shape[:2]).to(rows.dtype)

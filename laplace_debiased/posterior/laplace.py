@@ -703,6 +703,30 @@ class KronDebiasedLaplace(KronLaplace):
         """
         return diagnostics.known_sampling_error(self).relative_errors()
 
+    def curvature_intervals(
+        self, level: float = 0.95
+    ) -> dict[str, tuple[float, float]]:
+        """Confidence intervals for the curvature's scale in each layer.
+
+        Of the trace of each layer's curvature from all data; NaN for a layer without
+        curvature. Wider than by normal quantiles where few points carry the error
+        (:mod:`~laplace_debiased.posterior.sampling_error`).
+
+        Args:
+            level: Confidence level, in (0, 1).
+
+        Returns:
+            The ends of each layer's interval, by the layer's name.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+            ValueError: If the level is out of range, or the backend does not tell what
+                each point contributes.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"`level` must lie in (0, 1), got {level}.")
+        return diagnostics.known_sampling_error(self).intervals(level)
+
     def log_marginal_likelihood_standard_error(self) -> Tensor:
         """Estimate the standard error of the log marginal likelihood.
 

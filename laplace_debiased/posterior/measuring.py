@@ -22,6 +22,12 @@ from laplace_debiased.curvature.debias import (
 from laplace_debiased.curvature.eigenbasis import check_finite
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.curvature.streams import Curvature, GGNCurvature, KFACCurvature
+from laplace_debiased.posterior.influences import (
+    InputScale,
+    has_vector,
+    of_factors,
+    of_pools,
+)
 from laplace_debiased.posterior.sampling_error import SamplingError
 from laplace_debiased.posterior.settings import Settings
 from laplace_debiased.posterior.sources import Source
@@ -157,7 +163,7 @@ def measure(
         curvature,
         (weights * loss).sum(),
         seen[0].num_outputs,
-        _error(source, shares, seen, pool, folds.num_data, is_cross_fit),
+        _error(source, folds, used, seen, pool, settings),
     )
 
 
@@ -237,32 +243,43 @@ def _finite(own: list[LayerTensors], source: Source) -> list[LayerTensors]:
 
 def _error(
     source: Source,
-    shares: Sequence[float],
+    folds: Folds,
+    used: Sequence[Fold],
     measured: Sequence[SweepSummary],
     pool: Pool | None,
-    num_data: int,
-    is_cross_fit: bool,
+    settings: Settings,
 ) -> SamplingError | None:
     """Estimate the sampling error, if the source tells what each point contributes."""
     if not source.takes_weights:
         return None
-    seen = measured if pool is None else pool.summaries
-    pools = [] if pool is None else pool.summaries
-    if not is_cross_fit:  # only the second fold gives magnitudes
-        measured, shares, pools = measured[1:], [1.0], pools[1:]
+    shares, pools = folds.shares, [] if pool is None else pool.summaries
+    surveys = pools or measured
+    if folds.explicit or not settings.cross_fit:
+        # only the second fold gives magnitudes
+        used, measured, shares, pools = used[1:], measured[1:], [1.0], pools[1:]
     contributions = [
         share * summary.contributions
         for share, summary in zip(shares, measured, strict=True)
         if summary.contributions is not None
     ]
+    inputs = None
+    if settings.magnitudes == "ggn":
+        terms = torch.cat(contributions)
+    elif pools:  # input covariances are those of the last pool
+        inputs = InputScale.of_pass(pools[-1], torch.ones(pools[-1].num_data))
+        vector = has_vector(source.layers).to(inputs.traces)
+        terms = (inputs.traces + vector) * torch.cat(contributions)
+    else:
+        pairs = zip(measured, used, strict=True)
+        scales = [InputScale.of_pass(own, fold.weights) for own, fold in pairs]
+        terms = of_factors(source.layers, contributions, scales, shares)
+    traces = terms.double().sum(0)
     return SamplingError.of_points(
         [layer.name for layer in source.layers],
-        torch.cat(contributions),
-        torch.cat([own.losses for own in seen if own.losses is not None]),
-        num_data,
-        torch.cat([own.traces for own in pools if own.traces is not None])
-        if pools
-        else None,
+        terms,
+        torch.cat([own.losses for own in surveys if own.losses is not None]),
+        folds.num_data,
+        of_pools(source.layers, traces, pools, shares, inputs) if pools else None,
     )
 
 

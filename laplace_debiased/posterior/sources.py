@@ -130,13 +130,15 @@ class RowSource:
         accumulator = self._kronecker_factors()
         summary = self._sweep(fold, accumulator, seed)
         factors = scale_gradients(accumulator.factors(), self.backend.factor)
-        return factors, self._with_contributions(summary, accumulator)
+        return factors, _with_inputs(
+            self._with_contributions(summary, accumulator), accumulator
+        )
 
     def inputs(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
         """See :meth:`Source.inputs`."""
         accumulator = self._kronecker_factors()
         summary = self._sweep(fold, accumulator, seed, backward=False)
-        return accumulator.inputs(), summary
+        return accumulator.inputs(), _with_inputs(summary, accumulator)
 
     def curvatures(
         self, fold: Fold, directions: Directions, seed: int
@@ -187,6 +189,14 @@ class RowSource:
     ) -> SweepSummary:
         contributions = self.backend.factor * accumulator.contributions.matrix()
         return replace(summary, contributions=contributions)
+
+
+def _with_inputs(summary: SweepSummary, accumulator: KroneckerFactors) -> SweepSummary:
+    return replace(
+        summary,
+        squared_inputs=accumulator.squared_inputs.matrix(),
+        num_rows=accumulator.num_rows.matrix(),
+    )
 
 
 def checked_batches(

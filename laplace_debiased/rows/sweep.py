@@ -64,7 +64,10 @@ class SweepSummary:
         traces: Trace of each example's output curvature ``[num_data]``, unweighted.
         classes: Each example's class ``[num_data]``; None if targets are no classes.
         contributions: Each example's weighted contribution to the traces of the layers'
-            curvature, ``[num_data, layers]``.
+            curvature, ``[num_data, layers]``; with K-FAC's factors, to that of G alone.
+        squared_inputs: Sum of the squared entries of each example's input rows,
+            ``[num_data, layers]``; None if no input covariances were computed.
+        num_rows: Number of these rows, likewise.
     """
 
     num_data: int
@@ -75,6 +78,8 @@ class SweepSummary:
     traces: Tensor | None = None
     classes: Tensor | None = None
     contributions: Tensor | None = None
+    squared_inputs: Tensor | None = None
+    num_rows: Tensor | None = None
 
 
 def sweep(

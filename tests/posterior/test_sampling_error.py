@@ -2,14 +2,14 @@
 
 import warnings
 from dataclasses import replace
-from math import isfinite, isnan
+from math import exp, isfinite, isnan, log
 
 import pytest
 import torch
 from laplace.curvature.asdl import AsdlGGN
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased.posterior.sampling_error import TRUSTED_ERROR, SamplingError
+from laplace_debiased.posterior.sampling_error import TRUSTED_FACTOR, SamplingError
 from tests.cases import batch, network
 from tests.fits import SIZE, debiased, loader
 
@@ -24,14 +24,14 @@ def spread_network():
     return model
 
 
-def error_of(contributions, num_data=10**9, losses=None, pool_scores=None):
+def error_of(contributions, num_data=10**9, losses=None, of_pool=None):
     losses = torch.zeros(len(contributions)) if losses is None else losses
     return SamplingError.of_points(
         ["a", "b"][: contributions.shape[1]],
         contributions,
         losses,
         num_data,
-        pool_scores,
+        of_pool,
     )
 
 
@@ -53,9 +53,9 @@ def test_there_is_no_error_if_all_points_were_seen():
 
 def test_a_pool_adds_its_own_error():
     contributions = torch.ones(50, 1).double()  # a draw without error
-    scores = torch.rand(400).double()
-    error = error_of(contributions, pool_scores=scores)
-    expected = scores.std() / (scores.mean() * 20)
+    of_pool = torch.rand(400, 1).double()
+    error = error_of(contributions, of_pool=of_pool)
+    expected = of_pool.std() * 20 / 50
     assert error.relative_errors()["a"] == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -238,7 +238,7 @@ def test_too_small_a_budget_is_told_with_one_that_would_do():
     (message,) = (str(w.message) for w in caught if "budget" in str(w.message))
     enough = int(message.split("A budget of about ")[1].split()[0])
     assert 8 < enough < SIZE
-    assert message.endswith(f"would bring it to {TRUSTED_ERROR}.")
+    assert message.endswith(f"would bring it to {TRUSTED_FACTOR}.")
 
 
 @pytest.mark.parametrize("num_used", [8, 4])  # of a budget of 8
@@ -248,7 +248,7 @@ def test_a_budget_that_would_do(num_data, num_used):
     error = error_of(num_data / num_used * terms, num_data)
     message = error.warning(8)
     rest = 1 / num_used - 1 / num_data
-    needed = rest * (TRUSTED_ERROR / error.relative_errors()["a"]) ** 2
+    needed = rest * (log(TRUSTED_FACTOR) / error.half_widths()[0].item()) ** 2
     enough = 8 / num_used / (1 / num_data + needed)
     if enough > num_data:
         assert "no budget would bring it to" in message
@@ -258,8 +258,8 @@ def test_a_budget_that_would_do(num_data, num_used):
 
 def test_a_pool_that_is_too_small_for_any_budget():
     terms = torch.tensor([1.0, 5.0] * 4).double()[:, None]
-    scores = torch.tensor([0.0] * 30 + [1.0]).double()
-    message = error_of(terms, pool_scores=scores).warning(8)
+    of_pool = torch.tensor([0.0] * 30 + [24.0]).double()[:, None]
+    message = error_of(terms, of_pool=of_pool).warning(8)
     assert "With the same pool and share of directions, no budget would" in message
 
 
@@ -305,3 +305,54 @@ def test_errors_are_saved(tmp_path):
 def test_there_are_no_errors_before_a_fit():
     with pytest.raises(AttributeError):
         debiased(network("mlp")).curvature_standard_errors  # noqa: B018
+
+
+def heavy_tailed(size):
+    """Inputs whose squared lengths differ by orders of magnitude."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(size, 4, generator=generator, dtype=torch.float64)
+    scales = torch.randn(size, 1, generator=generator, dtype=torch.float64)
+    return X * (0.7 * scales).exp(), torch.randint(3, (size,), generator=generator)
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("sampling", ["uniform", "curvature"])
+def test_intervals_cover_the_curvature_of_all_data(sampling, magnitudes):
+    model = network("mlp")
+    data = TensorDataset(*heavy_tailed(4000))
+    train = DataLoader(data, batch_size=1000)
+    options = {"magnitudes": magnitudes, "pool_size": 1000}
+    full = debiased(model, magnitudes=magnitudes)
+    full.fit(train)
+    truth, covered, warned = full.sampling_error.traces, [], 0
+    for seed in range(60):
+        la = debiased(model, budget=64, sampling=sampling, seed=seed, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            la.fit(train)
+        warned += any("too small to trust" in str(w.message) for w in caught)
+        ends = torch.tensor(list(la.curvature_intervals().values()))
+        covered.append((ends[:, 0] <= truth) & (truth <= ends[:, 1]))
+    coverage = torch.stack(covered).double().mean(0)
+    assert (coverage >= 0.85).all(), coverage
+    if sampling == "uniform":  # the scale of few inputs tells little
+        assert warned > 20
+
+
+def test_intervals_widen_with_the_level():
+    la = debiased(spread_network(), budget=20)
+    la.fit(loader())
+    traces = la.sampling_error.traces.tolist()
+    for layer, trace in zip(LAYERS, traces, strict=True):
+        wide, narrow = (la.curvature_intervals(p)[layer] for p in (0.99, 0.5))
+        assert 0 < wide[0] < narrow[0] < trace < narrow[1] < wide[1]
+        assert wide[0] * wide[1] == pytest.approx(trace**2)
+    with pytest.raises(ValueError, match="`level` must lie in"):
+        la.curvature_intervals(95)
+
+
+def test_intervals_of_many_equal_points_are_normal():
+    terms = torch.tensor([1.0, 3.0] * 2000).double()[:, None]
+    error = error_of(terms)
+    expected = exp(1.96 * error.relative_errors()["a"]) * error.traces[0].item()
+    assert error.intervals()["a"][1] == pytest.approx(expected, rel=1e-4)
