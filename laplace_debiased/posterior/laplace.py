@@ -594,13 +594,15 @@ class KronDebiasedLaplace(KronLaplace):
         A grid search judges each prior precision for itself, and regressions by the
         Gaussian negative log likelihood
         (:mod:`~laplace_debiased.posterior.tuning`); a choice at the end of the grid
-        warns. If anything fails, the prior precision stays as it was.
+        warns. The marginal likelihood is maximized by Newton's method
+        (:mod:`~laplace_debiased.posterior.evidence`), except with ``damping``. If
+        anything fails, the prior precision stays as it was.
 
         Args:
             pred_type: As in ``KronLaplace.optimize_prior_precision``, like all others.
             method: How to tune.
-            n_steps: Number of steps.
-            lr: Step size.
+            n_steps: Largest number of steps; a handful is enough.
+            lr: Step size of gradient ascent, with ``damping`` only.
             init_prior_prec: Where to start.
             prior_structure: Whether there is one precision for all parameters.
             val_loader: Yields validation data.
@@ -620,6 +622,16 @@ class KronDebiasedLaplace(KronLaplace):
         """
         if loss is None and self.likelihood == Likelihood.REGRESSION:
             loss = tuning.GaussianNLL(self)
+        climbs = method == TuningMethod.MARGLIK and not self.damping
+        if climbs and prior_structure != PriorStructure.DIAG and val_loader is None:
+            self._check_H_init()
+            is_layerwise = prior_structure == PriorStructure.LAYERWISE
+            self.prior_precision = tuning.maximize_marginal_likelihood(
+                self, init_prior_prec, is_layerwise, n_steps
+            )
+            if verbose:
+                print(f"Optimized prior precision is {self.prior_precision}.")
+            return
         with evaluating(self.model), unchanged_on_failure(self):
             super().optimize_prior_precision(
                 pred_type,

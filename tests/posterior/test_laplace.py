@@ -120,7 +120,10 @@ def test_same_data_in_both_roles_equals_laplace_torch(name, subset):
     )
     for la_ in (la, reference):
         la_.optimize_prior_precision()
-    assert torch.allclose(la.prior_precision, reference.prior_precision, rtol=1e-4)
+    # laplace-torch stops after a hundred steps, near the maximum
+    assert torch.allclose(la.prior_precision, reference.prior_precision, rtol=1e-2)
+    best = la.log_marginal_likelihood()
+    assert best >= reference.log_marginal_likelihood() * (1 + 1e-6)  # is negative
 
 
 @pytest.mark.parametrize("backend", [CurvlinopsGGN, CurvlinopsEF])

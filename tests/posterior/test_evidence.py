@@ -1,0 +1,113 @@
+from math import inf
+
+import pytest
+import torch
+from laplace import KronLaplace
+from laplace.utils.enums import PriorStructure
+
+from laplace_debiased.posterior.evidence import best_prior_precision
+from tests.cases import network
+from tests.fits import SUBSETS, debiased, loader
+
+
+def evidence(blocks, squared_norm, delta):
+    spectra = [torch.outer(*own) if len(own) == 2 else own[0] for own in blocks]
+    values = torch.cat([own.flatten() for own in spectra])
+    delta = torch.tensor(delta).double()
+    terms = (values / delta).log1p()
+    return -(terms.sum() + delta * squared_norm) / 2
+
+
+BLOCKS = {
+    "factored": [[torch.rand(7).double() * 100, torch.rand(5).double()]],
+    "matrix": [[torch.rand(6, 4).double() * 30]],
+    "vector and spread": [
+        [torch.logspace(-12, 6, 40, dtype=torch.float64)],
+        [torch.zeros(3).double(), torch.ones(2).double()],
+    ],
+}
+
+
+@pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("squared_norm", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("start", [1e-4, 1.0, 1e5])
+def test_maximum_is_found_from_anywhere_in_few_steps(blocks, squared_norm, start):
+    found = best_prior_precision(blocks, squared_norm, start, max_steps=20)
+    best = evidence(blocks, squared_norm, found)
+    for factor in (0.99, 1.01):
+        assert evidence(blocks, squared_norm, factor * found) < best
+
+
+def test_chunks_change_nothing(monkeypatch):
+    blocks = BLOCKS["factored"]
+    expected = best_prior_precision(blocks, 1.0, 1.0)
+    monkeypatch.setattr("laplace_debiased.posterior.evidence._CHUNK_ENTRIES", 7)
+    assert best_prior_precision(blocks, 1.0, 1.0) == pytest.approx(expected)
+
+
+def test_there_need_not_be_a_maximum():
+    assert best_prior_precision(BLOCKS["matrix"], 0.0, 1.0) == inf
+    assert best_prior_precision([[torch.zeros(3)]], 1.0, 1.0) == 0
+
+
+def by_gradient_ascent(la, structure, steps=2000):
+    """laplace-torch's own way, for long enough."""
+    KronLaplace.optimize_prior_precision(
+        la, method="marglik", prior_structure=structure, n_steps=steps, lr=0.05
+    )
+    return la.prior_precision
+
+
+@pytest.mark.filterwarnings("ignore:By default")
+@pytest.mark.parametrize("structure", [PriorStructure.SCALAR, PriorStructure.LAYERWISE])
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_optimum_equals_that_of_gradient_ascent(
+    magnitudes, likelihood, subset, structure
+):
+    la = debiased(
+        network("mlp"),
+        likelihood,
+        subset,
+        magnitudes=magnitudes,
+        prior_mean=0.1,
+        temperature=0.5,
+    )
+    if likelihood == "regression":
+        la.sigma_noise = 0.3
+    la.fit(loader(likelihood=likelihood))
+    expected = by_gradient_ascent(la, structure)
+    evidence_there = la.log_marginal_likelihood()
+    la.prior_precision = 1.0
+    la.optimize_prior_precision(prior_structure=structure, n_steps=10)
+    assert torch.allclose(la.prior_precision, expected, rtol=1e-3)
+    assert la.log_marginal_likelihood() >= evidence_there - 1e-9
+
+
+def test_with_damping_gradient_ascent_is_left(capsys):
+    la = debiased(network("mlp"), "regression", damping=True)
+    la.fit(loader(likelihood="regression"))
+    la.optimize_prior_precision(n_steps=3, lr=0.1)
+    assert la.prior_precision.log().abs() < 0.31  # three steps
+    free = debiased(network("mlp"), "regression")
+    free.fit(loader(likelihood="regression"))
+    free.optimize_prior_precision(verbose=True)
+    assert "Optimized prior precision" in capsys.readouterr().out
+
+
+def test_layers_without_a_maximum_are_named():
+    model = network("mlp")
+    model[2].weight.data.zero_()  # no gradient reaches the first layer
+    la = debiased(model)
+    la.fit(loader())
+    with pytest.warns(UserWarning, match=r"precisions of 0.weight, 0.bias, 2.weight"):
+        la.optimize_prior_precision(prior_structure="layerwise", init_prior_prec=3.0)
+    assert la.prior_precision[:3].tolist() == [3.0] * 3
+    assert la.prior_precision[3] != 3
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    la.fit(loader())
+    with pytest.raises(ValueError, match="has no maximum"):
+        la.optimize_prior_precision()
+    assert la.prior_precision.isfinite().all()
