@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import exp, inf, log
 
-import torch
 from torch import Tensor
 
 _TOLERANCE = 1e-6

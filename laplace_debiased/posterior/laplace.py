@@ -8,7 +8,7 @@ eigenvectors from some of the training points and eigenvalues measured on others
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from math import pi
 from typing import Any, cast
@@ -480,18 +480,42 @@ class KronDebiasedLaplace(KronLaplace):
     def _output_moments(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
         """Compute mean and covariance of the linearized network's output."""
         self._check_H_init()
+        predictive = self._linearized(self.posterior_precision)
+        return predictive.moments(X, batch_size(X, self.dict_key_x), kind)
+
+    def _variances_by_prior(
+        self, X: Inputs, prior_precisions: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Compute mean and variances of the outputs for scalar prior precisions.
+
+        Returns:
+            The mean ``[batch, C]``, and the variances ``[batch, C, K]``.
+        """
+        if self.damping:
+            raise ValueError("With `damping`, each prior precision needs its own pass.")
+        with evaluating(self.model):
+            X = on_device(X, self._device)
+            curvature = cast("EigenbasisMatrix", self.H) * self._H_factor
+            f_mu, variances = self._linearized(curvature).variances(
+                X, batch_size(X, self.dict_key_x), prior_precisions
+            )
+        check_finite_predictions(f_mu, variances)
+        return at_least_single(f_mu), variances
+
+    def _linearized(self, posterior: EigenbasisMatrix) -> LinearizedPredictive:
+        """Return the linearized network's predictive with a posterior precision."""
+        self._check_H_init()
         assert self._selection is not None
-        predictive = LinearizedPredictive(
+        return LinearizedPredictive(
             self.model,
             self.fitted_params,
             self._selection.layers,
-            self.posterior_precision,
+            posterior,
             self.n_outputs,
             self._selection.example_size,
             self.memory_limit,
             self.enable_backprop,
         )
-        return predictive.moments(X, batch_size(X, self.dict_key_x), kind)
 
     def _glm_forward_call(
         self,

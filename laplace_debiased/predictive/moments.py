@@ -15,8 +15,9 @@ rotated Jacobian is never formed. Otherwise it is formed for one layer at a time
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from laplace.utils import select_rows
@@ -32,6 +33,8 @@ from laplace_debiased.rows.linearization import (
 )
 from laplace_debiased.rows.substitution import run
 
+# from a block's posterior, gradient rows and rotated input rows to its share
+Contraction = Callable[..., Tensor]
 KINDS = ("full", "diagonal", "joint")
 # the memory allocator uses the same pages for all Jacobians that are no larger
 JACOBIAN_BYTES = 2**24
@@ -75,20 +78,72 @@ class BlockPosterior:
         Returns:
             ``[batch, C, C]``, ``[batch, C]`` or ``[batch * C, batch * C]``.
         """
-        gradients = gradients.to(self.precisions.dtype)
-        if inputs is None:
-            gradients = gradients.flatten(3).sum(2)[:, :, None, None]
-            inputs = gradients.new_ones(len(gradients), 1, 1, 1)
+        gradients, inputs = self._with_inputs(gradients, inputs)
         if kind == "joint":
             jacobians = self._scaled_jacobians(gradients, inputs)
             flat = jacobians.flatten(0, 1).flatten(1)
             return flat @ flat.T
         if gradients.shape[2:4] == (1, 1):
             return self._without_sharing(gradients, inputs, kind, jacobian_bytes)
+        parts = self._parts(gradients, inputs, jacobian_bytes)
+        return torch.cat([self._with_sharing(*part, kind) for part in parts])
+
+    def variances(
+        self,
+        gradients: Tensor,
+        inputs: Tensor | None,
+        shifts: Sequence[float],
+        jacobian_bytes: int = JACOBIAN_BYTES,
+    ) -> Tensor:
+        """Compute this block's share of the output variances for several priors.
+
+        Args:
+            gradients: As in :meth:`covariance`.
+            inputs: As in :meth:`covariance`.
+            shifts: Numbers that are added to the precisions, K of them.
+            jacobian_bytes: As in :meth:`covariance`.
+
+        Returns:
+            Variances ``[batch, C, K]``.
+        """
+        gradients, inputs = self._with_inputs(gradients, inputs)
+        basis = self.eigenvectors[0]
+        precisions = self.precisions.reshape(len(basis), -1)
+        if gradients.shape[2:4] == (1, 1):
+            squares = (gradients.flatten(2) @ basis) ** 2  # [batch, C, d_out]
+            lengths = inputs.flatten(1) ** 2  # [batch, d_in]
+            of_shifts = [
+                squares @ (lengths @ (precisions + shift).reciprocal().T)[:, :, None]
+                for shift in shifts
+            ]
+            return torch.cat(of_shifts, 2)
+        parts = []
+        for some, rows in self._parts(gradients, inputs, jacobian_bytes):
+            squares = rotated_jacobians(some, rows, basis).square_().flatten(2)
+            of_shifts = [
+                squares @ (precisions + shift).reciprocal_().flatten()
+                for shift in shifts
+            ]
+            parts.append(torch.stack(of_shifts, 2))
+        return torch.cat(parts)
+
+    def _with_inputs(
+        self, gradients: Tensor, inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Give a vector its only input, one, and sum its rows."""
+        gradients = gradients.to(self.precisions.dtype)
+        if inputs is None:
+            gradients = gradients.flatten(3).sum(2)[:, :, None, None]
+            inputs = gradients.new_ones(len(gradients), 1, 1, 1)
+        return gradients, inputs
+
+    def _parts(
+        self, gradients: Tensor, inputs: Tensor, jacobian_bytes: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield as many examples as have no larger Jacobians."""
         entries = gradients.shape[1] * self.precisions.numel()
         size = max(1, jacobian_bytes // (entries * gradients.element_size()))
-        parts = zip(gradients.split(size), inputs.split(size), strict=True)
-        return torch.cat([self._with_sharing(*part, kind) for part in parts])
+        return zip(gradients.split(size), inputs.split(size), strict=True)
 
     def _without_sharing(
         self, gradients: Tensor, inputs: Tensor, kind: str, some_bytes: int
@@ -209,19 +264,46 @@ class LinearizedPredictive:
         """
         if batch_size == 0:
             return self._of_no_examples(X, kind)
+        contract = partial(BlockPosterior.covariance, kind=kind)
         if kind == "joint":
-            return self._chunk(X, batch_size, kind)
+            return self._chunk(X, batch_size, contract)
+        return self._chunks(X, batch_size, contract)
+
+    def variances(
+        self, X: Inputs, batch_size: int, shifts: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Compute mean and variances of the outputs for several priors, in one pass.
+
+        Args:
+            X: Inputs, a tensor or a mapping.
+            batch_size: Number of examples, at least one.
+            shifts: Numbers that are added to the posterior precision, K of them.
+
+        Returns:
+            The mean ``[batch, C]``, and the variances ``[batch, C, K]``.
+
+        Raises:
+            ValueError: As in :meth:`moments`.
+        """
+        contract = partial(BlockPosterior.variances, shifts=shifts)
+        return self._chunks(X, batch_size, contract)
+
+    def _chunks(
+        self, X: Inputs, batch_size: int, contract: Contraction
+    ) -> tuple[Tensor, Tensor]:
         size = self._chunk_size(X, batch_size)
         if size >= batch_size:
-            return self._chunk(X, batch_size, kind)
+            return self._chunk(X, batch_size, contract)
         chunks = [
-            self._chunk(select_rows(X, indices, batch_size), len(indices), kind)
+            self._chunk(select_rows(X, indices, batch_size), len(indices), contract)
             for indices in torch.arange(batch_size).split(size)
         ]
         means, covariances = zip(*chunks, strict=True)
         return torch.cat(means), torch.cat(covariances)
 
-    def _chunk(self, X: Inputs, batch_size: int, kind: str) -> tuple[Tensor, Tensor]:
+    def _chunk(
+        self, X: Inputs, batch_size: int, contract: Contraction
+    ) -> tuple[Tensor, Tensor]:
         linear = linearize(
             self._model,
             self._params,
@@ -231,13 +313,13 @@ class LinearizedPredictive:
             self._differentiable,
         )
         covariances = [
-            posterior.covariance(
+            contract(
+                posterior,
                 linear.gradients[layer.name],
                 posterior.rotate_inputs(linear.inputs.pop(layer.name))
                 if is_matrix
                 else None,
-                kind,
-                self._jacobian_bytes,
+                jacobian_bytes=self._jacobian_bytes,
             )
             for layer, is_matrix, posterior in self._blocks
             if layer.name in linear.gradients
