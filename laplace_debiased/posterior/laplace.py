@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from math import pi
 from typing import Any, cast
 from warnings import warn
 
@@ -34,6 +33,7 @@ from laplace_debiased.posterior import diagnostics, fitting, state, tuning
 from laplace_debiased.posterior.measuring import Estimate
 from laplace_debiased.posterior.sampling_error import SamplingError
 from laplace_debiased.posterior.settings import Settings, check_integer
+from laplace_debiased.predictive.links import probit_probabilities
 from laplace_debiased.predictive.moments import LinearizedPredictive
 from laplace_debiased.predictive.samples import sampled_outputs
 from laplace_debiased.quadratics.bias import BiasReport
@@ -532,7 +532,7 @@ class KronDebiasedLaplace(KronLaplace):
                 return self._glm_predictive_distribution(x, diagonal_output=True)
         elif link_approx == LinkApprox.PROBIT:
             f_mu, f_var = self._glm_predictive_distribution(x, diagonal_output=True)
-            return torch.softmax(f_mu / torch.sqrt(1 + pi / 8 * f_var), dim=-1)
+            return probit_probabilities(f_mu, f_var)
         return super()._glm_forward_call(
             x, likelihood, joint, link_approx, n_samples, diagonal_output
         )
@@ -616,9 +616,10 @@ class KronDebiasedLaplace(KronLaplace):
         """Tune the prior precision as laplace-torch does, and keep the model's mode.
 
         A grid search judges each prior precision for itself, and regressions by the
-        Gaussian negative log likelihood
-        (:mod:`~laplace_debiased.posterior.tuning`); a choice at the end of the grid
-        warns. The marginal likelihood is maximized by Newton's method
+        Gaussian negative log likelihood (:mod:`~laplace_debiased.posterior.tuning`); a
+        choice at the end of the grid warns. With the probit approximation, or one
+        output, and a metric as the loss, it takes one pass over the data for all of
+        them. The marginal likelihood is maximized by Newton's method
         (:mod:`~laplace_debiased.posterior.evidence`), except with ``damping``. If
         anything fails, the prior precision stays as it was.
 
@@ -645,7 +646,7 @@ class KronDebiasedLaplace(KronLaplace):
                 no maximum that is.
         """
         if loss is None and self.likelihood == Likelihood.REGRESSION:
-            loss = tuning.GaussianNLL(self)
+            loss = tuning.GaussianNLL(self.sigma_noise**2)
         climbs = method == TuningMethod.MARGLIK and not self.damping
         if climbs and prior_structure != PriorStructure.DIAG and val_loader is None:
             self._check_H_init()

@@ -10,6 +10,7 @@ changes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 from warnings import warn
@@ -17,12 +18,16 @@ from warnings import warn
 import torch
 import torchmetrics
 from laplace.utils import validate
+from laplace.utils.enums import Likelihood, LinkApprox, PredType
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from laplace_debiased.posterior.evidence import best_prior_precision
+from laplace_debiased.posterior.upstream import inputs_and_targets
+from laplace_debiased.predictive.links import probit_probabilities
+from laplace_debiased.predictive.prior_path import PriorInterval
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
@@ -30,30 +35,34 @@ if TYPE_CHECKING:
 Loss = torchmetrics.Metric | Callable[..., Tensor]
 
 
-class GaussianNLL:
+class GaussianNLL(torchmetrics.Metric):
     """Mean negative log density of targets in a regression.
 
     The predictive distribution is a Gaussian, whose covariance is that of the network's
     output and the noise.
 
     Args:
-        la: The posterior, which knows the noise.
+        noise_variance: Variance of the noise in each output, a scalar.
     """
 
-    def __init__(self, la: KronDebiasedLaplace):
-        self._la = la
+    total: Tensor
+    count: Tensor
 
-    def __call__(self, mean: Tensor, covariance: Tensor, y: Tensor) -> Tensor:
-        """Compute it.
+    def __init__(self, noise_variance: Tensor):
+        super().__init__()
+        self.noise_variance = noise_variance.detach().double()
+        zero = torch.zeros((), dtype=torch.float64)
+        for name in ("total", "count"):
+            self.add_state(name, zero, dist_reduce_fx="sum")
+
+    def update(self, mean: Tensor, covariance: Tensor, y: Tensor) -> None:
+        """Add a batch.
 
         Args:
             mean: Mean of the outputs ``[batch, outputs]``.
             covariance: Their covariance ``[batch, outputs, outputs]``, or variance
                 ``[batch, outputs]``, without noise.
             y: Targets ``[batch, outputs]``.
-
-        Returns:
-            A scalar.
 
         Raises:
             ValueError: If the targets have another shape.
@@ -66,9 +75,14 @@ class GaussianNLL:
         mean, covariance = mean.double(), covariance.double()
         if covariance.ndim == 2:
             covariance = torch.diag_embed(covariance)
-        noise = self._la.sigma_noise.double() ** 2
-        noise = noise * torch.eye(mean.shape[1], dtype=mean.dtype, device=mean.device)
-        return -MultivariateNormal(mean, covariance + noise).log_prob(y.double()).mean()
+        noise = self.noise_variance * torch.eye(mean.shape[1]).to(mean)
+        density = MultivariateNormal(mean, covariance + noise)
+        self.total = self.total - density.log_prob(y.double()).sum()
+        self.count = self.count + len(y)
+
+    def compute(self) -> Tensor:
+        """Return the mean over all points."""
+        return self.total / self.count
 
 
 @torch.no_grad()
@@ -159,12 +173,17 @@ def grid_search(
     Raises:
         ValueError: If no prior precision has a finite loss.
     """
-    losses = []
-    bar = tqdm(interval, disable=not progress_bar, desc="[Grid search]")
-    for prior_precision in bar:
-        la.prior_precision = prior_precision
-        losses.append(_loss(la, loss, val_loader, predictive))
-        bar.set_postfix(prior_precision=prior_precision.item(), loss=losses[-1])
+    if _is_known_from_one_pass(la, loss, **predictive):
+        assert isinstance(loss, torchmetrics.Metric)
+        losses = _losses_from_one_pass(la, loss, interval, val_loader, progress_bar)
+    else:
+        losses = []
+        for prior_precision in tqdm(
+            interval, disable=not progress_bar, desc="[Grid search]"
+        ):
+            la.prior_precision = prior_precision
+            losses.append(_loss(la, loss, val_loader, predictive))
+    losses = [own if isfinite(own) else inf for own in losses]
     best = min(range(len(losses)), key=losses.__getitem__)
     if not isfinite(losses[best]):
         raise ValueError("The validation loss is not finite for any prior precision.")
@@ -178,17 +197,59 @@ def grid_search(
     return interval[best]
 
 
+def _is_known_from_one_pass(
+    la: KronDebiasedLaplace,
+    loss: Loss,
+    pred_type: PredType | str,
+    link_approx: LinkApprox | str,
+    **_: Any,
+) -> bool:
+    """Whether predictions follow from means and variances, whatever the prior."""
+    if la.damping or pred_type != PredType.GLM:
+        return False
+    if not isinstance(loss, torchmetrics.Metric):  # needs all predictions at once
+        return False
+    if la.likelihood == Likelihood.REGRESSION:
+        return la.n_outputs == 1
+    return link_approx == LinkApprox.PROBIT
+
+
+def _losses_from_one_pass(
+    la: KronDebiasedLaplace,
+    metric: torchmetrics.Metric,
+    interval: Tensor,
+    val_loader: DataLoader,
+    progress_bar: bool,
+) -> list[float]:
+    """Compute a metric at all prior precisions from one pass over the data."""
+    path = PriorInterval(interval.min().item(), interval.max().item())
+    metric.reset()
+    metrics = [deepcopy(metric) for _ in interval]
+    for batch in tqdm(val_loader, disable=not progress_bar, desc="[Grid search]"):
+        X, y = inputs_and_targets(batch, la.backend)
+        mean, at_nodes = la._variances_by_prior(X, path.nodes)
+        variances = path.at(at_nodes, interval.to(mean))  # [batch, C, grid]
+        for own, variance in zip(metrics, variances.unbind(2), strict=True):
+            if la.likelihood != Likelihood.REGRESSION:
+                own.update(probit_probabilities(mean, variance), y)
+                continue
+            try:
+                own.update(mean, variance[:, :, None], y)
+            except TypeError:  # one of mean and targets, such as the squared error
+                own.update(mean, y)
+    return [own.compute().sum().item() for own in metrics]
+
+
 def _loss(
     la: KronDebiasedLaplace,
     loss: Loss,
     val_loader: DataLoader,
     predictive: dict[str, Any],
 ) -> float:
-    """Compute the loss at the present prior precision, infinite if it is NaN."""
+    """Compute the loss at the present prior precision."""
     if isinstance(loss, torchmetrics.Metric):
         loss.reset()
     try:
-        value = validate(la, val_loader, loss, dict_key_y=la.dict_key_y, **predictive)
+        return validate(la, val_loader, loss, dict_key_y=la.dict_key_y, **predictive)
     except torch.linalg.LinAlgError:  # the covariance is singular
         return inf
-    return value if isfinite(value) else inf

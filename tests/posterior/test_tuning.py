@@ -81,28 +81,39 @@ def test_choice_equals_the_best_of_all_grid_points(likelihood, outputs):
 @pytest.mark.filterwarnings("ignore:By default")
 def test_metrics_of_the_user_are_reset_for_each_grid_point():
     la, val = fitted("classification", 3, 0.3)
-    values = []
-
-    class Recorded(torchmetrics.classification.MulticlassCalibrationError):
-        def compute(self):
-            values.append(super().compute().item())
-            return torch.tensor(values[-1])
-
-    metric = Recorded(num_classes=3)
-    la.optimize_prior_precision(
-        method="gridsearch", val_loader=val, loss=metric, **GRID
-    )
-    chosen = la.prior_precision
-    expected = []
+    metric = torchmetrics.classification.MulticlassCalibrationError(num_classes=3)
+    metric.update(torch.eye(3), torch.arange(3))  # is forgotten
+    options = {"method": "gridsearch", "val_loader": val, "loss": metric, **GRID}
+    choices, expected = [], []
+    for link_approx in ("probit", "bridge"):  # one pass for all, or one for each
+        la.optimize_prior_precision(link_approx=link_approx, **options)
+        choices.append(la.prior_precision)
     for prior_precision in torch.logspace(-3, 3, 25):
         la.prior_precision = prior_precision
-        own = torchmetrics.classification.MulticlassCalibrationError(num_classes=3)
-        for X, y in val:
-            own.update(la(X), y)
-        expected.append(own.compute().item())
-    assert np.allclose(values[: len(expected)], expected)
-    best = torch.logspace(-3, 3, 25)[int(np.argmin(expected))]
-    assert torch.allclose(chosen, best.double())
+        errors = []
+        for link_approx in ("probit", "bridge"):
+            own = torchmetrics.classification.MulticlassCalibrationError(num_classes=3)
+            for X, y in val:
+                own.update(la(X, link_approx=link_approx), y)
+            errors.append(own.compute().item())
+        expected.append(errors)
+    best = torch.logspace(-3, 3, 25)[np.argmin(expected, 0)]
+    assert torch.allclose(torch.cat(choices), best.double())
+
+
+@pytest.mark.filterwarnings("ignore:By default")
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_all_prior_precisions_take_one_pass(monkeypatch, likelihood):
+    la, val = fitted(likelihood, 3 if likelihood == "classification" else 1, 0.3)
+    calls, forward = [], la.model.forward
+
+    def counted(X):
+        calls.append(len(X))
+        return forward(X)
+
+    monkeypatch.setattr(la.model, "forward", counted)
+    la.optimize_prior_precision(method="gridsearch", val_loader=val, **GRID)
+    assert calls == [50, 50, 20]
 
 
 @pytest.mark.filterwarnings("ignore:By default")
@@ -122,7 +133,6 @@ def test_a_choice_at_the_end_of_the_grid_warns(bounds, name):
 
 @pytest.mark.parametrize("shape", [(5, 2, 2), (5, 2)])
 def test_gaussian_nll_equals_the_density(shape):
-    la, _ = fitted("regression", 2, 0.3)
     torch.manual_seed(0)
     mean, y = torch.randn(2, 5, 2)
     root = torch.randn(5, 2, 2)
@@ -134,9 +144,12 @@ def test_gaussian_nll_equals_the_density(shape):
         full = covariance
     noise = 0.09 * torch.eye(2)
     expected = -MultivariateNormal(mean, full + noise).log_prob(y).mean()
-    assert torch.allclose(GaussianNLL(la)(mean, covariance, y).float(), expected)
+    metric = GaussianNLL(torch.tensor(0.09))
+    for rows in torch.arange(5).split(3):
+        metric.update(mean[rows], covariance[rows], y[rows])
+    assert torch.allclose(metric.compute().float(), expected)
     with pytest.raises(ValueError, match="outputs' shape"):
-        GaussianNLL(la)(mean, covariance, y[:, 0])
+        metric.update(mean, covariance, y[:, 0])
 
 
 @pytest.mark.filterwarnings("ignore:By default")
