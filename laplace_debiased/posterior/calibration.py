@@ -1,0 +1,162 @@
+r"""Probabilities that validation data agree with.
+
+A network's outputs are divided by a temperature T (Guo et al., 2017, arXiv 1706.04599),
+and the posterior's covariance is multiplied by a *scale* s between zero and one: the
+outputs of an example are Gaussian with mean :math:`\mu / T` and covariance :math:`s
+\Sigma / T^2`. Both are chosen by the negative log likelihood of validation data. At s =
+0, the probabilities are those of the trained network with temperature scaling; one is
+the posterior as it was fitted.
+
+The marginal likelihood fits a posterior that tells foreign inputs best, but is too wide
+for clean data. So the scale is that of probabilities alone; the epistemic uncertainty
+is always that of the whole posterior.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp, inf, isfinite, log
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torch.nn.functional import nll_loss
+
+from laplace_debiased.predictive.links import probit_probabilities
+
+SCALES = (0.0, *np.logspace(-3, 0, 19).tolist())
+# standard deviation of the temperature's logarithm, before any data were seen: without
+# it, a handful of validation points that are all right would have one of zero
+_PRIOR_SPREAD = 0.25
+_BOUNDS = (-2.5, 2.5)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How probabilities are made from the posterior.
+
+    Args:
+        temperature: Temperature T of the outputs.
+        scale: Scale s of the posterior's covariance; zero for the trained network's own
+            outputs.
+        temperature_error: Standard error of the temperature's logarithm.
+        num_points: Number of validation points.
+        nll: Their mean negative log likelihood, with this temperature and scale.
+        frontier: That with the best temperature for each scale, by scale.
+    """
+
+    temperature: float = 1.0
+    scale: float = 1.0
+    temperature_error: float = inf
+    num_points: int = 0
+    nll: float = inf
+    frontier: tuple[tuple[float, float], ...] = ()
+
+    def __str__(self) -> str:
+        """Say in a line what was chosen."""
+        source = (
+            "the trained network alone: the posterior's variance did not help"
+            if self.scale == 0
+            else f"{self.scale:.3g} of the posterior's covariance"
+        )
+        return (
+            f"Outputs are divided by {self.temperature:.3g} (standard error of its "
+            f"logarithm {self.temperature_error:.2g}), and probabilities are those of "
+            f"{source}. Validation NLL {self.nll:.4f} on {self.num_points} points."
+        )
+
+
+def probabilities(
+    mean: Tensor, variance: Tensor, temperature: float, scale: float
+) -> Tensor:
+    """Turn moments of the outputs into calibrated probabilities.
+
+    Args:
+        mean: Means of the outputs ``[batch, classes]``.
+        variance: Their variances, of the same shape.
+        temperature: Temperature of the outputs.
+        scale: Scale of the posterior's covariance.
+
+    Returns:
+        Probabilities ``[batch, classes]``.
+    """
+    return probit_probabilities(mean / temperature, scale * variance / temperature**2)
+
+
+def calibration_of(mean: Tensor, variance: Tensor, y: Tensor) -> Calibration:
+    """Choose temperature and scale by validation data.
+
+    Each scale has its best temperature, with a prior of the spread ``0.25`` of its
+    logarithm around zero. The best scale is taken if its mean negative log likelihood
+    is lower than that of the trained network's own outputs by more than a standard
+    error of the difference; otherwise the scale is zero.
+
+    Args:
+        mean: Means of the outputs ``[points, classes]``.
+        variance: Their variances, of the same shape.
+        y: Classes ``[points]``.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        ValueError: If there are no points.
+    """
+    if len(y) == 0:
+        raise ValueError("There are no validation points to calibrate with.")
+    mean, variance = mean.double().cpu(), variance.double().cpu()
+    y = y.cpu()
+    temperatures = [_best_temperature(mean, s * variance, y) for s in SCALES]
+    losses = [
+        _losses(mean, s * variance, y, t)
+        for s, t in zip(SCALES, temperatures, strict=True)
+    ]
+    means = [own.mean().item() for own in losses]
+    best = int(np.argmin(means))
+    gain = losses[0] - losses[best]
+    if len(y) < 2 or gain.mean() <= gain.std() / len(y) ** 0.5:
+        best = 0
+    error = _temperature_error(mean, SCALES[best] * variance, y, temperatures[best])
+    return Calibration(
+        temperatures[best],
+        SCALES[best],
+        error,
+        len(y),
+        means[best],
+        tuple(zip(SCALES, means, strict=True)),
+    )
+
+
+def _losses(mean: Tensor, variance: Tensor, y: Tensor, temperature: float) -> Tensor:
+    """Negative log likelihood of each point ``[points]``."""
+    tiny = torch.finfo(mean.dtype).tiny
+    p = probabilities(mean, variance, temperature, 1.0).clamp(min=tiny)
+    return nll_loss(p.log(), y, reduction="none")
+
+
+def _penalized(
+    log_temperature: float, mean: Tensor, variance: Tensor, y: Tensor
+) -> float:
+    """Negative log posterior of the temperature's logarithm, over the points."""
+    loss = _losses(mean, variance, y, exp(log_temperature)).mean().item()
+    return loss + (log_temperature / _PRIOR_SPREAD) ** 2 / (2 * len(y))
+
+
+def _best_temperature(mean: Tensor, variance: Tensor, y: Tensor) -> float:
+    found = minimize_scalar(
+        _penalized, bounds=_BOUNDS, args=(mean, variance, y), method="bounded"
+    )
+    return exp(found.x)
+
+
+def _temperature_error(
+    mean: Tensor, variance: Tensor, y: Tensor, temperature: float
+) -> float:
+    """Standard error of the temperature's logarithm, by the curvature there."""
+    center, step = log(temperature), 0.05
+    low, middle, high = (
+        _penalized(center + k * step, mean, variance, y) for k in (-1, 0, 1)
+    )
+    curvature = len(y) * (low - 2 * middle + high) / step**2
+    return curvature**-0.5 if curvature > 0 and isfinite(curvature) else inf

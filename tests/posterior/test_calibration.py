@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from laplace_debiased.posterior.calibration import (
+    Calibration,
+    calibration_of,
+    probabilities,
+)
+
+
+def drawn(mean, variance, temperature=1.0):
+    """Classes of Gaussian outputs."""
+    outputs = (mean + variance.sqrt() * torch.randn_like(mean)) / temperature
+    return outputs.softmax(1).multinomial(1).squeeze(1)
+
+
+def outputs(count, spread=3.0):
+    torch.manual_seed(0)
+    return spread * torch.randn(count, 5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_the_temperature_that_classes_were_drawn_with_is_found(temperature):
+    mean = outputs(4000)
+    y = drawn(mean, torch.zeros_like(mean), temperature)
+    found = calibration_of(mean, torch.rand_like(mean), y)
+    ratio = torch.tensor(found.temperature / temperature).log().abs()
+    assert found.scale == 0
+    assert ratio < 3 * found.temperature_error
+    assert found.temperature_error < 0.05
+    assert "the posterior's variance did not help" in str(found)
+
+
+def test_a_posterior_that_tells_the_truth_is_kept():
+    """Some examples are uncertain, others not, which a temperature cannot tell."""
+    mean = outputs(4000)
+    variance = 30 * (torch.rand(4000, 1) < 0.5).double().expand_as(mean)
+    y = drawn(mean, variance)
+    found = calibration_of(mean, variance, y)
+    assert 0.3 < found.scale <= 1
+    assert 0.8 < found.temperature < 1.2
+    assert f"{found.scale:.3g} of the posterior's covariance" in str(found)
+    by_scale = dict(found.frontier)
+    assert by_scale[found.scale] == found.nll < by_scale[0.0] - 0.05
+
+
+@pytest.mark.parametrize("count", [1, 2, 50])
+def test_few_points_that_are_all_right_do_not_make_sure(count):
+    mean = outputs(count)
+    y = mean.argmax(1)
+    found = calibration_of(mean, torch.ones_like(mean), y)
+    assert 0.5 < found.temperature < 1
+    assert found.num_points == count
+
+
+def test_errors_of_the_temperature_are_those_over_draws():
+    found = []
+    mean = outputs(20_000)
+    for rows in torch.arange(20_000).split(400):
+        own = mean[rows]
+        found.append(
+            calibration_of(
+                own, torch.zeros_like(own), drawn(own, torch.zeros_like(own))
+            )
+        )
+    logs = torch.tensor([own.temperature for own in found]).log()
+    told = torch.tensor([own.temperature_error for own in found]).mean()
+    assert told / logs.std() == pytest.approx(1, abs=0.3)
+
+
+def test_probabilities_at_the_ends():
+    torch.manual_seed(0)
+    mean, variance = torch.randn(6, 4), torch.rand(6, 4)
+    expected = (mean / 2).softmax(1)
+    assert torch.allclose(probabilities(mean, variance, 2.0, 0.0), expected)
+    wide = probabilities(mean, 1e9 * variance, 1.0, 1.0)
+    assert torch.allclose(wide, torch.full_like(wide, 0.25), atol=1e-3)
+
+
+def test_there_must_be_points():
+    with pytest.raises(ValueError, match="no validation points"):
+        calibration_of(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0).long())
+    assert Calibration().scale == 1

@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from laplace_debiased.predictive.uncertainty import entropies, entropy, normal_points
+
+
+def test_entropy_is_that_of_torch():
+    p = torch.rand(5, 4).softmax(1)
+    expected = torch.distributions.Categorical(probs=p).entropy()
+    assert torch.allclose(entropy(p), expected)
+    assert entropy(torch.eye(3)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("classes", [2, 10, 40])
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_entropies_equal_those_of_many_samples(classes, scale):
+    torch.manual_seed(0)
+    mean = 2 * torch.randn(20, classes, dtype=torch.float64)
+    variance = scale * torch.rand(20, classes, dtype=torch.float64)
+    p = torch.zeros_like(mean)
+    expected = torch.zeros(20, dtype=torch.float64)
+    for _ in range(20):
+        noise = torch.randn(2000, 20, classes, dtype=torch.float64)
+        samples = (mean + variance.sqrt() * noise).softmax(-1)
+        p += samples.mean(0) / 20
+        expected += entropy(samples).mean(0) / 20
+    total, aleatoric = entropies(mean, variance)
+    information = entropy(p) - expected
+    assert torch.allclose(total, entropy(p), rtol=0.02, atol=1e-3)
+    assert torch.allclose(aleatoric, expected, rtol=0.02, atol=1e-3)
+    error = (total - aleatoric - information).abs().mean()
+    assert error < 0.03 * information.mean()
+
+
+def test_results_are_reproducible_and_do_not_depend_on_the_batch(monkeypatch):
+    torch.manual_seed(0)
+    mean, variance = torch.randn(7, 3), torch.rand(7, 3)
+    whole = entropies(mean, variance)
+    name = "laplace_debiased.predictive.uncertainty._CHUNK_ENTRIES"
+    monkeypatch.setattr(name, 1)
+    for a, b in zip(whole, entropies(mean, variance), strict=True):
+        assert torch.allclose(a, b)
+    single = entropies(mean[3:4], variance[3:4])
+    assert torch.allclose(single[0], whole[0][3])
+
+
+def test_without_variance_nothing_is_epistemic():
+    mean = torch.randn(6, 4)
+    total, aleatoric = entropies(mean, torch.zeros(6, 4))
+    assert torch.allclose(total, entropy(mean.softmax(1)), atol=1e-6)
+    assert (total - aleatoric).abs().max() < 1e-6
+    assert (total >= aleatoric).all()
+
+
+def test_points_are_normal():
+    points = normal_points(10)
+    assert points.mean(0).abs().max() < 0.01
+    assert (points.T.cov() - torch.eye(10)).abs().max() < 0.1
