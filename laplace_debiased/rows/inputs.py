@@ -91,6 +91,12 @@ def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
     """
     check_output(output, len(y))
     is_cross_entropy = isinstance(loss_func, CrossEntropyLoss)
+    if is_cross_entropy and output.shape[1] == 1:
+        raise ValueError(
+            "The model has one output, whose softmax is always one. For two classes, "
+            "give it two, such as `torch.cat([torch.zeros_like(logit), logit], 1)` of "
+            "the logit of the second, and targets of shape [batch] that are 0 or 1."
+        )
     if is_cross_entropy and not y.is_floating_point():
         return _checked_classes(y, output.shape[1])
     if y.shape != output.shape or not y.is_floating_point():

@@ -1,8 +1,4 @@
-"""Find out what a network does with its parameters, by running it on few examples.
-
-Sizes that grow with the number of examples tell which axes hold them, and the gradients
-of one example's output which entries of such an axis are its own.
-"""
+"""Run a network on few examples, and keep what it does with its parameters."""
 
 from __future__ import annotations
 
@@ -17,12 +13,7 @@ from torch import Tensor, nn
 from laplace_debiased.rows.inputs import Inputs, check_output
 from laplace_debiased.rows.recorder import Recorder, probed
 from laplace_debiased.rows.substitution import run, stand_ins
-from laplace_debiased.rows.uses import Layout, MatrixUse, Use
-
-PAIR, TRIPLE = 2, 3
-_SHARED = "is applied to values that examples share"
-_SEVERAL = "is applied along several axes of examples"
-_IRREGULAR = "runs a different number of times for other examples"
+from laplace_debiased.rows.uses import Use
 
 
 @dataclass(eq=False)
@@ -254,90 +245,3 @@ def _gradients(
             "`torch.utils.checkpoint.checkpoint`."
         ) from error
     yield from gradients
-
-
-def find_layouts(pair: list[TracedUse], triple: list[TracedUse]) -> list[Layout] | str:
-    """Find out where the examples are in each call.
-
-    Args:
-        pair: The uses of a parameter with two examples.
-        triple: Those with three.
-
-    Returns:
-        A layout for each call, one if they agree; or why there is none.
-    """
-    layouts = []
-    for two, three in zip(pair, triple, strict=False):
-        sizes, more = two.use.input.shape, three.use.input.shape
-        axes = [
-            axis
-            for axis in two.use.axes
-            if len(sizes) == len(more) and sizes[axis] * TRIPLE == more[axis] * PAIR
-        ]
-        if len(axes) != 1:
-            return _SEVERAL if axes else _SHARED
-        layouts.append(_order(two, axes[0]))
-    if len(set(layouts)) == 1:
-        return layouts[:1]
-    return layouts if len(pair) == len(triple) else _IRREGULAR
-
-
-def _order(use: TracedUse, axis: int) -> Layout:
-    """Find out, by gradients, which entries of an axis are an example's own."""
-    if use.use.input.shape[axis] == PAIR:
-        return Layout(axis)
-    for layout in (Layout(axis), Layout(axis, neighbours=False)):
-        # of the gradient of an example's output, the other one has no part
-        others = [
-            layout.split(gradient, PAIR)[1 - example]
-            for example, gradient in enumerate(use.gradients)
-            if gradient is not None
-        ]
-        if not any(rows.nan_to_num().any() for rows in others):
-            return layout
-    return Layout(axis)
-
-
-def rows_tell_gradient(seen: Trace, position: int, layouts: Sequence[Layout]) -> bool:
-    """Compare a parameter's gradients by its rows with those by autograd.
-
-    Args:
-        seen: A trace of two examples.
-        position: The parameter's position.
-        layouts: Where the examples are in each of its calls.
-
-    Returns:
-        Whether they agree; gradients that are not finite tell nothing.
-    """
-    for example, gradients in enumerate(seen.gradients):
-        expected = gradients[position]
-        if expected is None or not expected.isfinite().all():
-            continue
-        actual = _gradient_of_rows(seen.uses[position], example, layouts)
-        precision = max(torch.finfo(t.dtype).eps for t in (expected, actual))
-        expected = expected.to(torch.promote_types(expected.dtype, torch.float32))
-        difference = actual.reshape(expected.shape) - expected
-        if not difference.norm() <= precision**0.25 * expected.norm():
-            return False
-    return True
-
-
-def _gradient_of_rows(
-    uses: list[TracedUse], example: int, layouts: Sequence[Layout]
-) -> Tensor:
-    """Contract the rows of all calls to the gradient in a parameter."""
-    total = torch.zeros(())
-    for call, traced in enumerate(uses):
-        gradient, use = traced.gradients[example], traced.use
-        if gradient is None:
-            continue
-        layout = layouts[call % len(layouts)]
-        g = use.gradient_rows(gradient, traced.key, layout, PAIR)
-        if isinstance(use, MatrixUse) and traced.key == "weight":
-            x = use.input_rows(layout, PAIR).to(g.dtype)
-            # [batch, S, groups, d_out], [batch, S, groups, d_in] -> [d_out, d_in]
-            part = torch.einsum("nsgo,nsgi->goi", g, x).flatten(0, 1)
-        else:
-            part = g.flatten(2).sum((0, 1))
-        total = total.to(part.device) + part
-    return total
