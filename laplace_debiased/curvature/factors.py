@@ -186,7 +186,8 @@ class KroneckerFactors:
 
     def _input_covariance(self, layer: Layer) -> Tensor:
         if layer.name in self._inputs:
-            mean = self._inputs[layer.name] / self._row_weights[layer.name]
+            total = self._row_weights[layer.name]
+            mean = self._inputs[layer.name] / (total if total > 0 else 1.0)
             return mean.to(self._dtype)
         return self._zeros(layer, layer.d_in + is_joint(layer, self._joint))
 

@@ -48,6 +48,38 @@ class Substitution(TorchFunctionMode):
         return item
 
 
+class Substituted(nn.Module):
+    """A network that other libraries may run on other values of its parameters.
+
+    They use torch's ``functional_call``, which loses the parameters of a module that is
+    registered under two names. Here each parameter is registered once.
+
+    Args:
+        model: The network.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self._network = [model]  # no submodule
+        self._ids = [id(parameter) for parameter in model.parameters()]
+        for k, parameter in enumerate(model.parameters()):
+            self.register_parameter(str(k), parameter)
+
+    def forward(self, X: Inputs) -> Tensor:
+        """Run the network.
+
+        Args:
+            X: Inputs, a tensor or a mapping.
+
+        Returns:
+            Its output.
+        """
+        (model,) = self._network
+        values = (getattr(self, str(k)) for k in range(len(self._ids)))
+        with Substitution(dict(zip(self._ids, values, strict=True))):
+            return run(model, X)
+
+
 def stand_ins(
     model: nn.Module, requiring_gradients: Sequence[Tensor] = ()
 ) -> dict[int, Tensor]:

@@ -18,7 +18,11 @@ from laplace_debiased.rows.inputs import (
     on_device,
 )
 from laplace_debiased.rows.layers import Layer
-from laplace_debiased.rows.output_curvature import OutputCurvature, example_losses
+from laplace_debiased.rows.output_curvature import (
+    OutputCurvature,
+    example_losses,
+    is_counted,
+)
 from laplace_debiased.rows.recorder import Tape, record_rows
 from laplace_debiased.rows.separation import SeparationCheck
 from laplace_debiased.rows.substitution import run
@@ -56,7 +60,7 @@ class SweepSummary:
 
     Args:
         num_data: Number of examples.
-        total_weight: Sum of their weights.
+        total_weight: Sum of the weights of those that the loss counts.
         loss: Weighted sum of their losses, a scalar tensor.
         num_outputs: Number of network outputs.
         losses: Each example's loss ``[num_data]``, unweighted; None, as all that
@@ -136,6 +140,8 @@ def sweep(
             check_finite_inputs(X)
             own = _weights_of_batch(weights, totals.num_data, len(y))
             own = own.to(parameter.device, weight_dtype)
+            if y.ndim == 1:  # otherwise refused below
+                own = own * is_counted(output_curvature.loss_func, y)
             accumulator.start_batch(own)
             with (
                 torch.set_grad_enabled(backward),
