@@ -1,6 +1,7 @@
 """Each architecture of the zoo is exact, left out by name, or refused by name."""
 
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from laplace_debiased import (
     DebiasedKFACLinearOperator,
+    bias_report,
     curvature_scores,
     directional_derivatives,
 )
@@ -24,6 +26,16 @@ from tests.zoo import EXACT, FITTED, REFUSED, ZOO, plain
 
 SIZE, PREDICTED = 10, 3
 LOSS = nn.CrossEntropyLoss(reduction="sum")
+# functions for which torch has no forward mode, and networks in which laplace-torch
+# finds no last layer, or that cannot be copied
+WITHOUT_FORWARD_MODE = ["weight norm", "weight norm, by a hook"]
+WITHOUT_LAST_LAYER = {
+    "u-net": "linear last layer",
+    "attention, batch first": "all modules have children",
+    "attention, sequence first": "all modules have children",
+    "weight norm, by a hook": "deepcopy",
+    "pruned": "deepcopy",
+}
 
 
 class Points(Dataset):
@@ -176,8 +188,13 @@ def test_predictions_are_exact_and_the_network_stays(name, magnitudes):
     assert torch.allclose(plain(model)(Z), outputs[1])
 
 
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
-@pytest.mark.parametrize("name", EXACT)
+FORWARD = [name for name in FITTED if name not in WITHOUT_FORWARD_MODE]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(n, "forward") for n in FORWARD] + [(n, "reverse") for n in EXACT],
+)
 def test_derivatives_are_exact(name, mode):
     model, (X, y) = zoo.build(name), zoo.data(name, SIZE)
     before, params = identities(model), [param for _, param in free(model)]
@@ -197,6 +214,31 @@ def test_derivatives_are_exact(name, mode):
     assert dense.relative_error(actual.curvatures, curvatures) < 1e-8
 
 
+@pytest.mark.parametrize("name", FITTED)
+def test_last_layers_are_exact(name):
+    model, (X, y) = zoo.build(name), zoo.data(name, SIZE)
+    before = identities(model)
+    if name in WITHOUT_LAST_LAYER:
+        with pytest.raises((ValueError, RuntimeError), match=WITHOUT_LAST_LAYER[name]):
+            debiased(model, subset="last_layer").fit(loader(X, y))
+        return
+    la = debiased(model, subset="last_layer", magnitudes="ggn")
+    la.fit(loader(X, y))
+    Z, _ = zoo.data(name, PREDICTED, seed=5)
+    f_mu, f_var = la._glm_predictive_distribution(Z)
+    copy = plain(la.model.model)
+    J = dense.jacobians(copy, Z, PREDICTED, la.fitted_params)
+    assert torch.allclose(f_mu, plain(model)(Z))
+    expected = J @ torch.linalg.solve(posterior(la), J.mT)
+    assert dense.relative_error(f_var, expected) < 1e-8
+    generator = torch.Generator().manual_seed(0)
+    outputs = la.functional_samples(Z, "nn", 2, generator=generator)
+    samples = la.sample(2, generator=generator.manual_seed(0))
+    nn.utils.vector_to_parameters(samples[1], la.fitted_params)
+    assert torch.allclose(copy(Z), outputs[1])
+    assert identities(model) == before
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_the_operator_is_exact(name):
     model, (X, y) = zoo.build(name), zoo.data(name, SIZE)
@@ -210,11 +252,31 @@ def test_the_operator_is_exact(name):
     gradients, loss = operator.gradient_and_loss()
     expected = LOSS(plain(model)(X), y)
     assert torch.allclose(loss, expected)
-    for actual, own in zip(
-        gradients, torch.autograd.grad(expected, params), strict=True
-    ):
+    exact = torch.autograd.grad(expected, params)
+    for actual, own in zip(gradients, exact, strict=True):
         assert torch.allclose(actual, own)
     assert curvature_scores(model, LOSS, data).shape == (SIZE,)
+    assert identities(model) == before
+
+
+@pytest.mark.parametrize("directions", ["cg", "eigenvectors"])
+@pytest.mark.parametrize("name", ["aliased modules", "tied weights", "model output"])
+def test_bias_reports_leave_the_network_as_it_is(name, directions):
+    """Other libraries' functional calls lose parameters of aliased modules."""
+    model, (X, y) = zoo.build(name), zoo.data(name, 12)
+    before = identities(model)
+    report = bias_report(
+        model,
+        LOSS,
+        list(model.parameters()),
+        loader(X, y),
+        directions=directions,
+        num_directions=3,
+        batch_size=4,
+        num_batches=1,
+        curvature="hessian",
+    )
+    assert report.curvature.own.isfinite().all()
     assert identities(model) == before
 
 
@@ -223,21 +285,32 @@ ENTRIES = {
     "operator": lambda model, X, y: DebiasedKFACLinearOperator(
         model, LOSS, list(model.parameters()), batches(X, y), batches(X, y)
     ).compute(),
-    "derivatives": lambda model, X, y: directional_derivatives(
-        model,
-        LOSS,
-        list(model.parameters()),
-        batches(X, y),
-        torch.ones(sum(p.numel() for p in model.parameters()), 1).double(),
-    ),
+    "derivatives": lambda model, X, y: derivatives(model, X, y, "reverse"),
 }
+# these need no rows
+OTHER_ENTRIES = {
+    "derivatives, forward": lambda model, X, y: derivatives(model, X, y, "forward"),
+    "scores": lambda model, X, y: curvature_scores(model, LOSS, batches(X, y)),
+}
+REFUSED_WITHOUT_ROWS = [
+    name for name in REFUSED if name not in ("scripted", "reentrant checkpointing")
+]
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("name", REFUSED)
+def derivatives(model, X, y, mode):
+    params = list(model.parameters())
+    D = torch.ones(sum(p.numel() for p in params), 1, dtype=torch.float64)
+    data = batches(X, y)
+    return directional_derivatives(model, LOSS, params, data, D, mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [*product(REFUSED, ENTRIES), *product(REFUSED_WITHOUT_ROWS, OTHER_ENTRIES)],
+)
 def test_what_is_refused_says_why(name, entry):
     model, (X, y) = zoo.build(name), zoo.data(name, SIZE)
     before = identities(model)
     with pytest.raises(ValueError, match=ZOO[name].refused):
-        ENTRIES[entry](model, X, y)
+        (ENTRIES | OTHER_ENTRIES)[entry](model, X, y)
     assert identities(model) == before

@@ -40,6 +40,23 @@ def at_least_single(tensor: Tensor) -> Tensor:
     return tensor.float() if is_half else tensor
 
 
+def check_is_batch(y: Any) -> None:
+    """Refuse what are the targets of one example, rather than of a batch.
+
+    Args:
+        y: Targets.
+
+    Raises:
+        ValueError: If they have no rows.
+    """
+    has_rows = y.ndim > 0 if isinstance(y, Tensor) else hasattr(y, "__len__")
+    if not has_rows:
+        raise ValueError(
+            "The loader yields single examples, as with `batch_size=None`: give it a "
+            "`batch_size`, so that inputs and targets have a row for each example."
+        )
+
+
 def check_finite_inputs(X: Inputs) -> None:
     """Refuse inputs with NaN or infinite entries.
 

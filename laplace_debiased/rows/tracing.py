@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from laplace.utils import select_rows
 from torch import Tensor, nn
 
 from laplace_debiased.rows.inputs import Inputs, check_output
 from laplace_debiased.rows.recorder import Recorder, probed
+from laplace_debiased.rows.separation import some_examples
 from laplace_debiased.rows.substitution import run, stand_ins
 from laplace_debiased.rows.uses import Use
 
@@ -76,7 +75,7 @@ def trace(
         params: Its parameters.
         X: Inputs of some examples.
         batch_size: Their number.
-        count: Number of examples to use; they are repeated if there are fewer.
+        count: Number of examples to use.
         backward: Whether to make backward passes.
 
     Returns:
@@ -174,22 +173,16 @@ def _some_of(
     """
     probes: list[Tensor] = []
     size = 0
-    indices = torch.arange(count) % batch_size
 
-    def chosen(value: Any) -> Any:
+    def shifted(rows: Tensor) -> Tensor:
         nonlocal size
-        rows = select_rows(value, indices, batch_size)
-        if not isinstance(value, Tensor) or value.shape[:1] != (batch_size,):
-            return rows
         size += rows[0].numel()
-        if not value.is_floating_point():
+        if not rows.is_floating_point():
             return rows
         probes.append(torch.zeros_like(rows, requires_grad=True))
         return rows + probes[-1]
 
-    if isinstance(X, MutableMapping):
-        return {key: chosen(X[key]) for key in X}, probes, max(1, size)
-    return chosen(X), probes, max(1, size)
+    return some_examples(X, batch_size, count, shifted), probes, max(1, size)
 
 
 def _backpropagate(
