@@ -46,10 +46,10 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-def _with_statistics(network):
+def with_statistics(network):
     """Norms as after training: statistics, scales and shifts that are not trivial."""
     for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if getattr(module, "running_mean", None) is not None:
             nn.init.normal_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
         if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
@@ -59,12 +59,12 @@ def _with_statistics(network):
 
 
 def _normalized(*layers, features):
-    return _with_statistics(_cnn(*layers, features=features))
+    return with_statistics(_cnn(*layers, features=features))
 
 
 def _resnet():
     body = (nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2))
-    return _with_statistics(
+    return with_statistics(
         nn.Sequential(
             nn.Conv2d(1, 2, 2, bias=False),
             nn.BatchNorm2d(2),
@@ -79,7 +79,7 @@ def _resnet():
 
 
 def _transformer():
-    return _with_statistics(
+    return with_statistics(
         nn.Sequential(
             Residual(nn.LayerNorm(4), Attention(4, heads=2)),
             Residual(nn.RMSNorm(4), nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4)),

@@ -26,6 +26,7 @@ from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.rows.inputs import Batch
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import Loss
+from laplace_debiased.rows.substitution import Substituted
 
 _OPERATORS = {"ggn": GGNLinearOperator, "hessian": HessianLinearOperator}
 CURVATURES = tuple(_OPERATORS)
@@ -59,7 +60,7 @@ def curvature_operator(
         )
     operator = _OPERATORS[curvature]
     return operator(
-        model_func,
+        Substituted(model_func),
         loss_func,
         list(params),
         data,

@@ -192,12 +192,19 @@ class KroneckerFactors:
     def _gradient_covariance(self, layer: Layer) -> Tensor:
         if layer.name in self._gradients:
             return self._gradients[layer.name].to(self._dtype)
-        device = self._devices[layer.name]
-        return torch.zeros(layer.d_out, layer.d_out, dtype=self._dtype, device=device)
+        return self._zeros(layer, layer.d_out)
 
     def _input_covariance(self, layer: Layer) -> Tensor:
-        mean = self._inputs[layer.name] / self._row_weights[layer.name]
-        return mean.to(self._dtype)
+        if layer.name in self._inputs:
+            total = self._row_weights[layer.name]
+            mean = self._inputs[layer.name] / (total if total > 0 else 1.0)
+            return mean.to(self._dtype)
+        return self._zeros(layer, layer.d_in + is_joint(layer, self._joint))
+
+    def _zeros(self, layer: Layer, size: int) -> Tensor:
+        """The covariance of a layer that these examples do not use."""
+        device = self._devices[layer.name]
+        return torch.zeros(size, size, dtype=self._dtype, device=device)
 
 
 def is_joint(layer: Layer, joint: bool) -> bool:

@@ -29,14 +29,19 @@ from laplace_debiased.curvature.factors import (
     check_approximation,
     is_joint,
 )
+from laplace_debiased.curvature.gradient import gradient_and_loss
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.model_state import check_repeatable
-from laplace_debiased.rows.output_curvature import TYPE_2, Loss, OutputCurvature
+from laplace_debiased.rows.output_curvature import (
+    TYPE_2,
+    Loss,
+    OutputCurvature,
+    loss_scale,
+)
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.selection import find_layers
-from laplace_debiased.rows.substitution import Substitution, run, stand_ins
 from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
 
 MAGNITUDES = ("kfac", "ggn")
@@ -202,8 +207,7 @@ class DebiasedKFACLinearOperator(LinearOperator):
 
     def _scale(self, summary: SweepSummary) -> float:
         """Factor from sums over the magnitude data to the loss."""
-        is_mean = self._loss_func.reduction == "mean"
-        return 1 / summary.total_weight if is_mean else 1.0
+        return loss_scale(self._loss_func, summary.total_weight)
 
     def _sweep(
         self,
@@ -346,23 +350,9 @@ class DebiasedKFACLinearOperator(LinearOperator):
         Returns:
             The gradient in each parameter, and the loss.
         """
-        is_mean = self._loss_func.reduction == "mean"
-        values = stand_ins(self._model_func, self._params)
-        own = [values[id(param)] for param in self._params]
-        total = torch.zeros((), dtype=self.dtype, device=self.device)
-        gradients, count = [torch.zeros_like(value) for value in own], 0
-        for X, y in self._data["Magnitudes"]:
-            X, y = on_device(X, self.device), y.to(self.device)
-            with torch.enable_grad(), Substitution(values):
-                loss = self._loss_func(run(self._model_func, X), y)
-                loss = loss * len(y) if is_mean else loss
-                parts = torch.autograd.grad(
-                    loss, own, allow_unused=True, materialize_grads=True
-                )
-            gradients = [a + b for a, b in zip(gradients, parts, strict=True)]
-            total, count = total + loss.detach(), count + len(y)
-        scale = 1 / count if is_mean else 1.0
-        return [scale * gradient for gradient in gradients], scale * total
+        return gradient_and_loss(
+            self._model_func, self._loss_func, self._params, self._data["Magnitudes"]
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was computed, and by which settings.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from laplace_debiased.rows.inputs import Batch
+from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import Loss, OutputCurvature
+from laplace_debiased.rows.separation import (
+    check_batch_does_not_matter,
+    check_outputs_repeat,
+)
 from laplace_debiased.rows.sweep import Nothing, sweep
 
 
@@ -51,7 +55,23 @@ def curvature_scores(
     check_repeatable(model_func)
     output_curvature = OutputCurvature(loss_func)
     summary = sweep(
-        model_func, [], [], data, output_curvature, Nothing(), backward=False
+        model_func,
+        [],
+        [],
+        _checked(model_func, data),
+        output_curvature,
+        Nothing(),
+        backward=False,
     )
     assert summary.traces is not None
     return summary.traces
+
+
+def _checked(model: nn.Module, data: Iterable[Batch]) -> Iterator[Batch]:
+    """Check the network on the first batch."""
+    for number, (X, y) in enumerate(data):
+        if number == 0:
+            some = on_device(X, next(model.parameters()).device)
+            check_outputs_repeat(model, some, len(y))
+            check_batch_does_not_matter(model, some, len(y))
+        yield X, y

@@ -84,9 +84,13 @@ class BackendSource:
             for X, y, output in batches:
                 self._check_inputs(X)
                 num_outputs = output.shape[-1]
-                batch_loss, kron = self.backend.kron(
-                    X, y, N=fold.num_points, **self.options
-                )
+                try:
+                    batch_loss, kron = self.backend.kron(
+                        X, y, N=fold.num_points, **self.options
+                    )
+                except (AttributeError, TypeError) as error:
+                    self._check_output(X, error)
+                    raise
                 total += Kron(self._aligned(kron))
                 loss = loss + batch_loss.detach()
                 bar.update(len(y))
@@ -111,6 +115,17 @@ class BackendSource:
     def _check_inputs(self, X: Any) -> None:
         if isinstance(X, MutableMapping) and _is_backpack(type(self.backend)):
             raise ValueError("The BackPACK backends do not support dict-like inputs.")
+
+    def _check_output(self, X: Any, error: Exception) -> None:
+        """Say so if a backend failed since the network returns no tensor."""
+        with torch.no_grad():
+            output = self.model(X)
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"{type(self.backend).__name__} needs a model that returns a tensor, "
+                f"but this one returns {type(output).__name__}: pass a module whose "
+                "`forward(x)` returns its logits, or use the default backend."
+            ) from error
 
     def _by_layer(self, kron: Kron) -> Factors:
         """Put together what belongs to a layer.

@@ -23,7 +23,11 @@ from laplace_debiased.posterior.upstream import (
     is_stochastic,
     output_curvature,
 )
-from laplace_debiased.rows.inputs import check_finite_inputs, on_device
+from laplace_debiased.rows.inputs import (
+    check_finite_inputs,
+    check_is_batch,
+    on_device,
+)
 from laplace_debiased.rows.model_state import check_repeatable, measuring
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.selection import Selection, refusal, select, warning
@@ -130,6 +134,7 @@ def choose_parameters(la: KronDebiasedLaplace, batch: Any) -> None:
     with measuring(la.model):
         check_repeatable(la.model)
     X, y = split_batch(batch, la.dict_key_y)
+    check_is_batch(y)
     X = on_device(X, la._device)
     check_finite_inputs(X)
     with measuring(la.model):

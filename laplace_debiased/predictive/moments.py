@@ -324,7 +324,7 @@ class LinearizedPredictive:
             for layer, is_matrix, posterior in self._blocks
             if layer.name in linear.gradients
         ]
-        covariance = sum(covariances[1:], covariances[0])
+        covariance = sum(covariances, self._zeros(batch_size, kind, linear.output))
         if self._differentiable:
             return linear.output, covariance
         return linear.output.detach(), covariance.detach()
@@ -333,9 +333,16 @@ class LinearizedPredictive:
     def _of_no_examples(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
         """Return empty moments, for which no rows can be recorded."""
         output = run(self._model, X)
+        return output, self._zeros(0, kind, output)
+
+    def _zeros(self, batch_size: int, kind: str, output: Tensor) -> Tensor:
         count = output.shape[1]
-        shapes = {"full": (0, count, count), "diagonal": (0, count), "joint": (0, 0)}
-        return output, output.new_zeros(shapes[kind], dtype=self._dtype)
+        shapes = {
+            "full": (batch_size, count, count),
+            "diagonal": (batch_size, count),
+            "joint": 2 * (batch_size * count,),
+        }
+        return output.new_zeros(shapes[kind], dtype=self._dtype)
 
     def _chunk_size(self, X: Inputs, batch_size: int) -> int:
         """Tell how many examples fit into the memory limit."""

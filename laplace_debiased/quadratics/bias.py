@@ -7,7 +7,7 @@ Section 3 and Figure 2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +36,9 @@ from laplace_debiased.quadratics.gram import gram_eigenspace, gram_is_cheaper
 from laplace_debiased.quadratics.report import BiasReport, Comparison
 from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.model_state import check_repeatable
-from laplace_debiased.rows.output_curvature import Loss
+from laplace_debiased.rows.output_curvature import Loss, is_counted
 from laplace_debiased.rows.selection import select
+from laplace_debiased.rows.substitution import run
 from laplace_debiased.sampling.folds import Points, draw_uniformly
 from laplace_debiased.sampling.loaders import loader_over
 
@@ -121,7 +122,7 @@ def bias_report(
             f"`num_batches` must be at least 1, and {1 + num_batches} mini-batches of "
             f"{batch_size} points need {needed} points, but there are {len(points)}."
         )
-    own_batch = _batch(points, batch_size)
+    own_batch = _batch(points, batch_size, loss_func)
     quadratic = _Quadratic(model_func, loss_func, params, own_batch, curvature, damping)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention is not twice differentiable
         if directions == "cg":
@@ -132,7 +133,7 @@ def bias_report(
         model_func,
         loss_func,
         params,
-        loader_over(points.loader, points.indices),
+        _counted(loader_over(points.loader, points.indices), loss_func),
         columns,
         curvature=curvature,
         progress_bar=progress_bar,
@@ -170,7 +171,7 @@ def _check_kinds(
         )
 
 
-def _batch(points: Points, batch_size: int) -> Sequence[Batch]:
+def _batch(points: Points, batch_size: int, loss_func: Loss) -> Sequence[Batch]:
     """Read the first mini-batch."""
     batches = list(loader_over(points.loader, points.indices[:batch_size]))
     if isinstance(batches[0], Mapping):
@@ -178,7 +179,18 @@ def _batch(points: Points, batch_size: int) -> Sequence[Batch]:
             "`loader` must yield pairs (X, y), of which X may be a mapping, but yields "
             f"{type(batches[0]).__name__}."
         )
-    return batches
+    return list(_counted(batches, loss_func))
+
+
+def _counted(batches: Iterable[Batch], loss_func: Loss) -> Iterator[Batch]:
+    """Refuse points that the loss does not count: means are over all points."""
+    for X, y in batches:
+        if not is_counted(loss_func, y).all():
+            raise ValueError(
+                "A bias report compares means over points, but some targets are the "
+                "loss's `ignore_index`: leave those points out."
+            )
+        yield X, y
 
 
 @dataclass(frozen=True)
@@ -235,7 +247,7 @@ def _conjugate_directions(quadratic: _Quadratic, count: int) -> Tensor:
     gradient = torch.zeros((), device=device)
     for X, y in quadratic.batches:
         X, y = on_device(X, device), y.to(device)
-        loss = loss_func(quadratic.model(X), y)
+        loss = loss_func(run(quadratic.model, X), y)
         parts = torch.autograd.grad(
             loss * _share(loss_func, y, quadratic.batches),
             params,

@@ -43,8 +43,18 @@ from laplace_debiased.rows.linearization import (
     rows_per_example,
 )
 from laplace_debiased.rows.model_state import check_repeatable
-from laplace_debiased.rows.output_curvature import Loss, OutputCurvature, example_losses
+from laplace_debiased.rows.output_curvature import (
+    Loss,
+    OutputCurvature,
+    example_losses,
+    is_counted,
+    loss_scale,
+)
 from laplace_debiased.rows.selection import Selection, refusal, select
+from laplace_debiased.rows.separation import (
+    check_batch_does_not_matter,
+    check_outputs_repeat,
+)
 from laplace_debiased.rows.substitution import Substitution, run
 
 MODES = ("auto", "forward", "reverse")
@@ -158,7 +168,7 @@ def directional_derivatives(
         raise ValueError("`mode='reverse'` needs `curvature='ggn'`, got 'hessian'.")
 
     measure: Measure | None = None
-    slopes, curvatures, num_outputs = [], [], 0
+    slopes, curvatures, num_outputs, num_counted = [], [], 0, 0
     for X, y in tqdm(data, "[Directional derivatives]", disable=not progress_bar):
         X, y = on_device(X, directions.device), y.to(directions.device)
         check_finite_inputs(X)
@@ -171,6 +181,7 @@ def directional_derivatives(
             )
             measure = _measure(quadratic, curvature, mode, X, len(y))
         slope, curved = measure(X, y)
+        num_counted += int(is_counted(loss_func, y).sum())
         slopes.append(slope)
         curvatures.append(curved)
     if not slopes:
@@ -178,7 +189,7 @@ def directional_derivatives(
     return DirectionalDerivatives(
         torch.cat(slopes),
         torch.cat(curvatures),
-        _scale(loss_func, sum(len(slope) for slope in slopes), num_outputs),
+        loss_scale(loss_func, num_counted, num_outputs),
         damping * directions.square().sum(0),
     )
 
@@ -198,10 +209,10 @@ def _measure(
     quadratic: _Quadratic, curvature: str, mode: str, X: Inputs, batch_size: int
 ) -> Measure:
     """Choose the mode that is possible and takes fewer passes."""
-    if curvature == "hessian":
-        return _forward_hessian(quadratic)
-    if mode == "forward":
-        return _forward_ggn(quadratic)
+    if curvature == "hessian" or mode == "forward":
+        check_outputs_repeat(quadratic.model, X, batch_size)
+        check_batch_does_not_matter(quadratic.model, X, batch_size)
+        return (_forward_hessian if curvature == "hessian" else _forward_ggn)(quadratic)
     selection = select(quadratic.model, quadratic.params, X, batch_size)
     if mode == "reverse" and selection.left_out:
         raise ValueError(refusal(selection.left_out))
@@ -209,14 +220,6 @@ def _measure(
     if mode == "reverse" or (fewer and not selection.left_out):
         return _reverse_ggn(quadratic, selection)
     return _forward_ggn(quadratic)
-
-
-def _scale(loss_func: Loss, num_data: int, num_outputs: int) -> float:
-    """Return the factor between the sum of the examples' losses and the loss."""
-    if loss_func.reduction == "sum":
-        return 1.0
-    per_example = 1 if isinstance(loss_func, nn.CrossEntropyLoss) else num_outputs
-    return 1 / (num_data * per_example)
 
 
 def _reverse_ggn(quadratic: _Quadratic, selection: Selection) -> Measure:

@@ -23,7 +23,12 @@ from laplace_debiased.rows.linearization import (
     contract_positions,
     linearize,
 )
-from laplace_debiased.rows.output_curvature import Loss, OutputCurvature
+from laplace_debiased.rows.output_curvature import (
+    Loss,
+    OutputCurvature,
+    is_counted,
+    loss_scale,
+)
 from laplace_debiased.rows.selection import Selection, find_layers
 
 _MEMORY_LIMIT = 2**32
@@ -125,12 +130,13 @@ def ggn_rows(
         ValueError: If a layer is not supported.
     """
     curvature, generator = OutputCurvature(loss_func), torch.Generator()
-    num_data = sum(len(y) for _, y in data)
+    num_data, num_counted = sum(len(y) for _, y in data), 0
     device, start = params[0].device, 0
     layers: list[Layer] = []
     rows = torch.empty(0)
     for X, y in data:
         X, y = on_device(X, device), y.to(device)
+        num_counted += int(is_counted(loss_func, y).sum())
         if not layers:
             layers = find_layers(model_func, params, X, len(y))
         for part in torch.arange(len(y)).split(_CHUNK):
@@ -145,7 +151,8 @@ def ggn_rows(
                 rows = new.new_empty(num_rows, new.shape[1])
             rows[start : start + len(new)] = new
             start += len(new)
-    return rows if loss_func.reduction == "sum" else rows.div_(num_data**0.5)
+    scale = loss_scale(loss_func, num_counted)
+    return rows if scale == 1 else rows.mul_(scale**0.5)
 
 
 def _rows(

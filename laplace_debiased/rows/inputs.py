@@ -40,6 +40,23 @@ def at_least_single(tensor: Tensor) -> Tensor:
     return tensor.float() if is_half else tensor
 
 
+def check_is_batch(y: Any) -> None:
+    """Refuse what are the targets of one example, rather than of a batch.
+
+    Args:
+        y: Targets.
+
+    Raises:
+        ValueError: If they have no rows.
+    """
+    has_rows = y.ndim > 0 if isinstance(y, Tensor) else hasattr(y, "__len__")
+    if not has_rows:
+        raise ValueError(
+            "The loader yields single examples, as with `batch_size=None`: give it a "
+            "`batch_size`, so that inputs and targets have a row for each example."
+        )
+
+
 def check_finite_inputs(X: Inputs) -> None:
     """Refuse inputs with NaN or infinite entries.
 
@@ -107,8 +124,14 @@ def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
     """
     check_output(output, len(y))
     is_cross_entropy = isinstance(loss_func, CrossEntropyLoss)
-    if is_cross_entropy and not y.is_floating_point():
-        return _checked_classes(y, output.shape[1])
+    if is_cross_entropy and output.shape[1] == 1:
+        raise ValueError(
+            "The model has one output, whose softmax is always one. For two classes, "
+            "give it two, such as `torch.cat([torch.zeros_like(logit), logit], 1)` of "
+            "the logit of the second, and targets of shape [batch] that are 0 or 1."
+        )
+    if isinstance(loss_func, CrossEntropyLoss) and not y.is_floating_point():
+        return _checked_classes(y, output.shape[1], loss_func.ignore_index)
     if y.shape != output.shape or not y.is_floating_point():
         kind = (
             "class indices [batch] of integer dtype, or probabilities"
@@ -125,14 +148,15 @@ def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
     return y
 
 
-def _checked_classes(y: Tensor, num_outputs: int) -> Tensor:
+def _checked_classes(y: Tensor, num_outputs: int, ignore_index: int) -> Tensor:
     """Refuse what are no class indices, and return them as ``long``."""
     if y.ndim != 1 or y.dtype == torch.bool:
         raise ValueError(
             "Targets for classification must be class indices of shape [batch] and "
             f"integer dtype, got shape {tuple(y.shape)} and {y.dtype}."
         )
-    if y.min() < 0 or y.max() >= num_outputs:
+    is_class = (y >= 0) & (y < num_outputs)
+    if not (is_class | (y == ignore_index)).all():
         raise ValueError(
             f"Class indices must lie in 0..{num_outputs - 1}, the model's outputs, got "
             f"{y.min().item()}..{y.max().item()}."

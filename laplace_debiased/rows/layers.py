@@ -43,6 +43,8 @@ class Layer:
             with.
         is_recomputed: Whether a backward pass calls its function again, as
             checkpointing does.
+        num_entries: Number of entries of that example on the axes of examples, of all
+            calls.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Layer:
     groups: int = 1
     num_positions: int = 1
     is_recomputed: bool = False
+    num_entries: int = 0
 
     @property
     def has_inputs(self) -> bool:

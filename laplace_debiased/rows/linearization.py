@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.layers import Layer, join_positions
 from laplace_debiased.rows.recorder import record_rows
+from laplace_debiased.rows.separation import check_examples_are_separate
 from laplace_debiased.rows.substitution import run
-from laplace_debiased.rows.sweep import check_examples_are_separate
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def linearize(
         X: Inputs, a tensor or a mapping.
         batch_size: Number of examples.
         differentiable: Whether gradients flow to the inputs.
-        check: Whether to refuse networks that mix examples.
+        check: Whether to refuse networks that mix examples, which is always done where
+            layers have other numbers of rows than when they were found.
 
     Returns:
         Output and rows.
@@ -76,7 +77,7 @@ def linearize(
             "The model's output must have shape [batch, outputs], got "
             f"{tuple(output.shape)}."
         )
-    if check:
+    if check or not tape.runs_as_found(layers):
         check_examples_are_separate(tape, output)
     gradients: dict[str, list[Tensor]] = {}
     for column in torch.eye(output.shape[1], dtype=output.dtype).unbind():

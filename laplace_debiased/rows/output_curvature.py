@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -96,14 +97,17 @@ class OutputCurvature:
         if self.fisher_type == TYPE_2:
             columns = self._hessian_sqrt(output, generator)
         elif self.fisher_type == MC:
+            # of what is sampled, nothing is smoothed or ignored
+            likelihood = OutputCurvature(self._loss_type(reduction="sum"))
             residuals = [
-                self._residual(output, self._sample(output, generator))
+                likelihood._residual(output, self._sample(output, generator))
                 for _ in range(self.mc_samples)
             ]
             columns = torch.stack(residuals) / self.mc_samples**0.5
         else:
             columns = self._residual(output, target).unsqueeze(0)
-        return columns * self._output_scale(output) ** 0.5
+        counted = is_counted(self.loss_func, target)[:, None]
+        return columns * counted * self._output_scale(output) ** 0.5
 
     def traces(self, output: Tensor, target: Tensor) -> Tensor:
         """Compute the trace of each example's curvature, without its columns.
@@ -124,7 +128,8 @@ class OutputCurvature:
         else:
             p = output.sigmoid()
             traces = (p * (1 - p)).sum(1)
-        return traces * self._output_scale(output)
+        counted = is_counted(self.loss_func, target)
+        return traces * counted * self._output_scale(output)
 
     @property
     def _loss_type(self) -> type[Loss]:
@@ -203,13 +208,52 @@ def example_losses(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
         CrossEntropyLoss: torch.nn.functional.cross_entropy,
         BCEWithLogitsLoss: torch.nn.functional.binary_cross_entropy_with_logits,
     }
-    options = (
-        {"label_smoothing": loss_func.label_smoothing}
-        if loss_type is CrossEntropyLoss
-        else {}
-    )
+    options: dict[str, Any] = {}
+    if isinstance(loss_func, CrossEntropyLoss):
+        options["label_smoothing"] = loss_func.label_smoothing
+        if not target.is_floating_point():
+            options["ignore_index"] = loss_func.ignore_index
     loss = functionals[loss_type](output, target, reduction="none", **options)
     return loss.reshape(output.shape[0], -1).sum(1)
+
+
+def is_counted(loss_func: Loss, target: Tensor) -> Tensor:
+    """Tell which examples a loss counts: all but those of its ``ignore_index``.
+
+    Args:
+        loss_func: The loss.
+        target: Targets as in :meth:`OutputCurvature.columns`.
+
+    Returns:
+        Whether each counts ``[batch]``.
+    """
+    if isinstance(loss_func, CrossEntropyLoss) and not target.is_floating_point():
+        return target != loss_func.ignore_index
+    return target.new_ones(len(target), dtype=torch.bool)
+
+
+def loss_scale(loss_func: Loss, weight: float, num_outputs: int = 1) -> float:
+    """Return the factor from the sum of all examples' losses to the loss.
+
+    Args:
+        loss_func: The loss.
+        weight: Weight of the examples that it counts: their number, if all weigh one.
+        num_outputs: Number of network outputs that are still to be averaged.
+
+    Returns:
+        The factor.
+
+    Raises:
+        ValueError: If the loss averages, but counts no example.
+    """
+    if loss_func.reduction == "sum":
+        return 1.0
+    if weight == 0:
+        raise ValueError(
+            "The loss averages over examples, but all targets are its `ignore_index`."
+        )
+    is_cross_entropy = isinstance(loss_func, CrossEntropyLoss)
+    return 1 / (weight * (1 if is_cross_entropy else num_outputs))
 
 
 def _type_of(loss_func: Loss) -> type[Loss]:

@@ -158,17 +158,27 @@ class Tape:
 
     Attributes:
         num_calls: Number of calls of each layer so far, by its name.
+        num_entries: Number of entries for an example on the axes of examples of these
+            calls.
     """
 
     def __init__(self, batch_size: int, replay: TorchFunctionMode | None):
         self._batch_size, self._replay = batch_size, replay or nullcontext()
         self._records: list[_Record] = []
         self.num_calls: Counter[str] = Counter()
+        self.num_entries: Counter[str] = Counter()
 
     def add(self, record: _Record) -> None:
         """Add a use."""
         self._records.append(record)
-        self.num_calls.update(layer.name for layer, _ in record.layers)
+        size = record.use.input.shape[record.layout.axis]
+        for layer, _ in record.layers:
+            self.num_calls[layer.name] += 1
+            self.num_entries[layer.name] += size // self._batch_size
+
+    def runs_as_found(self, layers: Sequence[Layer]) -> bool:
+        """Whether each layer has as many entries as when it was found."""
+        return all(self.num_entries[own.name] == own.num_entries for own in layers)
 
     def gradient_rows(
         self,
@@ -191,17 +201,19 @@ class Tape:
             output are left out: their gradient is zero.
         """
         probes = [r.probe for r in self._records if r.probe.requires_grad]
-        with self._replay:
-            gradients = iter(
-                torch.autograd.grad(
-                    output,
-                    probes,
-                    grad_outputs=column,
-                    retain_graph=retain_graph,
-                    create_graph=create_graph,
-                    allow_unused=True,
+        gradients: Iterator[Tensor | None] = iter(())
+        if probes:
+            with self._replay:
+                gradients = iter(
+                    torch.autograd.grad(
+                        output,
+                        probes,
+                        grad_outputs=column,
+                        retain_graph=retain_graph,
+                        create_graph=create_graph,
+                        allow_unused=True,
+                    )
                 )
-            )
         calls: dict[str, tuple[Layer, list[Tensor]]] = {}
         influential: set[str] = set()
         for record in self._records:
@@ -265,8 +277,8 @@ def record_rows(
         The tape to ask for gradient rows once the forward pass is done.
 
     Raises:
-        ValueError: If a layer never runs, mixes examples, or runs on an input whose
-            axis of examples has no whole number of entries for each.
+        ValueError: If a layer mixes examples, or runs on an input whose axis of
+            examples has no whole number of entries for each.
     """
     values = stand_ins(model)
     of_parameter = {
@@ -301,12 +313,6 @@ def record_rows(
 
     with Recorder(values, on_use):
         yield tape
-    silent = [layer.name for layer in layers if not tape.num_calls[layer.name]]
-    if silent:
-        raise ValueError(
-            f"Layers never ran in the forward pass: {', '.join(silent)}. Exclude them "
-            "by `requires_grad_(False)`."
-        )
 
 
 def _layers_of(use: Use, of_parameter: Mapping[int, Layer]) -> list[tuple[Layer, str]]:

@@ -14,15 +14,20 @@ from torch import Tensor, nn
 
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.layers import Layer, join_positions
-from laplace_debiased.rows.recorder import batch_statistics
-from laplace_debiased.rows.tracing import (
-    PAIR,
-    TRIPLE,
-    Trace,
+from laplace_debiased.rows.layouts import (
     find_layouts,
+    rows_of_others,
     rows_tell_gradient,
-    trace,
 )
+from laplace_debiased.rows.recorder import batch_statistics
+from laplace_debiased.rows.separation import (
+    PAIR,
+    check_batch_does_not_matter,
+    check_outputs_repeat,
+    check_rows_are_separate,
+    num_traced,
+)
+from laplace_debiased.rows.tracing import Trace, trace
 from laplace_debiased.rows.uses import Layout, MatrixUse, NormalizationUse
 
 _SUPPORTED = (
@@ -121,7 +126,7 @@ def select(
     Args:
         model: The network.
         params: Its parameters.
-        X: Inputs of some examples, of which up to three are used.
+        X: Inputs of some examples.
         batch_size: Their number.
 
     Returns:
@@ -129,19 +134,22 @@ def select(
 
     Raises:
         ValueError: If a parameter is given twice or is not the network's, its output is
-            no finite matrix, an example's output depends on others, or batch statistics
-            are used.
+            no finite matrix or is random, an example's output depends on others, or
+            batch statistics are used.
     """
     names = _names(model, params)
     pair = trace(model, params, X, batch_size, PAIR, backward=True)
     for name, uses in zip(names, pair.uses, strict=True):
         if any(traced.use.mixes_examples for traced in uses):
             raise ValueError(batch_statistics(name))
-    triple = trace(model, params, X, batch_size, TRIPLE, backward=False)
+    check_outputs_repeat(model, X, batch_size)
+    count = num_traced(batch_size)
+    many = trace(model, params, X, batch_size, count, backward=False)
     reasons: dict[int, str] = {}
     layouts: dict[int, list[Layout]] = {}
-    for k in range(len(params)):
-        found = _reason(pair, k) or find_layouts(pair.uses[k], triple.uses[k])
+    for k, param in enumerate(params):
+        found: str | list[Layout] | None = _reason(k, param, pair, many)
+        found = found or find_layouts(pair.uses[k], many.uses[k], count)
         if isinstance(found, str):
             reasons[k] = found
         elif not rows_tell_gradient(pair, k, found):
@@ -152,6 +160,7 @@ def select(
         [_layer(group, pair, names, layouts) for group in _groups(pair, layouts)]
     )
     _check_examples_are_separate(pair, layers)
+    check_batch_does_not_matter(model, X, batch_size)
     left_out = [
         LeftOut(names[k], _kind(model, names[k]), k, params[k].numel(), reason)
         for k, reason in sorted(reasons.items())
@@ -175,15 +184,17 @@ def _kind(model: nn.Module, name: str) -> str:
     return type(model.get_submodule(name.rpartition(".")[0])).__name__
 
 
-def _reason(pair: Trace, k: int) -> str | None:
-    """Tell why a parameter is left out, from what a trace has seen of it."""
-    uses = pair.uses[k]
-    if k in pair.others:
-        return f"is {'also ' if uses else ''}used by `{pair.others[k]}`"
+def _reason(k: int, param: Tensor, pair: Trace, many: Trace) -> str | None:
+    """Tell why a parameter is left out, from what traces have seen of it."""
+    uses, others = pair.uses[k], many.others | pair.others
+    if param.numel() == 0:
+        return "has no entries"
+    if k in others:
+        return f"is {'also ' if uses else ''}used by `{others[k]}`"
     if k in pair.hidden:
         return "is used where no gradients are recorded"
     if not uses:
-        return "is not used"
+        return None if many.uses[k] else "is not used"
     if len({(type(use.use), use.key) for use in uses}) > 1:
         return "is used in different ways"
     if all(gradient is None for use in uses for gradient in use.gradients):
@@ -192,33 +203,14 @@ def _reason(pair: Trace, k: int) -> str | None:
 
 
 def _check_examples_are_separate(pair: Trace, layers: list[Layer]) -> None:
-    """Refuse networks in which the first example's output depends on the second."""
+    """Refuse networks in which an example's output depends on the other one."""
     for layer in layers:
         for call, use in enumerate(pair.uses[layer.parameters[0]]):
-            if (gradient := use.gradients[0]) is not None:
-                rows = layer.layout(call).split(gradient, PAIR)
+            for rows in rows_of_others(use, layer.layout(call)):
                 check_rows_are_separate(f"layer {layer.name!r}", rows)
     for gradient in pair.inputs:
-        if gradient is not None:
-            check_rows_are_separate("the input", gradient)
-
-
-def check_rows_are_separate(place: str, rows: Tensor) -> None:
-    """Refuse rows that tell of a network which mixes examples.
-
-    Args:
-        place: Where the rows are.
-        rows: Gradient of the first example's output ``[batch, ...]``.
-
-    Raises:
-        ValueError: If it has entries for other examples.
-    """
-    if rows[1:].nan_to_num().any():  # zero times infinity is no dependence
-        raise ValueError(
-            f"In {place}, the first example's output depends on rows of others. "
-            "Examples must be separate: layers with batch statistics must be in eval "
-            "mode."
-        )
+        if gradient is not None:  # that of the first example's output
+            check_rows_are_separate("the input", gradient[1:])
 
 
 def _groups(pair: Trace, positions: dict[int, list[Layout]]) -> list[list[int]]:
@@ -250,6 +242,8 @@ def _layer(
         layouts=own,
         is_recomputed=any(k in pair.recomputed for k in group),
     )
+    sizes = [use.use.input.shape[layer.layout(k).axis] for k, use in enumerate(uses)]
+    layer = replace(layer, num_entries=sum(sizes) // PAIR)
     if isinstance(uses[0].use, NormalizationUse):
         return replace(layer, is_normalization=True)
     keys = {pair.uses[k][0].key: k for k in group}

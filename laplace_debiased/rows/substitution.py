@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
 from laplace_debiased.rows.inputs import Inputs
 
@@ -48,6 +48,38 @@ class Substitution(TorchFunctionMode):
         return item
 
 
+class Substituted(nn.Module):
+    """A network that other libraries may run on other values of its parameters.
+
+    They use torch's ``functional_call``, which loses the parameters of a module that is
+    registered under two names. Here each parameter is registered once.
+
+    Args:
+        model: The network.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self._network = [model]  # no submodule
+        self._ids = [id(parameter) for parameter in model.parameters()]
+        for k, parameter in enumerate(model.parameters()):
+            self.register_parameter(str(k), parameter)
+
+    def forward(self, X: Inputs) -> Tensor:
+        """Run the network.
+
+        Args:
+            X: Inputs, a tensor or a mapping.
+
+        Returns:
+            Its output.
+        """
+        (model,) = self._network
+        values = (getattr(self, str(k)) for k in range(len(self._ids)))
+        with Substitution(dict(zip(self._ids, values, strict=True))):
+            return run(model, X)
+
+
 def stand_ins(
     model: nn.Module, requiring_gradients: Sequence[Tensor] = ()
 ) -> dict[int, Tensor]:
@@ -69,7 +101,7 @@ def stand_ins(
 
 
 def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
-    """Call a network, eagerly if it is compiled.
+    """Call a network, eagerly if it is compiled, and function by function.
 
     Args:
         model: The network.
@@ -77,15 +109,48 @@ def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
         **kwargs: Its further keywords.
 
     Returns:
-        Its output.
+        Its output, or the logits that this holds.
+
+    Raises:
+        ValueError: If the output is no tensor and holds no logits.
     """
     original = getattr(model, "_orig_mod", model)
-    with (
-        torch.compiler.set_stance("force_eager")
-        if _has_compiled(original)
-        else nullcontext()
-    ):
-        return original(X, **kwargs)
+    with ExitStack() as stack:
+        if _has_compiled(original):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # under any mode, transformers do not take a fast path without derivatives,
+        # which has other outputs where inputs are padded
+        stack.enter_context(BaseTorchFunctionMode())
+        return logits_of(original(X, **kwargs))
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return what is meant by a network's output.
+
+    Args:
+        output: A tensor, or what has one named ``logits``, as mapping or attribute.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    is_mapping = isinstance(output, Mapping)
+    logits = output.get("logits") if is_mapping else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise ValueError(
+        f"The model returns {_article(type(output).__name__)}, but a tensor [batch, "
+        "outputs] is needed, alone or as its `logits`: pass a module whose "
+        "`forward(x)` returns that, such as `self.model(x)[0]`."
+    )
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _has_compiled(model: nn.Module) -> bool:

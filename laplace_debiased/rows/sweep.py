@@ -18,9 +18,13 @@ from laplace_debiased.rows.inputs import (
     on_device,
 )
 from laplace_debiased.rows.layers import Layer
-from laplace_debiased.rows.output_curvature import OutputCurvature, example_losses
+from laplace_debiased.rows.output_curvature import (
+    OutputCurvature,
+    example_losses,
+    is_counted,
+)
 from laplace_debiased.rows.recorder import Tape, record_rows
-from laplace_debiased.rows.selection import check_rows_are_separate
+from laplace_debiased.rows.separation import SeparationCheck
 from laplace_debiased.rows.substitution import run
 
 
@@ -56,7 +60,7 @@ class SweepSummary:
 
     Args:
         num_data: Number of examples.
-        total_weight: Sum of their weights.
+        total_weight: Sum of the weights of those that the loss counts.
         loss: Weighted sum of their losses, a scalar tensor.
         num_outputs: Number of network outputs.
         losses: Each example's loss ``[num_data]``, unweighted; None, as all that
@@ -130,6 +134,7 @@ def sweep(
     if not backward:
         layers = [layer for layer in layers if layer.has_inputs]
     totals = _Totals(parameter.dtype, parameter.device)
+    check_examples_are_separate = SeparationCheck()
     add_inputs = accumulator.add_inputs
     weight_dtype = torch.promote_types(parameter.dtype, _SINGLE)
     with tqdm(
@@ -140,6 +145,8 @@ def sweep(
             check_finite_inputs(X)
             own = _weights_of_batch(weights, totals.num_data, len(y))
             own = own.to(parameter.device, weight_dtype)
+            if y.ndim == 1:  # otherwise refused below
+                own = own * is_counted(output_curvature.loss_func, y)
             accumulator.start_batch(own)
             with (
                 torch.set_grad_enabled(backward),
@@ -148,8 +155,7 @@ def sweep(
                 output = run(model, X)
             y = check_targets(output, y, output_curvature.loss_func)
             if layers and backward:
-                if totals.num_data == 0:
-                    check_examples_are_separate(tape, output)
+                check_examples_are_separate(tape, output)
                 columns = output_curvature.columns(output, y, generator)
                 columns = columns * own.sqrt().to(columns.dtype)[:, None]
                 for layer, rows in _gradient_rows(tape, output, columns):
@@ -259,24 +265,3 @@ def _check_weights(weights: Tensor) -> None:
             "Weights must be finite and at least zero, and some of them positive, got "
             f"{weights.min().item()}..{weights.max().item()}."
         )
-
-
-def check_examples_are_separate(tape: Tape, output: Tensor) -> None:
-    """Refuse networks in which an example's output depends on others.
-
-    Then a layer's rows do not belong to the examples that they are counted for. One
-    backward pass, from the first example's output, shows it.
-
-    Args:
-        tape: The tape of a forward pass.
-        output: The network's output ``[batch, outputs]``.
-
-    Raises:
-        ValueError: If the first output has a gradient in another example's rows.
-    """
-    if len(output) == 1:
-        return
-    column = torch.zeros_like(output)
-    column[0] = torch.arange(1, output.shape[1] + 1)
-    for layer, rows in tape.gradient_rows(output, column, retain_graph=True):
-        check_rows_are_separate(f"layer {layer.name!r}", rows)

@@ -1,28 +1,18 @@
-"""Find out what a network does with its parameters, by running it on few examples.
-
-Sizes that grow with the number of examples tell which axes hold them, and the gradients
-of one example's output which entries of such an axis are its own.
-"""
+"""Run a network on few examples, and keep what it does with its parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from laplace.utils import select_rows
 from torch import Tensor, nn
 
 from laplace_debiased.rows.inputs import Inputs, check_output
 from laplace_debiased.rows.recorder import Recorder, probed
+from laplace_debiased.rows.separation import some_examples
 from laplace_debiased.rows.substitution import run, stand_ins
-from laplace_debiased.rows.uses import Layout, MatrixUse, Use
-
-PAIR, TRIPLE = 2, 3
-_SHARED = "is applied to values that examples share"
-_SEVERAL = "is applied along several axes of examples"
-_IRREGULAR = "runs a different number of times for other examples"
+from laplace_debiased.rows.uses import Use
 
 
 @dataclass(eq=False)
@@ -85,7 +75,7 @@ def trace(
         params: Its parameters.
         X: Inputs of some examples.
         batch_size: Their number.
-        count: Number of examples to use; they are repeated if there are fewer.
+        count: Number of examples to use.
         backward: Whether to make backward passes.
 
     Returns:
@@ -183,22 +173,16 @@ def _some_of(
     """
     probes: list[Tensor] = []
     size = 0
-    indices = torch.arange(count) % batch_size
 
-    def chosen(value: Any) -> Any:
+    def shifted(rows: Tensor) -> Tensor:
         nonlocal size
-        rows = select_rows(value, indices, batch_size)
-        if not isinstance(value, Tensor) or value.shape[:1] != (batch_size,):
-            return rows
         size += rows[0].numel()
-        if not value.is_floating_point():
+        if not rows.is_floating_point():
             return rows
         probes.append(torch.zeros_like(rows, requires_grad=True))
         return rows + probes[-1]
 
-    if isinstance(X, MutableMapping):
-        return {key: chosen(X[key]) for key in X}, probes, max(1, size)
-    return chosen(X), probes, max(1, size)
+    return some_examples(X, batch_size, count, shifted), probes, max(1, size)
 
 
 def _backpropagate(
@@ -254,90 +238,3 @@ def _gradients(
             "`torch.utils.checkpoint.checkpoint`."
         ) from error
     yield from gradients
-
-
-def find_layouts(pair: list[TracedUse], triple: list[TracedUse]) -> list[Layout] | str:
-    """Find out where the examples are in each call.
-
-    Args:
-        pair: The uses of a parameter with two examples.
-        triple: Those with three.
-
-    Returns:
-        A layout for each call, one if they agree; or why there is none.
-    """
-    layouts = []
-    for two, three in zip(pair, triple, strict=False):
-        sizes, more = two.use.input.shape, three.use.input.shape
-        axes = [
-            axis
-            for axis in two.use.axes
-            if len(sizes) == len(more) and sizes[axis] * TRIPLE == more[axis] * PAIR
-        ]
-        if len(axes) != 1:
-            return _SEVERAL if axes else _SHARED
-        layouts.append(_order(two, axes[0]))
-    if len(set(layouts)) == 1:
-        return layouts[:1]
-    return layouts if len(pair) == len(triple) else _IRREGULAR
-
-
-def _order(use: TracedUse, axis: int) -> Layout:
-    """Find out, by gradients, which entries of an axis are an example's own."""
-    if use.use.input.shape[axis] == PAIR:
-        return Layout(axis)
-    for layout in (Layout(axis), Layout(axis, neighbours=False)):
-        # of the gradient of an example's output, the other one has no part
-        others = [
-            layout.split(gradient, PAIR)[1 - example]
-            for example, gradient in enumerate(use.gradients)
-            if gradient is not None
-        ]
-        if not any(rows.nan_to_num().any() for rows in others):
-            return layout
-    return Layout(axis)
-
-
-def rows_tell_gradient(seen: Trace, position: int, layouts: Sequence[Layout]) -> bool:
-    """Compare a parameter's gradients by its rows with those by autograd.
-
-    Args:
-        seen: A trace of two examples.
-        position: The parameter's position.
-        layouts: Where the examples are in each of its calls.
-
-    Returns:
-        Whether they agree; gradients that are not finite tell nothing.
-    """
-    for example, gradients in enumerate(seen.gradients):
-        expected = gradients[position]
-        if expected is None or not expected.isfinite().all():
-            continue
-        actual = _gradient_of_rows(seen.uses[position], example, layouts)
-        precision = max(torch.finfo(t.dtype).eps for t in (expected, actual))
-        expected = expected.to(torch.promote_types(expected.dtype, torch.float32))
-        difference = actual.reshape(expected.shape) - expected
-        if not difference.norm() <= precision**0.25 * expected.norm():
-            return False
-    return True
-
-
-def _gradient_of_rows(
-    uses: list[TracedUse], example: int, layouts: Sequence[Layout]
-) -> Tensor:
-    """Contract the rows of all calls to the gradient in a parameter."""
-    total = torch.zeros(())
-    for call, traced in enumerate(uses):
-        gradient, use = traced.gradients[example], traced.use
-        if gradient is None:
-            continue
-        layout = layouts[call % len(layouts)]
-        g = use.gradient_rows(gradient, traced.key, layout, PAIR)
-        if isinstance(use, MatrixUse) and traced.key == "weight":
-            x = use.input_rows(layout, PAIR).to(g.dtype)
-            # [batch, S, groups, d_out], [batch, S, groups, d_in] -> [d_out, d_in]
-            part = torch.einsum("nsgo,nsgi->goi", g, x).flatten(0, 1)
-        else:
-            part = g.flatten(2).sum((0, 1))
-        total = total.to(part.device) + part
-    return total

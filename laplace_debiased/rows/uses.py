@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +146,7 @@ class LinearUse(MatrixUse):
 def _positions_of_vectors(tensor: Tensor, layout: Layout, batch_size: int) -> Tensor:
     """Turn ``[..., features]`` into ``[batch, S, 1, features]``."""
     examples = layout.split(tensor, batch_size)
-    return examples.reshape(batch_size, -1, 1, tensor.shape[-1])
+    return examples.flatten(1, -2).unsqueeze(2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,10 +198,9 @@ class ConvolutionUse(MatrixUse):
             patches = patches[..., ::dilation]
         # [images, channels, *positions, *kernel]
         # -> [images, positions, channels and kernel]
-        patches = patches.movedim(1, 1 + dims).flatten(1, dims)
-        features = prod(patches.shape[2:]) // self.groups
-        examples = layout.split(patches, batch_size)
-        return examples.reshape(batch_size, -1, self.groups, features)
+        patches = patches.movedim(1, 1 + dims).flatten(1, dims).flatten(2)
+        examples = layout.split(patches, batch_size).flatten(1, 2)
+        return examples.unflatten(2, (self.groups, -1))
 
     def gradient_rows(
         self, gradient: Tensor, key: str, layout: Layout, batch_size: int

@@ -19,6 +19,8 @@ from laplace.utils import concatenate_rows, select_rows
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from laplace_debiased.rows.inputs import check_is_batch
+
 Keys = tuple[Any, ...]  # lead to a value in nested mappings
 
 
@@ -85,6 +87,8 @@ class PointsInMemory(Dataset):
             dict(_leaves(batch if self._is_mapping else dict(enumerate(batch))))
             for batch in read
         ]
+        if read and not self._is_mapping:
+            check_is_batch(self._batches[0][1,])
         self._sizes = [
             _mode(leaves) if self._is_mapping else len(leaves[1,])
             for leaves in self._batches

@@ -34,7 +34,7 @@ def _batch_norm(features):
 
 
 MIXING = {
-    "input": (lambda: Mixing(before=Centred()), "In the input, the first"),
+    "input": (lambda: Mixing(before=Centred()), "In the input, an example's"),
     "output": (lambda: Mixing(after=Centred()), "depends on rows of others"),
     "statistics": (lambda: Mixing(before=_batch_norm(4)), "before'.*statistics"),
     "last statistics": (lambda: Mixing(after=_batch_norm(3)), "after'.*statistics"),
@@ -56,10 +56,10 @@ def test_mixing_is_found_in_mappings_and_by_every_backend():
     X, y = batch("mlp", SIZE)
     points = [{"input_ids": x, "labels": label} for x, label in zip(X, y, strict=True)]
     la = debiased(Mixing(before=Centred()))
-    with pytest.raises(ValueError, match="In the input, the first"):
+    with pytest.raises(ValueError, match="In the input, an example's"):
         la.fit(DataLoader(points, 7))
     la = debiased(Mixing(before=Centred()), backend=AsdlGGN)
-    with pytest.raises(ValueError, match="In the input, the first"):
+    with pytest.raises(ValueError, match="In the input, an example's"):
         la.fit(loader())
 
 

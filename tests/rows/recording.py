@@ -5,6 +5,7 @@ import torch
 from laplace_debiased.rows.recorder import record_rows
 from laplace_debiased.rows.selection import find_layers, select
 from laplace_debiased.rows.substitution import run
+from tests.zoo import plain
 
 
 def found(model, X, params=None):
@@ -13,10 +14,10 @@ def found(model, X, params=None):
     return find_layers(model, params, X, len(X)), params
 
 
-def supported(model, X, params=None):
+def supported(model, X, params=None, size=None):
     """The supported ones of some parameters, their layers, and what is left out."""
     params = list(model.parameters()) if params is None else list(params)
-    selection = select(model, params, X, len(X))
+    selection = select(model, params, X, len(X) if size is None else size)
     gone = {entry.position for entry in selection.left_out}
     kept = [param for k, param in enumerate(params) if k not in gone]
     return kept, selection.without_left_out(len(params)).layers, selection.left_out
@@ -61,7 +62,7 @@ def assert_rows_are_exact(model, X, params, layers):
     """Compare with autograd, one example at a time."""
     actual = example_gradients(model, X, params, layers)
     for n in range(len(X)):
-        output = model(X[n : n + 1]).sum()
+        output = plain(model)(X[n : n + 1]).sum()
         expected = torch.autograd.grad(output, params)
         for own, gradient in zip(actual, expected, strict=True):
             assert torch.allclose(own[n], gradient.flatten(), atol=1e-12)

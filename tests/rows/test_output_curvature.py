@@ -137,3 +137,59 @@ def test_certain_predictions_have_no_curvature():
 def test_unsupported_ranks_are_refused(fisher_type, rank):
     with pytest.raises(ValueError, match="`fisher_rank` must be at least 1"):
         OutputCurvature(nn.CrossEntropyLoss(), fisher_type, fisher_rank=rank)
+
+
+IGNORED = {"default": -100, "a class": 1}
+
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "empirical", "mc"])
+@pytest.mark.parametrize("index", IGNORED)
+def test_ignored_examples_have_no_loss_and_no_curvature(index, fisher_type):
+    f = torch.randn(SIZE, NUM_OUTPUTS, dtype=torch.float64)
+    ignored = IGNORED[index]
+    y = torch.tensor([0, 2, ignored, 2, ignored, 0])
+    counted = y != ignored
+    loss = nn.CrossEntropyLoss(reduction="sum", ignore_index=ignored)
+    curvature = OutputCurvature(loss, fisher_type, 20_000 if fisher_type == "mc" else 1)
+    generator = torch.Generator().manual_seed(0)
+    actual = outer_products(curvature.columns(f, y, generator))
+    plain = OutputCurvature(
+        nn.CrossEntropyLoss(reduction="sum"),
+        "empirical" if fisher_type == "empirical" else "type-2",
+    )
+    classes = y.clamp(min=0)
+    expected = outer_products(plain.columns(f, classes, generator))
+    tolerance = 0.02 if fisher_type == "mc" else 1e-12
+    assert torch.allclose(actual[counted], expected[counted], atol=tolerance)
+    assert not actual[~counted].any()
+    assert torch.equal(curvature.traces(f, y), plain.traces(f, classes) * counted)
+    losses = example_losses(loss, f, y)
+    assert torch.allclose(losses.sum(), loss(f, y)) and not losses[~counted].any()
+
+
+def test_sampled_labels_are_not_smoothed():
+    f, y = outputs_and_targets("cross-entropy")
+    loss = nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.4)
+    generator = torch.Generator().manual_seed(0)
+    exact = outer_products(OutputCurvature(loss).columns(f, y, generator))
+    hessian = torch.func.hessian(lambda g: loss(g[None], y[:1]))(f[0])
+    assert torch.allclose(exact[0], hessian)
+    sampler = OutputCurvature(loss, "mc", mc_samples=20_000)
+    sampled = outer_products(sampler.columns(f, y, generator))
+    assert torch.allclose(sampled, exact, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (nn.CrossEntropyLoss(weight=torch.ones(3)), "must not have `weight`"),
+        (nn.BCEWithLogitsLoss(weight=torch.ones(3)), "must not have `weight`"),
+        (nn.BCEWithLogitsLoss(pos_weight=torch.ones(3)), "not have `pos_weight`"),
+        (nn.CrossEntropyLoss(reduction="none"), "reduction 'sum' or 'mean'"),
+        (nn.MSELoss(reduction="none"), "reduction 'sum' or 'mean'"),
+        (nn.L1Loss(), "must be MSELoss"),
+    ],
+)
+def test_other_losses_are_refused_by_name(loss, message):
+    with pytest.raises(ValueError, match=message):
+        OutputCurvature(loss)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from laplace_debiased.rows.substitution import Substitution, run
+from tests import zoo
 from tests.cases import network
 from tests.rows.recording import (
     assert_rows_are_exact,
@@ -80,21 +81,25 @@ def test_calls_of_a_layer_are_positions_also_without_influence(gradients_of_the_
     assert torch.equal(gradients["shared"], expected.unsqueeze(2))
 
 
-def test_a_layer_that_never_runs_is_refused_by_name():
+def test_a_layer_that_does_not_run_in_a_pass_has_no_rows_in_it():
     class Optional(nn.Module):
         def __init__(self):
             super().__init__()
-            self.used, self.idle, self.use = nn.Linear(3, 2), nn.Linear(2, 2), True
+            self.layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+            self.count = 2
 
         def forward(self, x):
-            x = self.used(x)
-            return self.idle(x) if self.use else x
+            for layer in self.layers[: self.count]:
+                x = layer(x)
+            return x
 
     model, X = Optional(), torch.randn(SIZE, 3)
     layers, params = found(model, X)
-    model.use = False
-    with pytest.raises(ValueError, match=r"never ran .*: idle"):
-        record(model, X, params, layers)
+    model.count = 1
+    inputs, gradients = record(model, X, params, layers)
+    assert inputs.keys() == gradients.keys() == {"layers.0"}
+    model.count = 0
+    assert record(model, X, params, layers) == ({}, {})
 
 
 def test_inputs_whose_axis_is_no_multiple_of_the_batch_are_refused():
@@ -123,127 +128,23 @@ def test_an_error_leaves_nothing_behind():
     assert torch.overrides._get_current_function_mode() is None
 
 
-class Convolution(nn.Conv2d):
-    """Pads by itself, as TensorFlow does."""
-
-    def forward(self, x):
-        x = nn.functional.pad(x, (0, 1, 0, 1))
-        return nn.functional.conv2d(x, self.weight, self.bias, self.stride)
-
-
-class Aliased(nn.Module):
-    """A module under two names, and one that runs twice."""
-
-    def __init__(self):
-        super().__init__()
-        block = nn.Linear(4, 4)
-        self.blocks = nn.ModuleList([block, block])
-        self.head = nn.Linear(4, 3)
-        self.net = nn.Sequential(*self.blocks, self.head)
-
-    def forward(self, x):
-        return self.net(x.tanh())
-
-
-class Tied(nn.Module):
-    """Two layers with one weight, and biases of their own."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.second.weight = self.first.weight
-
-    def forward(self, x):
-        return self.second(self.first(x).tanh())
-
-
-class Attention(nn.Module):
-    def __init__(self, batch_first):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
-        self.batch_first = batch_first
-
-    def forward(self, x):
-        x = x if self.batch_first else x.transpose(0, 1)
-        x = self.attention(x, x, x, need_weights=False)[0]
-        return x[:, 0] if self.batch_first else x[0]
-
-
-class SequenceFirst(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        x = self.norm(self.body(x.transpose(0, 1)).tanh())
-        joined = x.flatten(0, 1)  # tokens first, then examples
-        return self.head(joined).unflatten(0, x.shape[:2]).tanh().mean(0)
-
-
-class Checkpointed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-        self.head = nn.Linear(4, 3)
-
-    def forward(self, x):
-        checkpoint = torch.utils.checkpoint.checkpoint
-        return self.head(checkpoint(self.body, x, use_reentrant=False).tanh())
-
-
-def _tripled():
-    model = network("mlp")
-    model[0].register_forward_hook(lambda module, args, output: 3 * output)
-    return model
-
-
-def _encoder():
-    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-    return nn.Sequential(
-        nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(12, 3)
-    )
-
-
-# name: (network, shape of an example)
-EXACT = {
-    "padding by itself": (
-        lambda: nn.Sequential(Convolution(1, 2, 2), nn.Flatten(), nn.Linear(32, 3)),
-        (1, 4, 4),
-    ),
-    "aliased modules": (Aliased, (4,)),
-    "tied weights": (Tied, (4,)),
-    "a hook that triples": (_tripled, (4,)),
-    "attention, batch first": (lambda: Attention(True), (5, 4)),
-    "attention, sequence first": (lambda: Attention(False), (5, 4)),
-    "transformer encoder": (_encoder, (3, 4)),
-    "sequence first": (SequenceFirst, (5, 4)),
-    "checkpointing": (Checkpointed, (4,)),
-}
-
-
 @pytest.mark.parametrize("size", [1, 2, 5])
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", zoo.EXACT)
 def test_whatever_touches_a_weight_the_rows_are_exact(name, size):
-    build, shape = EXACT[name]
-    torch.manual_seed(0)
-    model = build().double().eval()
-    X = torch.randn(size, *shape, dtype=torch.float64)
-    own = list(model.parameters())
-    layers, params = found(model, X)
+    model, (X, _) = zoo.build(name), zoo.data(name, size)
+    params = [param for param in model.parameters() if param.requires_grad]
+    layers, params = found(model, X, params)
     assert_rows_are_exact(model, X, params, layers)
-    after = list(model.parameters())
-    assert all(a is b for a, b in zip(own, after, strict=True))
-    assert not any(m._forward_hooks for m in model.modules()) or "hook" in name
 
 
 def test_a_layer_for_each_set_of_parameters_that_are_used_together():
-    model, X = Tied(), torch.randn(SIZE, 4)
+    model, (X, _) = zoo.build("tied weights"), zoo.data("tied weights", SIZE)
     layers, _ = found(model, X)
     assert [(layer.name, layer.matrix, layer.vector) for layer in layers] == [
-        ("first.weight", 0, None),
-        ("first.bias", None, 1),
-        ("second", None, 2),
+        ("0.weight", 0, None),
+        ("0.bias", None, 1),
+        ("2", None, 2),
+        ("4", 3, 4),
     ]
 
 
@@ -319,8 +220,7 @@ def test_autocast_rows_are_those_of_the_network():
 
 
 def test_a_network_runs_with_other_values_in_place_of_its_parameters():
-    model = Aliased().double()
-    X = torch.randn(SIZE, 4, dtype=torch.float64)
+    model, (X, _) = zoo.build("aliased modules"), zoo.data("aliased modules", SIZE)
     before = model(X)
     values = {id(p): torch.randn_like(p) for p in model.parameters()}
     with Substitution(values):

@@ -1,0 +1,54 @@
+"""Gradient and loss of a data source, which curvlinops' operators compute, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from laplace_debiased.rows.inputs import Batch, check_targets, on_device
+from laplace_debiased.rows.output_curvature import (
+    Loss,
+    example_losses,
+    is_counted,
+    loss_scale,
+)
+from laplace_debiased.rows.substitution import Substitution, run, stand_ins
+
+
+def gradient_and_loss(
+    model: nn.Module,
+    loss_func: Loss,
+    params: Sequence[Tensor],
+    data: Iterable[Batch],
+) -> tuple[list[Tensor], Tensor]:
+    """Compute gradient and loss.
+
+    Args:
+        model: The network.
+        loss_func: The loss; an average is over all data.
+        params: The parameters.
+        data: Batches ``(X, y)``.
+
+    Returns:
+        The gradient in each parameter, and the loss.
+    """
+    values, device = stand_ins(model, params), params[0].device
+    own = [values[id(param)] for param in params]
+    total = torch.zeros((), dtype=params[0].dtype, device=device)
+    gradients, count, num_outputs = [torch.zeros_like(value) for value in own], 0, 1
+    for X, y in data:
+        X, y = on_device(X, device), y.to(device)
+        with torch.enable_grad(), Substitution(values):
+            output = run(model, X)
+            y = check_targets(output, y, loss_func)
+            loss = example_losses(loss_func, output, y).sum()
+            parts = torch.autograd.grad(
+                loss, own, allow_unused=True, materialize_grads=True
+            )
+        gradients = [a + b for a, b in zip(gradients, parts, strict=True)]
+        total, num_outputs = total + loss.detach(), output.shape[1]
+        count += int(is_counted(loss_func, y).sum())
+    scale = loss_scale(loss_func, count, num_outputs)
+    return [scale * gradient for gradient in gradients], scale * total

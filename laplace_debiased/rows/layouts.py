@@ -1,0 +1,150 @@
+"""Where a network holds the examples, and whether rows tell all of a parameter.
+
+Sizes that grow with the number of examples tell which axes hold them, and the gradients
+of one example's output which entries of such an axis are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.rows.separation import PAIR
+from laplace_debiased.rows.tracing import Trace, TracedUse
+from laplace_debiased.rows.uses import Layout, MatrixUse
+
+_SHARED = "is applied to values that examples share"
+_SEVERAL = "is applied along several axes of examples"
+_ROUTED = "is applied to rows whose number depends on the examples"
+_UNORDERED = "is applied to rows in an order that does not tell the examples"
+_IRREGULAR = "runs a different number of times for other examples"
+
+
+def find_layouts(
+    pair: list[TracedUse], many: list[TracedUse], count: int
+) -> list[Layout] | str:
+    """Find out where the examples are in each call.
+
+    Args:
+        pair: The uses of a parameter with two examples.
+        many: Those with more.
+        count: How many these are.
+
+    Returns:
+        A layout for each call, one if they agree; or why there is none.
+    """
+    if not pair or not many:
+        return _ROUTED
+    layouts = []
+    for two, more in zip(pair, many, strict=False):
+        found = _layout(two, more.use.input.shape, count)
+        if isinstance(found, str):
+            return found
+        layouts.append(found)
+    if len(set(layouts)) == 1:
+        return layouts[:1]
+    return layouts if len(pair) == len(many) else _IRREGULAR
+
+
+def _layout(use: TracedUse, more: torch.Size, count: int) -> Layout | str:
+    """Find out where the examples are in a call, by its size with more of them."""
+    sizes = use.use.input.shape
+    if sizes == more:
+        return _SHARED
+    axes = [
+        axis
+        for axis in use.use.axes
+        if len(sizes) == len(more)
+        and sizes[axis] % PAIR == 0
+        and sizes[axis] * count == more[axis] * PAIR
+    ]
+    if len(axes) != 1:
+        return _SEVERAL if axes else _ROUTED
+    return _order(use, axes[0])
+
+
+def _order(use: TracedUse, axis: int) -> Layout | str:
+    """Find out, by gradients, which entries of an axis are an example's own."""
+    if use.use.input.shape[axis] == PAIR:
+        return Layout(axis)
+    layouts = (Layout(axis), Layout(axis, neighbours=False))
+    for layout in layouts:
+        if not any(rows.any() for rows in rows_of_others(use, layout)):
+            return layout
+    first, second = (
+        gradient.nan_to_num().movedim(axis, 0).flatten(1).any(1)
+        if gradient is not None
+        else torch.tensor(False)
+        for gradient in use.gradients
+    )
+    # where an entry is that of both, examples are mixed, which is refused
+    return Layout(axis) if (first & second).any() else _UNORDERED
+
+
+def rows_of_others(use: TracedUse, layout: Layout) -> list[Tensor]:
+    """Return the gradient of each example's output in the other one's rows.
+
+    Args:
+        use: A use in a trace of two examples.
+        layout: Where it holds them.
+
+    Returns:
+        The gradients that there are, with zeros for those that are not finite.
+    """
+    return [
+        layout.split(gradient, PAIR)[1 - example].nan_to_num()
+        for example, gradient in enumerate(use.gradients)
+        if gradient is not None
+    ]
+
+
+def rows_tell_gradient(seen: Trace, position: int, layouts: Sequence[Layout]) -> bool:
+    """Compare a parameter's gradients by its rows with those by autograd.
+
+    Args:
+        seen: A trace of two examples.
+        position: The parameter's position.
+        layouts: Where the examples are in each of its calls.
+
+    Returns:
+        Whether they agree; gradients that are not finite tell nothing.
+    """
+    for example, gradients in enumerate(seen.gradients):
+        expected = gradients[position]
+        if expected is None or not expected.isfinite().all():
+            continue
+        actual, size = _gradient_of_rows(seen.uses[position], example, layouts)
+        precision = max(torch.finfo(t.dtype).eps for t in (expected, actual))
+        expected = expected.to(torch.promote_types(expected.dtype, torch.float32))
+        difference = actual.reshape(expected.shape) - expected
+        # rows may cancel, as those of the bias of an attention's keys: what is left is
+        # by rounding
+        tolerance = precision**0.25 * expected.norm() + precision**0.5 * size
+        if not difference.norm() <= tolerance:
+            return False
+    return True
+
+
+def _gradient_of_rows(
+    uses: list[TracedUse], example: int, layouts: Sequence[Layout]
+) -> tuple[Tensor, Tensor]:
+    """Contract the rows of all calls to a gradient; return the sum of norms, too."""
+    total = size = torch.zeros(())
+    for call, traced in enumerate(uses):
+        gradient, use = traced.gradients[example], traced.use
+        if gradient is None:
+            continue
+        layout = layouts[call % len(layouts)]
+        g = use.gradient_rows(gradient, traced.key, layout, PAIR)
+        norms = g.norm(dim=-1)  # [batch, S, groups]
+        if isinstance(use, MatrixUse) and traced.key == "weight":
+            x = use.input_rows(layout, PAIR).to(g.dtype)
+            # [batch, S, groups, d_out], [batch, S, groups, d_in] -> [d_out, d_in]
+            part = torch.einsum("nsgo,nsgi->goi", g, x).flatten(0, 1)
+            norms = norms * x.norm(dim=-1)
+        else:
+            part = g.flatten(2).sum((0, 1))
+        total, size = total.to(part.device) + part, size.to(part.device) + norms.sum()
+    return total, size

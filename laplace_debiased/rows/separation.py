@@ -1,0 +1,183 @@
+"""Refuse networks whose output for an example is not a function of it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, MutableMapping
+from typing import Any
+
+import torch
+from laplace.utils import select_rows
+from torch import Tensor, nn
+
+from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.recorder import Tape
+from laplace_debiased.rows.substitution import run
+
+PAIR, MANY = 2, 32
+_SHRINKING = 0.9
+
+
+def check_outputs_repeat(model: nn.Module, X: Inputs, batch_size: int) -> None:
+    """Refuse networks that draw anew in each pass, also outside modules with a mode.
+
+    Args:
+        model: The network.
+        X: Inputs of some examples.
+        batch_size: Their number.
+
+    Raises:
+        ValueError: If outputs differ between two passes on the same examples.
+    """
+    first, again = (_first_outputs(model, X, batch_size, PAIR) for _ in range(2))
+    if not _agree(first, again, 1 / 2):
+        raise ValueError(
+            "The model's outputs differ between two passes on the same examples: it "
+            "is random in this mode. Dropout must depend on the mode, as in "
+            "`F.dropout(x, training=self.training)`."
+        )
+
+
+def check_batch_does_not_matter(model: nn.Module, X: Inputs, batch_size: int) -> None:
+    """Refuse networks in which examples matter for others, also without gradients.
+
+    An example is one that takes the place of others, since there is room for a number
+    of all examples' tokens.
+
+    Args:
+        model: The network.
+        X: Inputs of some examples.
+        batch_size: Their number.
+
+    Raises:
+        ValueError: If the outputs of the first examples depend on how many follow.
+    """
+    counts = PAIR, num_traced(batch_size)
+    few, many = (_first_outputs(model, X, batch_size, count) for count in counts)
+    # other batches are rounded otherwise, also within a network in half precision
+    if not _agree(few, many, 1 / 8):
+        raise ValueError(
+            "The model's output for an example depends on the others in its batch. "
+            "Examples must be separate: layers with batch statistics must be in eval "
+            "mode."
+        )
+
+
+@torch.no_grad()
+def _first_outputs(model: nn.Module, X: Inputs, batch_size: int, count: int) -> Tensor:
+    """Return the outputs of the first two of some examples."""
+    return run(model, some_examples(X, batch_size, count))[:PAIR]
+
+
+def some_examples(
+    X: Inputs,
+    batch_size: int,
+    count: int,
+    then: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> Inputs:
+    """Return some examples, which are repeated if there are fewer.
+
+    An example that is repeated is shrunk, where it is of real numbers: networks that
+    mix examples may not show it with equal ones.
+
+    Args:
+        X: Inputs of some examples.
+        batch_size: Their number.
+        count: Number of examples to return.
+        then: What is done with each tensor that has a row for each example.
+
+    Returns:
+        Their inputs.
+    """
+    indices = torch.arange(count)
+    sizes = _SHRINKING ** (indices // batch_size)
+
+    def chosen(value: Any) -> Any:
+        rows = select_rows(value, indices % batch_size, batch_size)
+        if not isinstance(value, Tensor) or value.shape[:1] != (batch_size,):
+            return rows
+        if value.is_floating_point() and count > batch_size:
+            rows = rows * sizes.to(rows).view(-1, *[1] * (rows.ndim - 1))
+        return then(rows)
+
+    if isinstance(X, MutableMapping):
+        return {key: chosen(X[key]) for key in X}
+    return chosen(X)
+
+
+def num_traced(batch_size: int) -> int:
+    """Return how many examples tell what differs between examples: at least three."""
+    return max(PAIR + 1, min(batch_size, MANY))
+
+
+def _agree(output: Tensor, other: Tensor, digits: float) -> bool:
+    """Whether outputs agree in a share of the digits; those not finite tell nothing."""
+    if output.shape != other.shape or not output.is_floating_point():
+        return True  # refused elsewhere
+    if not (output.isfinite().all() and other.isfinite().all()):
+        return True
+    tolerance = torch.finfo(output.dtype).eps ** digits
+    difference = output.double() - other.double()
+    return bool(difference.norm() <= tolerance * output.double().norm())
+
+
+def check_rows_are_separate(place: str, others: Tensor) -> None:
+    """Refuse rows that tell of a network which mixes examples.
+
+    Args:
+        place: Where the rows are.
+        others: Gradient of some examples' outputs in rows of other examples.
+
+    Raises:
+        ValueError: If it is not zero.
+    """
+    if others.nan_to_num().any():  # zero times infinity is no dependence
+        raise ValueError(
+            f"In {place}, an example's output depends on rows of others. Examples must "
+            "be separate: layers with batch statistics must be in eval mode. If rows "
+            "are sorted by what they are, exclude the layer by `requires_grad_(False)`."
+        )
+
+
+def check_examples_are_separate(tape: Tape, output: Tensor) -> None:
+    """Refuse networks in which an example's output depends on others.
+
+    Then a layer's rows do not belong to the examples that they are counted for. One
+    backward pass, from the outputs of every second example, shows it.
+
+    Args:
+        tape: The tape of a forward pass.
+        output: The network's output ``[batch, outputs]``.
+
+    Raises:
+        ValueError: If the outputs have a gradient in another example's rows.
+    """
+    if len(output) == 1:
+        return
+    count = output.shape[1]
+    column = torch.zeros_like(output)
+    # distinct, so that outputs of a constant sum have a gradient, too
+    column[::2] = torch.arange(1, count + 1, device=output.device) / count
+    for layer, rows in tape.gradient_rows(output, column, retain_graph=True):
+        check_rows_are_separate(f"layer {layer.name!r}", rows[1::2])
+
+
+class SeparationCheck:
+    """Checks a pass if its layers do not run as they did in one that was checked."""
+
+    def __init__(self) -> None:
+        self._seen: set[Hashable] = set()
+
+    def __call__(self, tape: Tape, output: Tensor) -> None:
+        """Check a pass.
+
+        Args:
+            tape: Its tape.
+            output: The network's output ``[batch, outputs]``.
+
+        Raises:
+            ValueError: If an example's output depends on others.
+        """
+        kind = len(output), frozenset(tape.num_entries.items())
+        if kind not in self._seen:
+            check_examples_are_separate(tape, output)
+            self._seen.add(kind)
