@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from laplace.utils import block_diag, kron
-from laplace.utils.matrix import KronDecomposed
+from laplace.utils.matrix import Kron, KronDecomposed
 from torch import Tensor
 
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
@@ -201,6 +201,22 @@ class EigenbasisMatrix(KronDecomposed):
             spectrum(values, delta, self.damping)
             for values, delta in zip(self.eigenvalues, self.deltas, strict=True)
         ]
+
+    def factors(self) -> Kron | None:
+        """Compute the Kronecker factors, without the prior precision.
+
+        Returns:
+            The factors of each block, as laplace-torch's ``Kron``; None if the
+            eigenvalues of a block do not factor.
+        """
+        blocks = list(zip(self.eigenvectors, self.eigenvalues, strict=True))
+        if any(len(vectors) != len(values) for vectors, values in blocks):
+            return None
+        kfacs = [
+            [(U * values) @ U.T for U, values in zip(*block, strict=True)]
+            for block in blocks
+        ]
+        return Kron(cast("list[tuple[Tensor] | Tensor]", kfacs))
 
     def logdet(self) -> Tensor:
         """Compute the log determinant."""

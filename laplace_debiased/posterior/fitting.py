@@ -83,8 +83,7 @@ def assign(
     loader: DataLoader,
     magnitude_loader: DataLoader | None,
     seen: Seen,
-    name: str = "train_loader",
-    all_count: bool = False,
+    is_batch: bool = False,
 ) -> Folds:
     """Assign points to folds: those to use, or those to draw from.
 
@@ -95,8 +94,9 @@ def assign(
         loader: Yields the points, or those that give directions.
         magnitude_loader: Yields those that give magnitudes.
         seen: What was seen so far.
-        name: The loader's name in messages.
-        all_count: Whether the points of both loaders are all data.
+        is_batch: Whether they are a batch of a stream. The points of both loaders are
+            then all data, and their order means nothing; otherwise a point has the same
+            fold if it is seen again.
 
     Returns:
         The folds.
@@ -107,11 +107,18 @@ def assign(
     settings = la.settings
     points: Points | Folds
     if magnitude_loader is not None:
-        points = explicit_folds(loader, magnitude_loader, all_count)
+        points = explicit_folds(loader, magnitude_loader, all_count=is_batch)
     else:
         draws = settings.draws(la._backend_cls)
         num_points = settings.num_candidates if draws else settings.budget
-        points = draw_uniformly(loader, num_points, seen.seed(settings.seed), name)
+        seed = seen.seed(settings.seed)
+        points = draw_uniformly(
+            loader,
+            num_points,
+            seed if is_batch else settings.seed,
+            "batch" if is_batch else "train_loader",
+            seed,
+        )
     if not seen.weight:
         choose_parameters(la, points.first_batch())
     if isinstance(points, Folds):

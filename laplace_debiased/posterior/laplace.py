@@ -16,7 +16,7 @@ from warnings import warn
 import torch
 from laplace import KronLaplace
 from laplace.curvature import CurvatureInterface
-from laplace.utils import batch_size
+from laplace.utils import Kron, batch_size
 from laplace.utils.enums import (
     Likelihood,
     LinkApprox,
@@ -58,10 +58,12 @@ class KronDebiasedLaplace(KronLaplace):
     whose uses are not supported stay at their trained values, and a warning lists them
     when the posterior is fitted.
 
-    GLM predictions need no Jacobians, predictions do not write into the model, which
-    runs in eval mode whatever its own, and ``generator`` is honoured everywhere. What
-    is returned has the model's dtype; moments of models in half precision are single on
-    the way.
+    What differs: GLM predictions need no Jacobians, predictions do not write into the
+    model, which runs in eval mode whatever its own, and ``generator`` is honoured
+    everywhere. The posterior of a model in half precision is in single: ``H``, the
+    precision and ``log_marginal_likelihood()`` are float32 where laplace-torch's are
+    float16, in which sums over all data overflow; samples and predictions have the
+    model's dtype.
 
     Args:
         model: The trained network.
@@ -228,12 +230,32 @@ class KronDebiasedLaplace(KronLaplace):
         return None if self._estimate is None else self._estimate.error
 
     def _init_H(self) -> None:
-        # laplace-torch allocates factors, which it then replaces
-        self.H = None
+        # laplace-torch allocates factors, which it then replaces: these take no memory,
+        # and tell it that there is a prior alone
+        zero = torch.zeros((), device=self._device, dtype=self._dtype)
+        shapes = [
+            (len(param), param[0].numel())[: param.ndim] if param.ndim else (1,)
+            for param in self.fitted_params
+        ]
+        kfacs = [[zero.expand(n, n) for n in shape] for shape in shapes]
+        self.H = Kron(cast("list[tuple[Tensor] | Tensor]", kfacs))
 
     def _check_H_init(self) -> None:
         if self._estimate is None:
             raise AttributeError("Laplace not fitted. Run fit() first.")
+
+    @property
+    def H_facs(self) -> Kron | None:
+        """The curvature's Kronecker factors, debiased.
+
+        None before the first fit, and with ``ggn`` magnitudes, which do not factor.
+        """
+        return self.H.factors() if isinstance(self.H, EigenbasisMatrix) else None
+
+    @H_facs.setter
+    def H_facs(self, factors: Kron | None) -> None:
+        if factors is not None:
+            raise AttributeError("`H_facs` follows from the fit and cannot be set.")
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -311,7 +333,10 @@ class KronDebiasedLaplace(KronLaplace):
             override: Whether to forget the last fit. Otherwise the data count as
                 further data: with ``kfac`` magnitudes, the factors of both roles add
                 up; with ``ggn``, the factors that give directions, and the magnitudes,
-                for which the earlier ones are expressed in the new directions.
+                for which the earlier ones are expressed in the new directions. A point
+                of the same dataset keeps its role, so that without a budget the same
+                data again double the curvature; with ``ggn`` and ``"cross_fit"``, their
+                directions are those of all points, and its trace is doubled.
             progress_bar: Whether to show progress bars.
             magnitude_loader: Yields the points that give magnitudes; then
                 ``train_loader`` yields those that give directions. All points of both
@@ -378,9 +403,7 @@ class KronDebiasedLaplace(KronLaplace):
             magnitude_loader = loader_of_batch(magnitude_batch, "magnitude_batch")
         seen = self._seen
         with unchanged_on_failure(self):
-            folds = fitting.assign(
-                self, loader, magnitude_loader, seen, "batch", all_count=True
-            )
+            folds = fitting.assign(self, loader, magnitude_loader, seen, is_batch=True)
             fitting.update(self, folds, seen, decay, num_data)
         for message in fitting.messages(self, seen, explicit=True):
             warn(message, stacklevel=2)

@@ -29,8 +29,8 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     """Laplace approximation with debiased K-FAC over the last layer.
 
     Has the interface of laplace-torch's ``KronLLLaplace``, its keywords, and those of
-    :class:`~laplace_debiased.posterior.laplace.KronDebiasedLaplace`. As in
-    laplace-torch, ``override=False`` is refused.
+    :class:`~laplace_debiased.posterior.laplace.KronDebiasedLaplace`, which says what
+    differs. As in laplace-torch, ``override=False`` is refused.
 
     Args:
         model: The trained network, which is copied.

@@ -1,11 +1,14 @@
 """Saving and loading a fitted posterior.
 
-A checkpoint has a format, which is independent of the names of classes and fields, and
-holds plain containers and tensors only.
+A checkpoint has a format, which is independent of the names of classes and fields. Like
+that of a torch module, it is a flat dictionary whose keys are paths, such as
+``seen.weight`` or ``layers.0.name``: its values are tensors, numbers, texts, and lists
+or tuples of them, as in laplace-torch's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from laplace import ParametricLaplace
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 
 # what version 0.1 saved before it had a format cannot be read: it does not tell layers
-FORMAT = 2
+FORMAT = 3
 # what laplace-torch reads from a saved posterior
 _UPSTREAM = {
     "enable_backprop",
@@ -56,7 +59,7 @@ def state_dict(la: KronDebiasedLaplace) -> dict[str, Any]:
         la: The posterior.
 
     Returns:
-        The dictionary.
+        The dictionary, which holds no dictionaries.
 
     Raises:
         AttributeError: If there is no fit yet.
@@ -66,7 +69,7 @@ def state_dict(la: KronDebiasedLaplace) -> dict[str, Any]:
     assert estimate is not None and selection is not None
     of_parameter = {id(p): name for name, p in la.model.named_parameters()}
     subset_of_weights, _ = la._key
-    return {name: upstream[name] for name in _UPSTREAM} | {
+    saved = {name: upstream[name] for name in _UPSTREAM} | {
         "format": FORMAT,
         "cls_name": upstream["cls_name"],  # by which laplace-torch refuses what is ours
         "subset_of_weights": subset_of_weights,
@@ -78,6 +81,7 @@ def state_dict(la: KronDebiasedLaplace) -> dict[str, Any]:
         "sampling_error": estimate.error and estimate.error.state_dict(),
         "seen": dict(vars(la._seen)),
     }
+    return dict(_flat(saved))
 
 
 def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
@@ -91,6 +95,7 @@ def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
         ValueError: If it does not fit.
     """
     check(la, saved)
+    saved = _nested(saved)
     named = dict(la.model.named_parameters())
     fitted: list[Tensor] = [named[name] for name in saved["parameters"]]
     set_params(la, fitted)
@@ -127,7 +132,7 @@ def check(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
             f"{saved.get('cls_name', 'something else')}, or an earlier version of this "
             "library. Fit the posterior again."
         )
-    missing = (_UPSTREAM | _OWN) - saved.keys()
+    missing = (_UPSTREAM | _OWN) - {key.partition(".")[0] for key in saved}
     if missing:
         raise ValueError(f"`state_dict` lacks {sorted(missing)}.")
     subset_of_weights, _ = la._key
@@ -151,3 +156,41 @@ def check(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
             "`state_dict` is of other parameters than the model's: it has "
             f"{sorted(unknown)}, which are not fitted here."
         )
+
+
+def _flat(value: dict | list, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield what nested dictionaries hold, and lists of them, with the paths to it."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, item in items:
+        own = (*path, str(key))
+        if _has_dictionaries(item):
+            yield from _flat(item, own)
+        else:
+            yield ".".join(own), item
+
+
+def _has_dictionaries(value: Any) -> bool:
+    return isinstance(value, dict) or (
+        isinstance(value, list) and any(_has_dictionaries(item) for item in value)
+    )
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Undo :func:`_flat`: what has numbers for keys was a list."""
+    entries: dict[str, Any] = {}
+    for path, value in flat.items():
+        *outer, last = path.split(".")
+        inner = entries
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return {key: _with_lists(value) for key, value in entries.items()}
+
+
+def _with_lists(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    items = {key: _with_lists(item) for key, item in value.items()}
+    if all(key.isdecimal() for key in items):
+        return [items[key] for key in sorted(items, key=int)]
+    return items

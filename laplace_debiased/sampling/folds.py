@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -92,22 +93,31 @@ class Folds:
 
 @dataclass(frozen=True)
 class Points:
-    """Points of a loader, in random order.
+    """Points of a loader, in random order, some of which are to be used.
 
     Args:
         loader: Yields them and others.
-        indices: Their dataset indices.
+        order: Their dataset indices. A point's place in the order gives its fold.
         num_data: Number of points that the curvature is scaled to.
+        num_points: Number of points to use.
+        seed: Seed of the draw of those from each fold.
         name: The loader's name in messages.
     """
 
     loader: DataLoader
-    indices: Tensor
+    order: Tensor
     num_data: int
+    num_points: int
+    seed: int
     name: str = "train_loader"
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return self.num_points
+
+    @property
+    def indices(self) -> Tensor:
+        """Dataset indices of as many points as are to be used, whatever their fold."""
+        return self.order[: self.num_points]
 
     def first_batch(self) -> Any:
         """Return a batch of some of the points."""
@@ -118,7 +128,7 @@ class Points:
         return loader_over_set(self.loader, self.indices[:num_points])
 
     def split(self, shares: Sequence[float]) -> Folds:
-        """Assign each point to a fold.
+        """Assign each point to a fold, and draw from each.
 
         Args:
             shares: Share of the points in each fold; each fold gets at least one point.
@@ -135,24 +145,34 @@ class Points:
                 f"`{self.name}` has too few points, {len(self)}: at least {needed} are "
                 "needed, since some give directions, others magnitudes."
             )
-        parts = self.indices.split(fold_sizes(len(self), shares))
-        folds = [
-            Fold.of_all(loader_over_set(self.loader, part), len(part), self.num_data)
-            for part in parts
-        ]
+        sizes = fold_sizes(len(self), shares)
+        ends = [end * len(self.order) // len(self) for end in accumulate(sizes)]
+        parts = self.order.tensor_split(ends[:-1])
+        generator = torch.Generator().manual_seed(int(self.seed))
+        folds = []
+        for part, size in zip(parts, sizes, strict=True):
+            drawn = part[torch.randperm(len(part), generator=generator)[:size]]
+            loader = loader_over_set(self.loader, drawn)
+            folds.append(Fold.of_all(loader, size, self.num_data))
         return Folds(tuple(folds), self.num_data)
 
 
 def draw_uniformly(
-    loader: DataLoader, num_points: int | None, seed: int, name: str = "train_loader"
+    loader: DataLoader,
+    num_points: int | None,
+    seed: int,
+    name: str = "train_loader",
+    draw_seed: int | None = None,
 ) -> Points:
     """Draw points of a loader without replacement.
 
     Args:
         loader: Yields the training points.
         num_points: Number of points to draw; None for all.
-        seed: Seed of draw and order.
+        seed: Seed of the order, by which a point has its fold: the same for the same
+            data, since a point that changed its fold would be in two of them.
         name: The loader's name in messages.
+        draw_seed: Seed of the draw from each fold; None for ``seed``.
 
     Returns:
         The points.
@@ -164,8 +184,10 @@ def draw_uniformly(
     loader = indexable(loader)
     points = loader_indices(loader, name).unique()
     generator = torch.Generator().manual_seed(int(seed))
-    drawn = points[torch.randperm(len(points), generator=generator)][:num_points]
-    return Points(loader, drawn, num_data, name)
+    order = points[torch.randperm(len(points), generator=generator)]
+    num_points = len(points) if num_points is None else min(num_points, len(points))
+    draw_seed = seed if draw_seed is None else draw_seed
+    return Points(loader, order, num_data, num_points, draw_seed, name)
 
 
 def fold_sizes(num_points: int, shares: Sequence[float]) -> list[int]:

@@ -349,3 +349,19 @@ def test_each_stratum_gets_its_share():
 def test_strata_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="`strata` must have the shape of `scores`"):
         draw_points(torch.ones(5), 2, strata=torch.zeros(4))
+
+
+@pytest.mark.parametrize("budget", [None, 8, 19])
+@pytest.mark.parametrize("shares", [HALVES, [1 / 3] * 3, [0.1, 0.9]])
+def test_a_point_has_the_same_fold_in_each_draw(dataset, budget, shares):
+    fold_of, counts = {}, torch.zeros(SIZE)
+    for draw_seed in range(200):
+        drawn = draw_uniformly(DataLoader(dataset, 3), budget, 5, draw_seed=draw_seed)
+        folds = drawn.split(shares).folds
+        sizes = fold_sizes(budget or SIZE, shares)
+        assert [len(points(fold.loader)) for fold in folds] == sizes
+        for k, fold in enumerate(folds):
+            for point in points(fold.loader):
+                assert fold_of.setdefault(point, k) == k
+                counts[point] += 1
+    assert counts.min() > 0  # the draws differ
