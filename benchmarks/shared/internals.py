@@ -19,7 +19,7 @@ from laplace_debiased import EigenbasisMatrix, KronDebiasedLaplace
 from laplace_debiased.curvature.debias import average, project
 from laplace_debiased.curvature.decomposition import eigenvectors
 from laplace_debiased.curvature.kronecker import Kronecker
-from laplace_debiased.predictive.moments import rotated_jacobians
+from laplace_debiased.predictive.blocks import rotated_jacobians
 from laplace_debiased.rows.linearization import linearize
 from laplace_debiased.rows.selection import find_layers, select
 

@@ -234,7 +234,7 @@ class KronDebiasedLaplace(KronLaplace):
         # and tell it that there is a prior alone
         zero = torch.zeros((), device=self._device, dtype=self._dtype)
         shapes = [
-            (len(param), param[0].numel())[: param.ndim] if param.ndim else (1,)
+            (len(param), param.shape[1:].numel())[: param.ndim] if param.ndim else (1,)
             for param in self.fitted_params
         ]
         kfacs = [[zero.expand(n, n) for n in shape] for shape in shapes]

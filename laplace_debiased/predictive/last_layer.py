@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
-from laplace_debiased.predictive.moments import block_posteriors
+from laplace_debiased.predictive.blocks import block_posteriors
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.recorder import Recorder
 from laplace_debiased.rows.substitution import run, stand_ins

@@ -4,8 +4,9 @@ from laplace.curvature import CurvatureInterface
 from torch import nn
 
 from laplace_debiased import EigenbasisMatrix
+from laplace_debiased.predictive.blocks import KINDS
 from laplace_debiased.predictive.last_layer import last_layer_covariance
-from laplace_debiased.predictive.moments import KINDS, LinearizedPredictive
+from laplace_debiased.predictive.moments import LinearizedPredictive
 from laplace_debiased.rows.selection import select
 from tests.cases import NETWORKS, NUM_OUTPUTS, MeanOverSequence, batch, network
 from tests.curvature.test_eigenbasis import random_matrix

@@ -1,0 +1,263 @@
+r"""Share of each block of the posterior in the moments of the outputs.
+
+In the eigenbasis of a block, :math:`P^{-1}` is diagonal, and the rotated Jacobian of
+output c is :math:`\tilde J_{nc,ij} = \sum_s \tilde g_{ncsi} \tilde x_{nsj}`, from
+rotated gradient rows and input rows, so that
+
+.. math::
+    \mathrm{Cov}_{ncd} = \sum_{ij} \tilde J_{nc,ij} \tilde J_{nd,ij} / \lambda_{ij}.
+
+Without weight sharing (one position s) this is :math:`\sum_i \tilde g_{nci}
+\tilde g_{ndi} r_{ni}` with :math:`r_{ni} = \sum_j \tilde x_{nj}^2 / \lambda_{ij}`: the
+rotated Jacobian is never formed. Otherwise it is formed for one layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
+from laplace_debiased.rows.linearization import contract_positions
+
+KINDS = ("full", "diagonal", "joint")
+# the memory allocator uses the same pages for all Jacobians that are no larger
+JACOBIAN_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class BlockPosterior:
+    """One block of the posterior precision.
+
+    Args:
+        eigenvectors: ``[U_G, U_A]``, or ``[U_G]`` for a vector.
+        precisions: Eigenvalues of the precision ``[d_out, d_in]`` or ``[d_out]``.
+    """
+
+    eigenvectors: Sequence[Tensor]
+    precisions: Tensor
+
+    def rotate_inputs(self, rows: Tensor) -> Tensor:
+        """Rotate input rows ``[batch, S, groups, d_in]``."""
+        basis = self.eigenvectors[1]
+        return rows.to(basis.dtype) @ basis
+
+    def covariance(
+        self,
+        gradients: Tensor,
+        inputs: Tensor | None,
+        kind: str,
+        jacobian_bytes: int = JACOBIAN_BYTES,
+    ) -> Tensor:
+        """Compute this block's share of the output covariance.
+
+        Args:
+            gradients: Gradient rows of each output ``[batch, C, S, groups, d_out /
+                groups]``, or ``[1, C, ...]`` if they are the same for all examples.
+            inputs: Rotated input rows ``[batch, S, groups, d_in]``; None for a vector,
+                whose only input is one.
+            kind: ``"full"``, ``"diagonal"`` or ``"joint"``.
+            jacobian_bytes: What the rotated Jacobians of some examples may take, but
+                for a single example's and a joint covariance's.
+
+        Returns:
+            ``[batch, C, C]``, ``[batch, C]`` or ``[batch * C, batch * C]``.
+        """
+        gradients, inputs = self._with_inputs(gradients, inputs)
+        if kind == "joint":
+            jacobians = self._scaled_jacobians(gradients, inputs)
+            flat = jacobians.flatten(0, 1).flatten(1)
+            return flat @ flat.T
+        if gradients.shape[2:4] == (1, 1):
+            return self._without_sharing(gradients, inputs, kind, jacobian_bytes)
+        parts = self._parts(gradients, inputs, jacobian_bytes)
+        return torch.cat([self._with_sharing(*part, kind) for part in parts])
+
+    def variances(
+        self,
+        gradients: Tensor,
+        inputs: Tensor | None,
+        shifts: Sequence[float],
+        jacobian_bytes: int = JACOBIAN_BYTES,
+    ) -> Tensor:
+        """Compute this block's share of the output variances for several priors.
+
+        Args:
+            gradients: As in :meth:`covariance`.
+            inputs: As in :meth:`covariance`.
+            shifts: Numbers that are added to the precisions, K of them.
+            jacobian_bytes: As in :meth:`covariance`.
+
+        Returns:
+            Variances ``[batch, C, K]``.
+        """
+        gradients, inputs = self._with_inputs(gradients, inputs)
+        basis = self.eigenvectors[0]
+        precisions = self.precisions.reshape(len(basis), -1)
+        if gradients.shape[2:4] == (1, 1):
+            squares = (gradients.flatten(2) @ basis) ** 2  # [batch, C, d_out]
+            lengths = inputs.flatten(1) ** 2  # [batch, d_in]
+            of_shifts = [
+                squares @ (lengths @ (precisions + shift).reciprocal().T)[:, :, None]
+                for shift in shifts
+            ]
+            return torch.cat(of_shifts, 2)
+        parts = []
+        for some, rows in self._parts(gradients, inputs, jacobian_bytes):
+            squares = rotated_jacobians(some, rows, basis).square_().flatten(2)
+            of_shifts = [
+                squares @ (precisions + shift).reciprocal_().flatten()
+                for shift in shifts
+            ]
+            parts.append(torch.stack(of_shifts, 2))
+        return torch.cat(parts)
+
+    def _with_inputs(
+        self, gradients: Tensor, inputs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Give a vector its only input, one, and sum its rows."""
+        gradients = gradients.to(self.precisions.dtype)
+        if inputs is None:
+            gradients = gradients.flatten(3).sum(2)[:, :, None, None]
+            inputs = gradients.new_ones(len(gradients), 1, 1, 1)
+        return gradients, inputs
+
+    def _parts(
+        self, gradients: Tensor, inputs: Tensor, jacobian_bytes: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield as many examples as have no larger Jacobians."""
+        entries = gradients.shape[1] * self.precisions.numel()
+        size = max(1, jacobian_bytes // (entries * gradients.element_size()))
+        return zip(gradients.split(size), inputs.split(size), strict=True)
+
+    def _without_sharing(
+        self, gradients: Tensor, inputs: Tensor, kind: str, some_bytes: int
+    ) -> Tensor:
+        """Contract Jacobians of rank one, which are never formed."""
+        rotated = gradients.flatten(2) @ self.eigenvectors[0]
+        precisions = self.precisions.reshape(rotated.shape[2], -1)
+        variances = (inputs.flatten(1) ** 2 @ precisions.reciprocal().T)[:, None]
+        if len(rotated) > 1:
+            if kind == "diagonal":
+                return (variances @ rotated.mT**2).squeeze(1)
+            return (rotated * variances) @ rotated.mT
+        # the same gradients for all examples make one product for many of them
+        (rows,) = rotated
+        if kind == "diagonal":
+            return variances.squeeze(1) @ rows.T**2
+        covariance = variances.new_empty(len(inputs), len(rows), len(rows))
+        size = max(1, some_bytes // (rows.numel() * rows.element_size()))
+        for start in range(0, len(inputs), size):
+            part = slice(start, start + size)
+            covariance[part] = (rows * variances[part]) @ rows.T
+        return covariance
+
+    def _with_sharing(self, gradients: Tensor, inputs: Tensor, kind: str) -> Tensor:
+        """Contract the Jacobians of some examples."""
+        flat = self._scaled_jacobians(gradients, inputs).flatten(2)
+        # [batch, C, d_out * d_in], contracted over the last
+        return flat.square().sum(2) if kind == "diagonal" else flat @ flat.mT
+
+    def _scaled_jacobians(self, gradients: Tensor, inputs: Tensor) -> Tensor:
+        """Rotate the Jacobians, and divide by the root of the precision.
+
+        Returns:
+            ``[batch, C, d_out, d_in]``.
+        """
+        basis = self.eigenvectors[0]
+        jacobians = rotated_jacobians(gradients, inputs, basis)
+        return jacobians.mul_(self.precisions.reshape(len(basis), -1).rsqrt())
+
+
+class Moment(Protocol):
+    """What is asked of the outputs: the sum of the blocks' shares."""
+
+    def shape(self, batch_size: int, num_outputs: int) -> tuple[int, ...]:
+        """Its shape."""
+
+    def of_block(
+        self,
+        block: BlockPosterior,
+        gradients: Tensor,
+        inputs: Tensor | None,
+        jacobian_bytes: int,
+    ) -> Tensor:
+        """A block's share."""
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """See :meth:`BlockPosterior.covariance`."""
+
+    kind: str
+
+    def shape(self, batch_size: int, num_outputs: int) -> tuple[int, ...]:
+        """See :meth:`Moment.shape`."""
+        return {
+            "full": (batch_size, num_outputs, num_outputs),
+            "diagonal": (batch_size, num_outputs),
+            "joint": 2 * (batch_size * num_outputs,),
+        }[self.kind]
+
+    def of_block(
+        self,
+        block: BlockPosterior,
+        gradients: Tensor,
+        inputs: Tensor | None,
+        jacobian_bytes: int,
+    ) -> Tensor:
+        """See :meth:`Moment.of_block`."""
+        return block.covariance(gradients, inputs, self.kind, jacobian_bytes)
+
+
+@dataclass(frozen=True)
+class Variances:
+    """See :meth:`BlockPosterior.variances`."""
+
+    shifts: tuple[float, ...]
+
+    def shape(self, batch_size: int, num_outputs: int) -> tuple[int, ...]:
+        """See :meth:`Moment.shape`."""
+        return batch_size, num_outputs, len(self.shifts)
+
+    def of_block(
+        self,
+        block: BlockPosterior,
+        gradients: Tensor,
+        inputs: Tensor | None,
+        jacobian_bytes: int,
+    ) -> Tensor:
+        """See :meth:`Moment.of_block`."""
+        return block.variances(gradients, inputs, self.shifts, jacobian_bytes)
+
+
+def rotated_jacobians(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tensor:
+    """Rotate the Jacobian in a layer's weight into its eigenbasis.
+
+    Args:
+        gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]``.
+        inputs: Rotated input rows ``[batch, S, groups, d_in]``.
+        basis: Eigenvectors for the gradients ``[d_out, d_out]``.
+
+    Returns:
+        The Jacobian ``[batch, C, d_out, d_in]``.
+    """
+    _, positions, num_groups, d_in = inputs.shape
+    if num_groups > 1 or positions > d_in:
+        return basis.T @ contract_positions(gradients, inputs)
+    rotated = gradients.flatten(0, 3) @ basis  # a single matrix product
+    return contract_positions(rotated.view(gradients.shape), inputs)
+
+
+def block_posteriors(posterior: EigenbasisMatrix) -> list[BlockPosterior]:
+    """Split a posterior precision into its blocks."""
+    return [
+        BlockPosterior(vectors, precisions)
+        for vectors, precisions in zip(
+            posterior.eigenvectors, posterior.spectra(), strict=True
+        )
+    ]
