@@ -37,6 +37,8 @@ class DirectionalCurvatures:
         joint: Whether a bias is a further column of its layer's matrix.
     """
 
+    takes_inputs = True
+
     def __init__(
         self,
         layers: Sequence[Layer],

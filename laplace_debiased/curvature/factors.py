@@ -90,6 +90,7 @@ class KroneckerFactors:
         params: Parameters, in which the layers have their positions.
         kfac_approx: ``"expand"`` or ``"reduce"``.
         joint: Whether a bias is a further column of its layer's matrix.
+        takes_inputs: Whether there will be input rows.
 
     Attributes:
         contributions: Each example's part of tr G, which carries its weight.
@@ -106,8 +107,10 @@ class KroneckerFactors:
         params: Sequence[Tensor],
         kfac_approx: str = EXPAND,
         joint: bool = False,
+        takes_inputs: bool = True,
     ):
         check_approximation(kfac_approx)
+        self.takes_inputs = takes_inputs
         self._layers, self._expand, self._joint = layers, kfac_approx == EXPAND, joint
         self._dtype = accumulation_dtype(params[0].dtype) if layers else torch.float32
         # factors are large: they are allocated when the first rows come
@@ -180,6 +183,10 @@ class KroneckerFactors:
             )
             for layer in self._layers
         ]
+
+    def gradients(self) -> list[Kronecker]:
+        """Return the gradient covariances alone, as :meth:`factors` does."""
+        return [Kronecker(self._gradient_covariance(layer)) for layer in self._layers]
 
     def inputs(self) -> list[Kronecker]:
         """Return the input covariances alone, as :meth:`factors` does."""

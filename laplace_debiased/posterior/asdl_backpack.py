@@ -102,6 +102,10 @@ class BackendSource:
         )
         return factors, summary
 
+    def gradients(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
+        """Not supported: curvature sampling is refused with this backend."""
+        raise NotImplementedError
+
     def inputs(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
         """Not supported: curvature sampling is refused with this backend."""
         raise NotImplementedError

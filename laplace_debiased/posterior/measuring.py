@@ -148,9 +148,7 @@ def measure(
         used = _drawn(used, pool, num_used, shares, settings, seed)
     is_cross_fit = settings.cross_fit and not folds.explicit
     if settings.magnitudes == "kfac":
-        factors, seen = _unzipped(_factors(source, fold, next(seeds)) for fold in used)
-        if pool is not None:
-            factors = [joined(*pair) for pair in zip(factors, pool.inputs, strict=True)]
+        factors, seen = _factors(source, used, pool, seeds)
         curvature: Curvature = KFACCurvature(
             source.layers, factors, shares, is_cross_fit, pool is not None
         )
@@ -208,10 +206,7 @@ def _ggn(
 ) -> tuple[GGNCurvature, list[SweepSummary]]:
     """Measure exact curvature along directions; return what gave magnitudes, too."""
     giving = folds if is_cross_fit else folds[:1]
-    factors, seen = _unzipped(_factors(source, fold, next(seeds)) for fold in giving)
-    if pool is not None:
-        inputs = pool.inputs[: len(giving)]
-        factors = [joined(*pair) for pair in zip(factors, inputs, strict=True)]
+    factors, seen = _factors(source, giving, pool, seeds)
     if earlier is not None:
         factors = [add_data(earlier.factors, own, earlier.share) for own in factors]
     if is_cross_fit:
@@ -230,9 +225,16 @@ def _ggn(
     return GGNCurvature(source.layers, *debiased), seen
 
 
-def _factors(source: Source, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
-    factors, summary = source.factors(fold, seed)
-    return _finite(factors, source), summary
+def _factors(
+    source: Source, folds: Sequence[Fold], pool: Pool | None, seeds: Iterator[int]
+) -> tuple[list[Factors], list[SweepSummary]]:
+    """Compute the factors of some folds; the pool, if there is one, gives inputs."""
+    compute = source.factors if pool is None else source.gradients
+    found, seen = _unzipped(compute(fold, next(seeds)) for fold in folds)
+    if pool is not None:
+        pairs = zip(found, pool.inputs[: len(folds)], strict=True)
+        found = [joined(*pair) for pair in pairs]
+    return [_finite(factors, source) for factors in found], seen
 
 
 def _finite(own: list[LayerTensors], source: Source) -> list[LayerTensors]:

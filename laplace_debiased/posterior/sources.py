@@ -31,6 +31,8 @@ from laplace_debiased.rows.substitution import run
 from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
 from laplace_debiased.sampling.folds import Fold
 
+# neighbouring positions of a point tell much the same
+POOL_POSITIONS = 16
 _OPTIONS = {"kfac_approx", "mc_samples"}
 
 
@@ -61,8 +63,21 @@ class Source(Protocol):
             and a summary with their negative log likelihood as the loss.
         """
 
+    def gradients(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
+        """Compute gradient covariances alone.
+
+        Args:
+            fold: The points.
+            seed: Seed for sampled labels.
+
+        Returns:
+            As :meth:`factors`, without input covariances.
+        """
+
     def inputs(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
         """Compute input covariances, losses and traces, by forward passes alone.
+
+        Of many positions of a point, some are taken.
 
         Args:
             fold: The points.
@@ -134,6 +149,13 @@ class RowSource:
             self._with_contributions(summary, accumulator), accumulator
         )
 
+    def gradients(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
+        """See :meth:`Source.gradients`."""
+        accumulator = self._kronecker_factors(takes_inputs=False)
+        summary = self._sweep(fold, accumulator, seed)
+        factors = scale_gradients(accumulator.gradients(), self.backend.factor)
+        return factors, self._with_contributions(summary, accumulator)
+
     def inputs(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
         """See :meth:`Source.inputs`."""
         accumulator = self._kronecker_factors()
@@ -155,9 +177,14 @@ class RowSource:
         mc_samples = self.options.get("mc_samples", 1)
         return output_curvature(self.backend, mc_samples, self.fisher_rank)
 
-    def _kronecker_factors(self) -> KroneckerFactors:
-        approximation = self.options.get("kfac_approx", EXPAND)
-        return KroneckerFactors(self.layers, self.params, approximation)
+    @property
+    def _approximation(self) -> str:
+        return self.options.get("kfac_approx", EXPAND)
+
+    def _kronecker_factors(self, takes_inputs: bool = True) -> KroneckerFactors:
+        return KroneckerFactors(
+            self.layers, self.params, self._approximation, takes_inputs=takes_inputs
+        )
 
     def _sweep(
         self, fold: Fold, accumulator: Accumulator, seed: int, backward: bool = True
@@ -171,6 +198,9 @@ class RowSource:
             accumulator,
             weights=fold.weights,
             backward=backward,
+            positions=None
+            if backward or self._approximation != EXPAND
+            else POOL_POSITIONS,
             seed=seed,
             progress_bar=self.progress_bar,
             description="Computing Hessian",

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.substitution import Substitution, stand_ins
-from laplace_debiased.rows.uses import USES, Layout, MatrixUse, Use
+from laplace_debiased.rows.uses import USES, Layout, MatrixUse, Thinning, Use
 
 
 def _opened(function: Any) -> FunctionType:
@@ -258,8 +258,9 @@ def record_rows(
     params: Sequence[Tensor],
     layers: Sequence[Layer],
     batch_size: int,
-    on_input: Callable[[Layer, Tensor], None],
+    on_input: Callable[[Layer, Tensor], None] | None,
     differentiable: bool = False,
+    thinning: Callable[[Layer], Thinning] | None = None,
 ) -> Iterator[Tape]:
     """Record the layers during one forward pass, made by :func:`run`.
 
@@ -270,8 +271,9 @@ def record_rows(
         batch_size: Number of examples in the pass.
         on_input: Called with each layer that has inputs and its input rows, at each of
             its calls, as soon as they are known: a network may overwrite an activation
-            later.
+            later. None if input rows are not needed.
         differentiable: Whether the rows are to be differentiated.
+        thinning: Which positions of a layer give input rows; None for all.
 
     Yields:
         The tape to ask for gradient rows once the forward pass is done.
@@ -304,9 +306,10 @@ def record_rows(
         layout = first.layout(tape.num_calls[first.name])
         kept = use.before_changes(differentiable)
         for layer, _ in own:
-            if layer.has_inputs:
+            if layer.has_inputs and on_input is not None:
                 assert isinstance(kept, MatrixUse)
-                on_input(layer, kept.input_rows(layout, batch_size))
+                some = None if thinning is None else thinning(layer)
+                on_input(layer, kept.input_rows(layout, batch_size, some))
         probe, shifted = probed(output)
         tape.add(_Record(kept, probe, layout, own))
         return shifted

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Protocol
 
 import torch
@@ -26,10 +27,15 @@ from laplace_debiased.rows.output_curvature import (
 from laplace_debiased.rows.recorder import Tape, record_rows
 from laplace_debiased.rows.separation import SeparationCheck
 from laplace_debiased.rows.substitution import run
+from laplace_debiased.rows.uses import Thinning
 
 
 class Accumulator(Protocol):
     """What a sweep feeds with rows."""
+
+    @property
+    def takes_inputs(self) -> bool:
+        """Whether it needs input rows."""
 
     def start_batch(self, weights: Tensor) -> None:
         """Begin a batch of examples with weights ``[batch]``."""
@@ -43,6 +49,8 @@ class Accumulator(Protocol):
 
 class Nothing:
     """Takes no rows: a sweep then tells of the losses alone."""
+
+    takes_inputs = False
 
     def start_batch(self, weights: Tensor) -> None:
         """See :meth:`Accumulator.start_batch`."""
@@ -96,6 +104,7 @@ def sweep(
     *,
     weights: Tensor | None = None,
     backward: bool = True,
+    positions: int | None = None,
     seed: int = 0,
     progress_bar: bool = False,
     description: str = "Curvature",
@@ -116,7 +125,9 @@ def sweep(
         accumulator: Receives the rows.
         weights: A weight for each example, in the order of ``data``; None for ones.
         backward: Whether to make backward passes; if not, layers have input rows only.
-        seed: Seed for sampled labels.
+        positions: Number of positions of an example that give input rows, about; None
+            for all. They are drawn anew for each batch and layer.
+        seed: Seed for sampled labels and positions.
         progress_bar: Whether to show a progress bar over the examples.
         description: The progress bar's label.
         num_points: The progress bar's total, if it is known.
@@ -135,7 +146,8 @@ def sweep(
         layers = [layer for layer in layers if layer.has_inputs]
     totals = _Totals(parameter.dtype, parameter.device)
     check_examples_are_separate = SeparationCheck()
-    add_inputs = accumulator.add_inputs
+    add_inputs = accumulator.add_inputs if accumulator.takes_inputs else None
+    thinning = None if positions is None else _thinning(positions, seed)
     weight_dtype = torch.promote_types(parameter.dtype, _SINGLE)
     with tqdm(
         desc=f"[{description}]", total=num_points, disable=not progress_bar
@@ -150,7 +162,9 @@ def sweep(
             accumulator.start_batch(own)
             with (
                 torch.set_grad_enabled(backward),
-                record_rows(model, params, layers, len(y), add_inputs) as tape,
+                record_rows(
+                    model, params, layers, len(y), add_inputs, thinning=thinning
+                ) as tape,
             ):
                 output = run(model, X)
             y = check_targets(output, y, output_curvature.loss_func)
@@ -166,6 +180,17 @@ def sweep(
 
 
 _SINGLE = torch.float32
+
+
+def _thinning(positions: int, seed: int) -> Callable[[Layer], Thinning]:
+    """Return what draws some positions of a layer."""
+    random = Random(seed)
+
+    def thinning(layer: Layer) -> Thinning:
+        factor = max(1, layer.num_positions // positions)
+        return Thinning(factor, random.getrandbits(32))
+
+    return thinning
 
 
 def _gradient_rows(

@@ -7,7 +7,7 @@ kind of use, write a class here, and enter its functions into :data:`USES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -52,6 +52,36 @@ class Layout:
         if self.neighbours:
             return front.unflatten(0, (batch_size, -1))
         return front.unflatten(0, (-1, batch_size)).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """Some of the positions of an example, at equal distances along each axis.
+
+    Args:
+        factor: One of how many positions is taken, about.
+        start: Tells where they begin, by its digits: large random numbers make sums
+            over positions unbiased, but where an axis is shorter than the distance.
+    """
+
+    factor: int
+    start: int
+
+    def slices(self, sizes: Sequence[int]) -> list[slice]:
+        """Tell which positions are taken.
+
+        Args:
+            sizes: Number of positions along each axis.
+
+        Returns:
+            A slice for each axis.
+        """
+        every = max(1, round(self.factor ** (1 / len(sizes))))
+        digits = [self.start // every**k % every for k in range(len(sizes))]
+        return [
+            slice(digit % min(every, size), None, every)
+            for digit, size in zip(digits, sizes, strict=True)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,12 +140,15 @@ class Use:
 class MatrixUse(Use):
     """The weight is a matrix that is multiplied by rows of inputs."""
 
-    def input_rows(self, layout: Layout, batch_size: int) -> Tensor:
+    def input_rows(
+        self, layout: Layout, batch_size: int, thinning: Thinning | None = None
+    ) -> Tensor:
         """Rearrange the input.
 
         Args:
             layout: Where the input holds the examples.
             batch_size: Number of examples.
+            thinning: Which positions are asked for; None for all.
 
         Returns:
             Rows ``[batch, S, groups, d_in / groups]``.
@@ -132,9 +165,15 @@ class LinearUse(MatrixUse):
         """See :attr:`Use.axes`."""
         return range(self.input.ndim - 1)
 
-    def input_rows(self, layout: Layout, batch_size: int) -> Tensor:
+    def input_rows(
+        self, layout: Layout, batch_size: int, thinning: Thinning | None = None
+    ) -> Tensor:
         """See :meth:`MatrixUse.input_rows`."""
-        return _positions_of_vectors(self.input, layout, batch_size)
+        rows = _positions_of_vectors(self.input, layout, batch_size)
+        if thinning is None:
+            return rows
+        (positions,) = thinning.slices(rows.shape[1:2])
+        return rows[:, positions]
 
     def gradient_rows(
         self, gradient: Tensor, key: str, layout: Layout, batch_size: int
@@ -183,7 +222,9 @@ class ConvolutionUse(MatrixUse):
             ends = [(p, p) for p in _of_each_axis(self.padding, len(self._kernel))]
         return [end for pair in reversed(ends) for end in pair]
 
-    def input_rows(self, layout: Layout, batch_size: int) -> Tensor:
+    def input_rows(
+        self, layout: Layout, batch_size: int, thinning: Thinning | None = None
+    ) -> Tensor:
         """See :meth:`MatrixUse.input_rows`."""
         dims = len(self._kernel)
         patches = F.pad(self.input, self._padding())
@@ -196,6 +237,9 @@ class ConvolutionUse(MatrixUse):
         for axis, (size, stride, dilation) in enumerate(sizes, start=2):
             patches = patches.unfold(axis, dilation * (size - 1) + 1, stride)
             patches = patches[..., ::dilation]
+        if thinning is not None:
+            positions = thinning.slices(patches.shape[2 : 2 + dims])
+            patches = patches[(slice(None), slice(None), *positions)]
         # [images, channels, *positions, *kernel]
         # -> [images, positions, channels and kernel]
         patches = patches.movedim(1, 1 + dims).flatten(1, dims).flatten(2)

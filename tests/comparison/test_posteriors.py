@@ -75,7 +75,11 @@ def test_estimators_with_budget_see_the_same_points(model, points, name):
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     POSTERIORS[name](model, points, budget, seed)
-    assert set(map(tuple, torch.cat(seen).tolist())) == set(map(tuple, drawn.tolist()))
+    # tracing the network takes examples that are no training points, too
+    rows, chosen, every = (
+        set(map(tuple, X.tolist())) for X in (torch.cat(seen), drawn, points.tensors[0])
+    )
+    assert rows & every == chosen
 
 
 @pytest.mark.parametrize("name", ["single batch", "default, ggn"])
