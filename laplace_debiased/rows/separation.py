@@ -9,12 +9,27 @@ import torch
 from laplace.utils import select_rows
 from torch import Tensor, nn
 
-from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.inputs import Inputs, at_least_single
 from laplace_debiased.rows.recorder import Tape
 from laplace_debiased.rows.substitution import run
 
 PAIR, MANY = 2, 32
 _SHRINKING = 0.9
+
+
+def check_outputs(model: nn.Module, X: Inputs, batch_size: int) -> None:
+    """Refuse networks whose output for an example is not a function of it alone.
+
+    Args:
+        model: The network.
+        X: Inputs of some examples.
+        batch_size: Their number.
+
+    Raises:
+        ValueError: If outputs are drawn anew or depend on other examples.
+    """
+    check_outputs_repeat(model, X, batch_size)
+    check_batch_does_not_matter(model, X, batch_size)
 
 
 def check_outputs_repeat(model: nn.Module, X: Inputs, batch_size: int) -> None:
@@ -116,8 +131,8 @@ def _agree(output: Tensor, other: Tensor, digits: float) -> bool:
     if not (output.isfinite().all() and other.isfinite().all()):
         return True
     tolerance = torch.finfo(output.dtype).eps ** digits
-    difference = output.double() - other.double()
-    return bool(difference.norm() <= tolerance * output.double().norm())
+    output, other = at_least_single(output), at_least_single(other)
+    return bool((output - other).norm() <= tolerance * output.norm())
 
 
 def check_rows_are_separate(place: str, others: Tensor) -> None:
