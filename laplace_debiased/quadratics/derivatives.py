@@ -51,7 +51,7 @@ from laplace_debiased.rows.output_curvature import (
     loss_scale,
 )
 from laplace_debiased.rows.selection import Selection, refusal, select
-from laplace_debiased.rows.separation import check_outputs
+from laplace_debiased.rows.separation import check_no_hidden_uses, check_outputs
 from laplace_debiased.rows.substitution import Substitution, run
 
 MODES = ("auto", "forward", "reverse")
@@ -208,6 +208,7 @@ def _measure(
     """Choose the mode that is possible and takes fewer passes."""
     if curvature == "hessian" or mode == "forward":
         check_outputs(quadratic.model, X, batch_size)
+        check_no_hidden_uses(quadratic.model, quadratic.params, X, batch_size)
         return (_forward_hessian if curvature == "hessian" else _forward_ggn)(quadratic)
     selection = select(quadratic.model, quadratic.params, X, batch_size)
     if mode == "reverse" and selection.left_out:

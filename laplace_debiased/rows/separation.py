@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, MutableMapping
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from laplace_debiased.rows.inputs import Inputs, at_least_single
 from laplace_debiased.rows.recorder import Tape
-from laplace_debiased.rows.substitution import run
+from laplace_debiased.rows.substitution import Substitution, run, stand_ins
 
 PAIR, MANY = 2, 32
 _SHRINKING = 0.9
@@ -117,6 +117,39 @@ def some_examples(
     if isinstance(X, MutableMapping):
         return {key: chosen(X[key]) for key in X}
     return chosen(X)
+
+
+def check_no_hidden_uses(
+    model: nn.Module, params: Sequence[Tensor], X: Inputs, batch_size: int
+) -> None:
+    """Refuse networks that cannot be run on other values of their parameters.
+
+    No mode reaches into scripted functions, nor the arguments of functions with a
+    gradient of their own.
+
+    Args:
+        model: The network.
+        params: Some of its parameters; those that require no gradients do not matter.
+        X: Inputs of some examples.
+        batch_size: Their number.
+
+    Raises:
+        ValueError: If a parameter has a gradient though it is replaced.
+    """
+    with torch.enable_grad(), Substitution(stand_ins(model)):
+        output = run(model, some_examples(X, batch_size, PAIR))
+    free = [param for param in params if param.requires_grad]
+    if not free or not output.requires_grad:
+        return
+    gradients = torch.autograd.grad(output.sum(), free, allow_unused=True)
+    hidden = {id(p) for p, g in zip(free, gradients, strict=True) if g is not None}
+    names = [name for name, p in model.named_parameters() if id(p) in hidden]
+    if names:
+        raise ValueError(
+            "Parameters are used in functions that are scripted or have a gradient of "
+            f"their own: {', '.join(names)}. They cannot be replaced there: write them "
+            "in plain torch, or leave the parameters out."
+        )
 
 
 def num_traced(batch_size: int) -> int:
