@@ -13,7 +13,7 @@ from laplace_debiased.rows.inputs import Inputs, at_least_single
 from laplace_debiased.rows.recorder import Tape
 from laplace_debiased.rows.substitution import Substitution, run, stand_ins
 
-PAIR, MANY = 2, 32
+PAIR, MANY = 2, 16
 _SHRINKING = 0.9
 
 
@@ -29,7 +29,11 @@ def check_outputs(model: nn.Module, X: Inputs, batch_size: int) -> None:
         ValueError: If outputs are drawn anew or depend on other examples.
     """
     check_outputs_repeat(model, X, batch_size)
-    check_batch_does_not_matter(model, X, batch_size)
+    few, many = (
+        _first_outputs(model, X, batch_size, count)
+        for count in (PAIR, num_traced(batch_size))
+    )
+    check_batch_does_not_matter(few, many)
 
 
 def check_outputs_repeat(model: nn.Module, X: Inputs, batch_size: int) -> None:
@@ -44,7 +48,7 @@ def check_outputs_repeat(model: nn.Module, X: Inputs, batch_size: int) -> None:
         ValueError: If outputs differ between two passes on the same examples.
     """
     first, again = (_first_outputs(model, X, batch_size, PAIR) for _ in range(2))
-    if not _agree(first, again, 1 / 2):
+    if not _agree(first, again, 0.4):
         raise ValueError(
             "The model's outputs differ between two passes on the same examples: it "
             "is random in this mode. Dropout must depend on the mode, as in "
@@ -52,24 +56,21 @@ def check_outputs_repeat(model: nn.Module, X: Inputs, batch_size: int) -> None:
         )
 
 
-def check_batch_does_not_matter(model: nn.Module, X: Inputs, batch_size: int) -> None:
+def check_batch_does_not_matter(few: Tensor, many: Tensor) -> None:
     """Refuse networks in which examples matter for others, also without gradients.
 
     An example is one that takes the place of others, since there is room for a number
     of all examples' tokens.
 
     Args:
-        model: The network.
-        X: Inputs of some examples.
-        batch_size: Their number.
+        few: Outputs of some examples.
+        many: Outputs of these and further ones in a batch.
 
     Raises:
-        ValueError: If the outputs of the first examples depend on how many follow.
+        ValueError: If the former differ.
     """
-    counts = PAIR, num_traced(batch_size)
-    few, many = (_first_outputs(model, X, batch_size, count) for count in counts)
     # other batches are rounded otherwise, also within a network in half precision
-    if not _agree(few, many, 1 / 8):
+    if not _agree(few, many[: len(few)], 0.125):
         raise ValueError(
             "The model's output for an example depends on the others in its batch. "
             "Examples must be separate: layers with batch statistics must be in eval "
