@@ -188,7 +188,9 @@ def test_predictions_are_exact_and_the_network_stays(name, magnitudes):
     assert torch.allclose(plain(model)(Z), outputs[1])
 
 
-FORWARD = [name for name in FITTED if name not in WITHOUT_FORWARD_MODE]
+# functions into which no mode reaches
+HIDDEN = ["scripted function", "a layer of its own"]
+FORWARD = [name for name in FITTED if name not in WITHOUT_FORWARD_MODE + HIDDEN]
 
 
 @pytest.mark.parametrize(
@@ -278,6 +280,27 @@ def test_bias_reports_leave_the_network_as_it_is(name, directions):
     )
     assert report.curvature.own.isfinite().all()
     assert identities(model) == before
+
+
+@pytest.mark.parametrize("directions", ["cg", "eigenvectors"])
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_parameters_that_cannot_be_replaced_are_refused(name, curvature, directions):
+    model, (X, y) = zoo.build(name), zoo.data(name, 12)
+    params = list(model.parameters())
+    options = {"num_directions": 3, "batch_size": 4, "num_batches": 1}
+    with pytest.raises(ValueError, match=r"their own: body\.weight"):
+        bias_report(
+            model,
+            LOSS,
+            params,
+            loader(X, y),
+            curvature=curvature,
+            directions=directions,
+            **options,
+        )
+    with pytest.raises(ValueError, match=r"their own: body\.weight"):
+        derivatives(model, X, y, "forward")
 
 
 ENTRIES = {

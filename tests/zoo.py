@@ -604,6 +604,54 @@ def _compiled():
     return torch.compile(network("mlp"))
 
 
+@torch.compile(backend="eager")
+def _compiled_layer(x, layer):
+    return F.linear(x, layer.weight, layer.bias).tanh()
+
+
+def _compiled_function():
+    return Model(
+        lambda self, x: self.head(_compiled_layer(x, self.body)),
+        body=_layer(),
+        head=_head(),
+    )
+
+
+def _scripted_function():
+    with warnings.catch_warnings(action="ignore"):  # torch has a newer one
+        function = torch.jit.script(_script)
+    return Model(
+        lambda self, x: self.head(function(x, self.body.weight, self.body.bias)),
+        body=_layer(),
+        head=_head(),
+    )
+
+
+def _script(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _called_functionally():
+    """One module at its own parameters, another one at a function of them."""
+
+    def forward(self, x):
+        own = dict(self.body.named_parameters())
+        x = torch.func.functional_call(self.body, own, (x,)).tanh()
+        scaled = {"weight": 2 * self.scaled.weight}
+        return self.head(torch.func.functional_call(self.scaled, scaled, (x,)))
+
+    return Model(forward, body=_layer(), scaled=_layer(), head=_head())
+
+
+def _watched_weights():
+    """Divides by a weight's norm, through which no gradient is to flow."""
+    return Model(
+        lambda self, x: self.head(self.body(x)) / self.body.weight.detach().norm(),
+        body=_layer(),
+        head=_head(),
+    )
+
+
 def _of(output):
     """The outputs that Hugging Face's and other classifiers have."""
     return Model(lambda self, x: output(self.net(x)), net=network("mlp"))
@@ -646,6 +694,20 @@ class Sine(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, tangent):
         return tangent * ctx.saved_tensors[0].cos()
+
+
+class Linear(torch.autograd.Function):
+    """A layer with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        return gradient @ weight, gradient.T @ x
 
 
 def _vmapped():
@@ -861,6 +923,22 @@ ZOO = {
     ),
     "autocast": Member(_autocast),
     "compiled": Member(_compiled),
+    "compiled function": Member(_compiled_function),
+    "traced": Member(
+        lambda: torch.fx.symbolic_trace(nn.Sequential(_layer(), nn.Tanh(), _head()))
+    ),
+    "data parallel": Member(
+        lambda: nn.DataParallel(nn.Sequential(_layer(), nn.Tanh(), _head()))
+    ),
+    "scripted function": Member(
+        _scripted_function, left_out={"body.*": "where no gradients are recorded"}
+    ),
+    "called functionally": Member(
+        _called_functionally, left_out={"scaled.weight": "is used by `mul`"}
+    ),
+    "watched weights": Member(
+        _watched_weights, left_out={"body.weight": "also used by `detach`"}
+    ),
     "model output": Member(lambda: _of(lambda f: SequenceClassifierOutput(logits=f))),
     "dictionary": Member(lambda: _of(lambda f: {"features": f + 1, "logits": f})),
     "tuple": Member(lambda: _of(lambda f: (f, f)), refused="tuple.*tensor"),
@@ -875,6 +953,14 @@ ZOO = {
             body=_layer(),
             head=_head(),
         )
+    ),
+    "a layer of its own": Member(
+        lambda: Model(
+            lambda self, x: self.head(Linear.apply(x, self.body.weight)),
+            body=nn.Linear(WIDTH, WIDTH, bias=False),
+            head=_head(),
+        ),
+        left_out={"body.weight": "where no gradients are recorded"},
     ),
     "mapped": Member(_vmapped, left_out={"body.*": "is used by `linear`"}),
     "fourier": Member(_filtered, _SEQUENCE),
@@ -937,7 +1023,8 @@ def plain(model):
     original = getattr(model, "_orig_mod", model)
 
     def function(X):
-        output = original(X)
+        with torch.compiler.set_stance("force_eager"):
+            output = original(X)
         return output["logits"] if isinstance(output, dict) else output
 
     return function

@@ -23,9 +23,10 @@ from curvlinops._torch_base import PyTorchLinearOperator as LinearOperator
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.kronecker import Kronecker
-from laplace_debiased.rows.inputs import Batch
+from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import Loss
+from laplace_debiased.rows.separation import check_no_hidden_uses
 from laplace_debiased.rows.substitution import Substituted
 
 _OPERATORS = {"ggn": GGNLinearOperator, "hessian": HessianLinearOperator}
@@ -46,18 +47,22 @@ def curvature_operator(
         model_func: The neural network.
         loss_func: The loss.
         params: The parameters.
-        data: Batches ``(X, y)``.
+        data: Batches ``(X, y)``, iterated over several times.
 
     Returns:
         The operator ``[D, D]``.
 
     Raises:
-        ValueError: If the curvature is not known.
+        ValueError: If the curvature is not known, or parameters cannot be replaced.
     """
     if curvature not in _OPERATORS:
         raise ValueError(
             f"`curvature` must be one of {list(_OPERATORS)}, got {curvature!r}."
         )
+    for X, y in data:
+        X = on_device(X, params[0].device)
+        check_no_hidden_uses(model_func, params, X, len(y))
+        break
     operator = _OPERATORS[curvature]
     return operator(
         Substituted(model_func),

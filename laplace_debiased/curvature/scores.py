@@ -9,10 +9,7 @@ from torch import Tensor, nn
 from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import Loss, OutputCurvature
-from laplace_debiased.rows.separation import (
-    check_batch_does_not_matter,
-    check_outputs_repeat,
-)
+from laplace_debiased.rows.separation import check_outputs
 from laplace_debiased.rows.sweep import Nothing, sweep
 
 
@@ -72,6 +69,5 @@ def _checked(model: nn.Module, data: Iterable[Batch]) -> Iterator[Batch]:
     for number, (X, y) in enumerate(data):
         if number == 0:
             some = on_device(X, next(model.parameters()).device)
-            check_outputs_repeat(model, some, len(y))
-            check_batch_does_not_matter(model, some, len(y))
+            check_outputs(model, some, len(y))
         yield X, y

@@ -51,10 +51,7 @@ from laplace_debiased.rows.output_curvature import (
     loss_scale,
 )
 from laplace_debiased.rows.selection import Selection, refusal, select
-from laplace_debiased.rows.separation import (
-    check_batch_does_not_matter,
-    check_outputs_repeat,
-)
+from laplace_debiased.rows.separation import check_no_hidden_uses, check_outputs
 from laplace_debiased.rows.substitution import Substitution, run
 
 MODES = ("auto", "forward", "reverse")
@@ -210,8 +207,8 @@ def _measure(
 ) -> Measure:
     """Choose the mode that is possible and takes fewer passes."""
     if curvature == "hessian" or mode == "forward":
-        check_outputs_repeat(quadratic.model, X, batch_size)
-        check_batch_does_not_matter(quadratic.model, X, batch_size)
+        check_outputs(quadratic.model, X, batch_size)
+        check_no_hidden_uses(quadratic.model, quadratic.params, X, batch_size)
         return (_forward_hessian if curvature == "hessian" else _forward_ggn)(quadratic)
     selection = select(quadratic.model, quadratic.params, X, batch_size)
     if mode == "reverse" and selection.left_out:
@@ -348,7 +345,11 @@ def _functional(
             sdpa_kernel(SDPBackend.MATH),  # fused attention has no forward mode
             Substitution(own | values),
         ):
-            return run(quadratic.model, X)
+            try:
+                return run(quadratic.model, X)
+            except RuntimeError as error:  # also where a function lacks forward mode
+                error.add_note("`mode='reverse'` needs no forward mode of the network.")
+                raise
 
     return network, at
 

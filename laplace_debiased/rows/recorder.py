@@ -153,6 +153,7 @@ class Tape:
 
     Args:
         batch_size: Number of examples in the pass.
+        dtypes: Dtype of each layer's parameters, by its name: rows are no less precise.
         replay: Does with functions that are called again in a backward pass, by
             checkpointing, what was done in the forward pass; None if there are none.
 
@@ -162,8 +163,14 @@ class Tape:
             calls.
     """
 
-    def __init__(self, batch_size: int, replay: TorchFunctionMode | None):
+    def __init__(
+        self,
+        batch_size: int,
+        dtypes: Mapping[str, torch.dtype],
+        replay: TorchFunctionMode | None,
+    ):
         self._batch_size, self._replay = batch_size, replay or nullcontext()
+        self._dtypes = dtypes
         self._records: list[_Record] = []
         self.num_calls: Counter[str] = Counter()
         self.num_entries: Counter[str] = Counter()
@@ -175,6 +182,10 @@ class Tape:
         for layer, _ in record.layers:
             self.num_calls[layer.name] += 1
             self.num_entries[layer.name] += size // self._batch_size
+
+    def precise(self, layer: Layer, rows: Tensor) -> Tensor:
+        """Return rows in the precision of parameters, also where autocast has less."""
+        return rows.to(torch.promote_types(rows.dtype, self._dtypes[layer.name]))
 
     def runs_as_found(self, layers: Sequence[Layer]) -> bool:
         """Whether each layer has as many entries as when it was found."""
@@ -227,6 +238,7 @@ class Tape:
                     record.layout,
                     self._batch_size,
                 )
+                rows = self.precise(layer, rows)
                 calls.setdefault(layer.name, (layer, []))[1].append(rows)
         return [
             (layer, layer.join_calls(rows))
@@ -294,7 +306,8 @@ def record_rows(
 
     is_replayed = any(layer.is_recomputed for layer in layers)
     replay = Recorder(values, on_replayed_use) if is_replayed else None
-    tape = Tape(batch_size, replay)
+    dtypes = {layer.name: params[layer.parameters[0]].dtype for layer in layers}
+    tape = Tape(batch_size, dtypes, replay)
 
     def on_use(use: Use, output: Tensor) -> Tensor:
         own = _layers_of(use, of_parameter)
@@ -305,11 +318,13 @@ def record_rows(
             raise ValueError(batch_statistics(first.name))
         layout = first.layout(tape.num_calls[first.name])
         kept = use.before_changes(differentiable)
-        for layer, _ in own:
-            if layer.has_inputs and on_input is not None:
-                assert isinstance(kept, MatrixUse)
-                some = None if thinning is None else thinning(layer)
-                on_input(layer, kept.input_rows(layout, batch_size, some))
+        with torch.autocast(use.input.device.type, enabled=False):  # the network's own
+            for layer, _ in own:
+                if layer.has_inputs and on_input is not None:
+                    assert isinstance(kept, MatrixUse)
+                    some = None if thinning is None else thinning(layer)
+                    rows = kept.input_rows(layout, batch_size, some)
+                    on_input(layer, tape.precise(layer, rows))
         probe, shifted = probed(output)
         tape.add(_Record(kept, probe, layout, own))
         return shifted

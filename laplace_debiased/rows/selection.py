@@ -160,12 +160,13 @@ def select(
         [_layer(group, pair, names, layouts) for group in _groups(pair, layouts)]
     )
     _check_examples_are_separate(pair, layers)
-    check_batch_does_not_matter(model, X, batch_size)
+    check_batch_does_not_matter(pair.output, many.output)
     left_out = [
         LeftOut(names[k], _kind(model, names[k]), k, params[k].numel(), reason)
         for k, reason in sorted(reasons.items())
     ]
-    return Selection(layers, left_out, pair.example_size, pair.num_outputs)
+    num_outputs = pair.output.shape[1]
+    return Selection(layers, left_out, pair.example_size, num_outputs)
 
 
 def _names(model: nn.Module, params: Sequence[Tensor]) -> list[str]:

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, MutableMapping
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from laplace.utils import select_rows
 from torch import Tensor, nn
 
-from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.inputs import Inputs, at_least_single
 from laplace_debiased.rows.recorder import Tape
-from laplace_debiased.rows.substitution import run
+from laplace_debiased.rows.substitution import Substitution, run, stand_ins
 
-PAIR, MANY = 2, 32
+PAIR, MANY = 2, 16
 _SHRINKING = 0.9
+
+
+def check_outputs(model: nn.Module, X: Inputs, batch_size: int) -> None:
+    """Refuse networks whose output for an example is not a function of it alone.
+
+    Args:
+        model: The network.
+        X: Inputs of some examples.
+        batch_size: Their number.
+
+    Raises:
+        ValueError: If outputs are drawn anew or depend on other examples.
+    """
+    check_outputs_repeat(model, X, batch_size)
+    few, many = (
+        _first_outputs(model, X, batch_size, count)
+        for count in (PAIR, num_traced(batch_size))
+    )
+    check_batch_does_not_matter(few, many)
 
 
 def check_outputs_repeat(model: nn.Module, X: Inputs, batch_size: int) -> None:
@@ -29,7 +48,7 @@ def check_outputs_repeat(model: nn.Module, X: Inputs, batch_size: int) -> None:
         ValueError: If outputs differ between two passes on the same examples.
     """
     first, again = (_first_outputs(model, X, batch_size, PAIR) for _ in range(2))
-    if not _agree(first, again, 1 / 2):
+    if not _agree(first, again, 0.4):
         raise ValueError(
             "The model's outputs differ between two passes on the same examples: it "
             "is random in this mode. Dropout must depend on the mode, as in "
@@ -37,24 +56,21 @@ def check_outputs_repeat(model: nn.Module, X: Inputs, batch_size: int) -> None:
         )
 
 
-def check_batch_does_not_matter(model: nn.Module, X: Inputs, batch_size: int) -> None:
+def check_batch_does_not_matter(few: Tensor, many: Tensor) -> None:
     """Refuse networks in which examples matter for others, also without gradients.
 
     An example is one that takes the place of others, since there is room for a number
     of all examples' tokens.
 
     Args:
-        model: The network.
-        X: Inputs of some examples.
-        batch_size: Their number.
+        few: Outputs of some examples.
+        many: Outputs of these and further ones in a batch.
 
     Raises:
-        ValueError: If the outputs of the first examples depend on how many follow.
+        ValueError: If the former differ.
     """
-    counts = PAIR, num_traced(batch_size)
-    few, many = (_first_outputs(model, X, batch_size, count) for count in counts)
     # other batches are rounded otherwise, also within a network in half precision
-    if not _agree(few, many, 1 / 8):
+    if not _agree(few, many[: len(few)], 0.125):
         raise ValueError(
             "The model's output for an example depends on the others in its batch. "
             "Examples must be separate: layers with batch statistics must be in eval "
@@ -104,6 +120,39 @@ def some_examples(
     return chosen(X)
 
 
+def check_no_hidden_uses(
+    model: nn.Module, params: Sequence[Tensor], X: Inputs, batch_size: int
+) -> None:
+    """Refuse networks that cannot be run on other values of their parameters.
+
+    No mode reaches into scripted functions, nor the arguments of functions with a
+    gradient of their own.
+
+    Args:
+        model: The network.
+        params: Some of its parameters; those that require no gradients do not matter.
+        X: Inputs of some examples.
+        batch_size: Their number.
+
+    Raises:
+        ValueError: If a parameter has a gradient though it is replaced.
+    """
+    with torch.enable_grad(), Substitution(stand_ins(model)):
+        output = run(model, some_examples(X, batch_size, PAIR))
+    free = [param for param in params if param.requires_grad]
+    if not free or not output.requires_grad:
+        return
+    gradients = torch.autograd.grad(output.sum(), free, allow_unused=True)
+    hidden = {id(p) for p, g in zip(free, gradients, strict=True) if g is not None}
+    names = [name for name, p in model.named_parameters() if id(p) in hidden]
+    if names:
+        raise ValueError(
+            "Parameters are used in functions that are scripted or have a gradient of "
+            f"their own: {', '.join(names)}. They cannot be replaced there: write them "
+            "in plain torch, or leave the parameters out."
+        )
+
+
 def num_traced(batch_size: int) -> int:
     """Return how many examples tell what differs between examples: at least three."""
     return max(PAIR + 1, min(batch_size, MANY))
@@ -116,8 +165,8 @@ def _agree(output: Tensor, other: Tensor, digits: float) -> bool:
     if not (output.isfinite().all() and other.isfinite().all()):
         return True
     tolerance = torch.finfo(output.dtype).eps ** digits
-    difference = output.double() - other.double()
-    return bool(difference.norm() <= tolerance * output.double().norm())
+    output, other = at_least_single(output), at_least_single(other)
+    return bool((output - other).norm() <= tolerance * output.norm())
 
 
 def check_rows_are_separate(place: str, others: Tensor) -> None:

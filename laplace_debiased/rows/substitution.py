@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from threading import Lock
 from typing import Any
 
 import torch
@@ -115,12 +116,9 @@ def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
         ValueError: If the output is no tensor and holds no logits.
     """
     original = getattr(model, "_orig_mod", model)
-    with ExitStack() as stack:
-        if _has_compiled(original):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        # under any mode, transformers do not take a fast path without derivatives,
-        # which has other outputs where inputs are padded
-        stack.enter_context(BaseTorchFunctionMode())
+    # under any mode, transformers do not take a fast path without derivatives, which
+    # has other outputs where inputs are padded
+    with _EAGERLY, BaseTorchFunctionMode():
         return logits_of(original(X, **kwargs))
 
 
@@ -153,9 +151,30 @@ def _article(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
-def _has_compiled(model: nn.Module) -> bool:
-    """Whether a part of a network is compiled: no mode sees the functions of that."""
-    return any(
-        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-        for module in model.modules()
-    )
+class _Eagerly:
+    """Lets compiled modules and functions run eagerly, while any thread asks for it.
+
+    No mode sees what is inside of those. The compiler's stance is that of all threads:
+    the last one to leave puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._count = Lock(), 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            # nothing was compiled if the compiler was not imported, which takes long
+            if self._count == 0 and "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0 and self._stance is not None:
+                self._stance.__exit__(None, None, None)
+                self._stance = None
+
+
+_EAGERLY = _Eagerly()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Trace:
         recomputed: Positions of parameters whose functions a backward pass calls again.
         inputs: Gradients of the first example's output in the inputs.
         example_size: Number of entries in an example's input.
-        num_outputs: Number of network outputs.
+        output: The network's output ``[examples, outputs]``.
     """
 
     uses: list[list[TracedUse]]
@@ -57,7 +57,7 @@ class Trace:
     recomputed: set[int] = field(default_factory=set)
     inputs: Sequence[Tensor | None] = ()
     example_size: int = 1
-    num_outputs: int = 1
+    output: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
 
 
 def trace(
@@ -93,7 +93,9 @@ def trace(
 
     def on_use(use: Use, output: Tensor) -> Tensor:
         nonlocal num_uses
-        if backward and not use.mixes_examples:
+        if not backward:  # sizes are enough, and activations are large
+            use = replace(use, input=use.input.to("meta"))
+        elif not use.mixes_examples:
             use = use.before_changes(differentiable=False)
         probe, shifted = probed(output)
         for key, parameter in (("weight", use.weight), ("bias", use.bias)):
@@ -117,7 +119,7 @@ def trace(
     ):
         output = run(model, some)
     check_output(output, count)
-    seen.num_outputs = output.shape[1]
+    seen.output = output.detach()
     if backward:
         _see_gradients(seen, output, values, params, probes)
     return seen
