@@ -74,7 +74,7 @@ class BackendSource:
         params = cast("list[nn.Parameter]", list(self.params))
         total = Kron.init_from_model(params, first.device, first.dtype)
         loss = torch.zeros((), device=first.device, dtype=first.dtype)
-        num_outputs = 0
+        num_outputs = num_seen = 0
         batches = checked_batches(self.model, fold.loader, self.backend)
         with tqdm(
             desc="[Computing Hessian]",
@@ -89,7 +89,13 @@ class BackendSource:
                 )
                 total += Kron(self._aligned(kron))
                 loss = loss + batch_loss.detach()
+                num_seen += len(y)
                 bar.update(len(y))
+        if num_seen != fold.num_points:
+            raise ValueError(
+                f"{fold.num_points} points of the dataset give {num_seen} examples: "
+                "one each is needed."
+            )
         # the points have equal weights
         weight = fold.weights[0].item()
         factors = scale_gradients(self._by_layer(total), weight)

@@ -103,7 +103,7 @@ def assign(
     settings = la.settings
     points: Points | Folds
     if magnitude_loader is not None:
-        points = explicit_folds(loader, magnitude_loader, all_count=is_batch)
+        points = explicit_folds(loader, magnitude_loader, is_batch, la.dict_key_y)
     else:
         draws = settings.draws(la._backend_cls)
         num_points = settings.num_candidates if draws else settings.budget
@@ -114,6 +114,7 @@ def assign(
             seed if is_batch else settings.seed,
             "batch" if is_batch else "train_loader",
             seed,
+            la.dict_key_y,
         )
     if not seen.weight:
         choose_parameters(la, points.first_batch())
