@@ -30,10 +30,16 @@ from laplace_debiased.curvature.factors import (
     is_joint,
 )
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
-from laplace_debiased.rows.inputs import Batch, on_device
+from laplace_debiased.rows.inputs import Batch, check_targets, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.model_state import check_repeatable
-from laplace_debiased.rows.output_curvature import TYPE_2, Loss, OutputCurvature
+from laplace_debiased.rows.output_curvature import (
+    TYPE_2,
+    Loss,
+    OutputCurvature,
+    example_losses,
+    num_terms,
+)
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.selection import find_layers
 from laplace_debiased.rows.substitution import Substitution, run, stand_ins
@@ -80,7 +86,9 @@ class DebiasedKFACLinearOperator(LinearOperator):
             (train or eval) is left as it is; layers with batch statistics or dropout
             must be in eval mode.
         loss_func: ``MSELoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss`` with
-            reduction ``"sum"`` or ``"mean"`` (over the magnitude data).
+            reduction ``"sum"`` or ``"mean"`` (over the magnitude data). Label smoothing
+            counts; examples whose class is ``ignore_index`` do not, as if their weight
+            were zero. Class weights are refused.
         params: The parameters that the operator acts on.
         direction_data: Batches ``(X, y)`` that give the eigenvectors.
         magnitude_data: Batches ``(X, y)`` that give the eigenvalues.
@@ -354,13 +362,15 @@ class DebiasedKFACLinearOperator(LinearOperator):
         for X, y in self._data["Magnitudes"]:
             X, y = on_device(X, self.device), y.to(self.device)
             with torch.enable_grad(), Substitution(values):
-                loss = self._loss_func(run(self._model_func, X), y)
-                loss = loss * len(y) if is_mean else loss
+                output = run(self._model_func, X)
+                y = check_targets(output, y, self._loss_func)
+                loss = example_losses(self._loss_func, output, y).sum()
                 parts = torch.autograd.grad(
                     loss, own, allow_unused=True, materialize_grads=True
                 )
             gradients = [a + b for a, b in zip(gradients, parts, strict=True)]
-            total, count = total + loss.detach(), count + len(y)
+            total = total + loss.detach()
+            count += num_terms(self._loss_func, output, y)
         scale = 1 / count if is_mean else 1.0
         return [scale * gradient for gradient in gradients], scale * total
 

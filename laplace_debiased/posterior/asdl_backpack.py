@@ -17,6 +17,7 @@ from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.posterior.sources import checked_batches
 from laplace_debiased.posterior.upstream import loss_of
 from laplace_debiased.rows.layers import Layer
+from laplace_debiased.rows.output_curvature import counted
 from laplace_debiased.rows.sweep import SweepSummary
 from laplace_debiased.sampling.folds import Fold
 
@@ -82,7 +83,7 @@ class BackendSource:
             disable=not self.progress_bar,
         ) as bar:
             for X, y, output in batches:
-                self._check_inputs(X)
+                self._check_batch(X, y)
                 num_outputs = output.shape[-1]
                 batch_loss, kron = self.backend.kron(
                     X, y, N=fold.num_points, **self.options
@@ -114,7 +115,12 @@ class BackendSource:
         """Not supported: ``ggn`` magnitudes are refused with this backend."""
         raise NotImplementedError
 
-    def _check_inputs(self, X: Any) -> None:
+    def _check_batch(self, X: Any, y: Tensor) -> None:
+        if not counted(loss_of(self.backend), y).all():
+            raise ValueError(
+                f"{type(self.backend).__name__} does not honour `ignore_index`: leave "
+                "those points out, or use `CurvlinopsGGN`."
+            )
         if isinstance(X, MutableMapping) and _is_backpack(type(self.backend)):
             raise ValueError("The BackPACK backends do not support dict-like inputs.")
 

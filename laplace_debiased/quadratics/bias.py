@@ -7,7 +7,7 @@ Section 3 and Figure 2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,7 @@ from laplace_debiased.quadratics.gram import gram_eigenspace, gram_is_cheaper
 from laplace_debiased.quadratics.report import BiasReport, Comparison
 from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.model_state import check_repeatable
-from laplace_debiased.rows.output_curvature import Loss
+from laplace_debiased.rows.output_curvature import Loss, counted
 from laplace_debiased.rows.selection import select
 from laplace_debiased.sampling.folds import Points, draw_uniformly
 from laplace_debiased.sampling.loaders import loader_over
@@ -90,8 +90,8 @@ def bias_report(
 
     Raises:
         TypeError: If the loader yields mappings.
-        ValueError: If an argument is out of range or not supported, or the network
-            mixes examples or is random.
+        ValueError: If an argument is out of range or not supported, the loss ignores
+            a target, or the network mixes examples or is random.
 
     Example:
         >>> import torch
@@ -122,7 +122,7 @@ def bias_report(
             f"`num_batches` must be at least 1, and {1 + num_batches} mini-batches of "
             f"{batch_size} points need {needed} points, but there are {len(points)}."
         )
-    own_batch = _batch(points, batch_size)
+    own_batch = _batch(points, batch_size, loss_func)
     quadratic = _Quadratic(model_func, loss_func, params, own_batch, curvature, damping)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention is not twice differentiable
         if directions == "cg":
@@ -133,7 +133,7 @@ def bias_report(
         model_func,
         loss_func,
         params,
-        loader_over(points.loader, points.indices),
+        _all_counted(loader_over(points.loader, points.indices), loss_func),
         columns,
         curvature=curvature,
         progress_bar=progress_bar,
@@ -171,15 +171,31 @@ def _check_kinds(
         )
 
 
-def _batch(points: Points, batch_size: int) -> Sequence[Batch]:
+def _batch(points: Points, batch_size: int, loss_func: Loss) -> Sequence[Batch]:
     """Read the first mini-batch."""
-    batches = list(loader_over(points.loader, points.indices[:batch_size]))
-    if isinstance(batches[0], Mapping):
-        raise TypeError(
-            "`loader` must yield pairs (X, y), of which X may be a mapping, but yields "
-            f"{type(batches[0]).__name__}."
-        )
-    return batches
+    loader = loader_over(points.loader, points.indices[:batch_size])
+    return list(_all_counted(loader, loss_func))
+
+
+def _all_counted(loader: Iterable, loss_func: Loss) -> Iterator[Batch]:
+    """Yield pairs, and refuse targets that the loss ignores.
+
+    The curvature of a mini-batch is a mean over its examples, by which batches are
+    compared: with targets that do not count, it would not be.
+    """
+    for batch in loader:
+        if isinstance(batch, Mapping):
+            raise TypeError(
+                "`loader` must yield pairs (X, y), of which X may be a mapping, but "
+                f"yields {type(batch).__name__}."
+            )
+        X, y = batch
+        if not counted(loss_func, y).all():
+            raise ValueError(
+                "Bias reports do not support targets that are the loss's "
+                "`ignore_index`: leave those points out."
+            )
+        yield X, y
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,12 @@ from laplace_debiased.rows.linearization import (
     rows_per_example,
 )
 from laplace_debiased.rows.model_state import check_repeatable
-from laplace_debiased.rows.output_curvature import Loss, OutputCurvature, example_losses
+from laplace_debiased.rows.output_curvature import (
+    Loss,
+    OutputCurvature,
+    example_losses,
+    num_terms,
+)
 from laplace_debiased.rows.selection import Selection, refusal, select
 from laplace_debiased.rows.substitution import Substitution, run
 
@@ -63,8 +68,8 @@ class DirectionalDerivatives:
         slopes: What each example contributes to the slopes, ``[examples, K]``.
         curvatures: What each example contributes to the curvatures, without damping,
             ``[examples, K]``.
-        scale: Factor on the sums over examples: one over their number if the loss is
-            their mean, else one.
+        scale: Factor on the sums over examples: one over the number of terms if the
+            loss is their mean, else one.
         damping: Curvature of the damping along each direction ``[K]``.
     """
 
@@ -104,7 +109,9 @@ def directional_derivatives(
             do not mix. Its mode (train or eval) is left as it is; layers with batch
             statistics or dropout must be in eval mode.
         loss_func: ``MSELoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss`` with
-            reduction ``"sum"`` or ``"mean"`` (over all data).
+            reduction ``"sum"`` or ``"mean"`` (over all data). Label smoothing counts;
+            examples whose class is ``ignore_index`` contribute zeros, and are not in
+            the mean. Class weights are refused.
         params: The parameters that the quadratic is over.
         data: Batches ``(X, y)``, iterated over once.
         directions: Directions as columns ``[params, K]``, of any norm.
@@ -158,13 +165,14 @@ def directional_derivatives(
         raise ValueError("`mode='reverse'` needs `curvature='ggn'`, got 'hessian'.")
 
     measure: Measure | None = None
-    slopes, curvatures, num_outputs = [], [], 0
+    slopes, curvatures, count = [], [], 0
     for X, y in tqdm(data, "[Directional derivatives]", disable=not progress_bar):
         X, y = on_device(X, directions.device), y.to(directions.device)
         check_finite_inputs(X)
         with torch.no_grad():
             output = run(model_func, X)
-        y, num_outputs = check_targets(output, y, loss_func), output.shape[1]
+        y = check_targets(output, y, loss_func)
+        count += num_terms(loss_func, output, y)
         if measure is None:
             quadratic = _Quadratic(
                 model_func, loss_func, params, directions, memory_limit
@@ -175,10 +183,12 @@ def directional_derivatives(
         curvatures.append(curved)
     if not slopes:
         raise ValueError("The data source is empty: there is nothing to measure.")
+    if count == 0:
+        raise ValueError("No target counts: the loss ignores all of them.")
     return DirectionalDerivatives(
         torch.cat(slopes),
         torch.cat(curvatures),
-        _scale(loss_func, sum(len(slope) for slope in slopes), num_outputs),
+        1 / count if loss_func.reduction == "mean" else 1.0,
         damping * directions.square().sum(0),
     )
 
@@ -209,14 +219,6 @@ def _measure(
     if mode == "reverse" or (fewer and not selection.left_out):
         return _reverse_ggn(quadratic, selection)
     return _forward_ggn(quadratic)
-
-
-def _scale(loss_func: Loss, num_data: int, num_outputs: int) -> float:
-    """Return the factor between the sum of the examples' losses and the loss."""
-    if loss_func.reduction == "sum":
-        return 1.0
-    per_example = 1 if isinstance(loss_func, nn.CrossEntropyLoss) else num_outputs
-    return 1 / (num_data * per_example)
 
 
 def _reverse_ggn(quadratic: _Quadratic, selection: Selection) -> Measure:

@@ -23,7 +23,7 @@ from laplace_debiased.rows.linearization import (
     contract_positions,
     linearize,
 )
-from laplace_debiased.rows.output_curvature import Loss, OutputCurvature
+from laplace_debiased.rows.output_curvature import Loss, OutputCurvature, counted
 from laplace_debiased.rows.selection import Selection, find_layers
 
 _MEMORY_LIMIT = 2**32
@@ -126,6 +126,7 @@ def ggn_rows(
     """
     curvature, generator = OutputCurvature(loss_func), torch.Generator()
     num_data = sum(len(y) for _, y in data)
+    num_counted = sum(int(counted(loss_func, y).sum()) for _, y in data)
     device, start = params[0].device, 0
     layers: list[Layer] = []
     rows = torch.empty(0)
@@ -145,7 +146,7 @@ def ggn_rows(
                 rows = new.new_empty(num_rows, new.shape[1])
             rows[start : start + len(new)] = new
             start += len(new)
-    return rows if loss_func.reduction == "sum" else rows.div_(num_data**0.5)
+    return rows if loss_func.reduction == "sum" else rows.div_(num_counted**0.5)
 
 
 def _rows(

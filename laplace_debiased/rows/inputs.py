@@ -91,8 +91,8 @@ def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
     """
     check_output(output, len(y))
     is_cross_entropy = isinstance(loss_func, CrossEntropyLoss)
-    if is_cross_entropy and not y.is_floating_point():
-        return _checked_classes(y, output.shape[1])
+    if isinstance(loss_func, CrossEntropyLoss) and not y.is_floating_point():
+        return _checked_classes(y, output.shape[1], loss_func.ignore_index)
     if y.shape != output.shape or not y.is_floating_point():
         kind = (
             "class indices [batch] of integer dtype, or probabilities"
@@ -109,16 +109,19 @@ def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
     return y
 
 
-def _checked_classes(y: Tensor, num_outputs: int) -> Tensor:
+def _checked_classes(y: Tensor, num_outputs: int, ignore_index: int) -> Tensor:
     """Refuse what are no class indices, and return them as ``long``."""
     if y.ndim != 1 or y.dtype == torch.bool:
         raise ValueError(
             "Targets for classification must be class indices of shape [batch] and "
             f"integer dtype, got shape {tuple(y.shape)} and {y.dtype}."
         )
-    if y.min() < 0 or y.max() >= num_outputs:
+    y = y.long()
+    classes = y[y != ignore_index]
+    if len(classes) and (classes.min() < 0 or classes.max() >= num_outputs):
         raise ValueError(
-            f"Class indices must lie in 0..{num_outputs - 1}, the model's outputs, got "
-            f"{y.min().item()}..{y.max().item()}."
+            f"Class indices must lie in 0..{num_outputs - 1}, the model's outputs, or "
+            f"be the loss's `ignore_index` {ignore_index}, got "
+            f"{classes.min().item()}..{classes.max().item()}."
         )
-    return y.long()
+    return y

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -48,6 +49,11 @@ class OutputCurvature:
             raise ValueError(
                 "`loss_func` must be MSELoss, CrossEntropyLoss or BCEWithLogitsLoss, "
                 f"got {self.loss_func!r}."
+            )
+        if type(self.loss_func).forward is not self._loss_type.forward:
+            raise ValueError(
+                f"`loss_func` must not have a `forward` of its own, as "
+                f"{type(self.loss_func).__name__} has."
             )
         if self.loss_func.reduction not in {"sum", "mean"}:
             raise ValueError(
@@ -90,20 +96,24 @@ class OutputCurvature:
 
         Returns:
             Columns ``[columns, batch, outputs]``; the sum of their outer products is
-            each example's curvature (for sampled labels: in expectation).
+            each example's curvature (for sampled labels: in expectation), which is zero
+            where the loss ignores the target.
         """
         output = output.detach()
         if self.fisher_type == TYPE_2:
             columns = self._hessian_sqrt(output, generator)
         elif self.fisher_type == MC:
+            # a label is drawn from the model, and neither smoothed nor ignored
+            plain = self._loss_type(reduction="sum")
             residuals = [
-                self._residual(output, self._sample(output, generator))
+                _residual(plain, output, self._sample(output, generator))
                 for _ in range(self.mc_samples)
             ]
             columns = torch.stack(residuals) / self.mc_samples**0.5
         else:
-            columns = self._residual(output, target).unsqueeze(0)
-        return columns * self._output_scale(output) ** 0.5
+            columns = _residual(self.loss_func, output, target).unsqueeze(0)
+        columns = columns * self._output_scale(output) ** 0.5
+        return columns * counted(self.loss_func, target)[:, None]
 
     def traces(self, output: Tensor, target: Tensor) -> Tensor:
         """Compute the trace of each example's curvature, without its columns.
@@ -116,7 +126,7 @@ class OutputCurvature:
             The traces ``[batch]``; with ``"mc"`` their expectation.
         """
         if self.fisher_type == EMPIRICAL:
-            traces = self._residual(output, target).square().sum(1)
+            traces = _residual(self.loss_func, output, target).square().sum(1)
         elif self._loss_type is CrossEntropyLoss:
             traces = 1 - output.softmax(1).square().sum(1)
         elif self._loss_type is MSELoss:
@@ -124,7 +134,7 @@ class OutputCurvature:
         else:
             p = output.sigmoid()
             traces = (p * (1 - p)).sum(1)
-        return traces * self._output_scale(output)
+        return traces * self._output_scale(output) * counted(self.loss_func, target)
 
     @property
     def _loss_type(self) -> type[Loss]:
@@ -166,13 +176,6 @@ class OutputCurvature:
         columns.scatter_add_(2, kept.unsqueeze(2), factors.unsqueeze(2))
         return columns.movedim(1, 0)
 
-    def _residual(self, output: Tensor, target: Tensor) -> Tensor:
-        """Gradient of each example's loss in its output, ``[batch, outputs]``."""
-        output = output.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = example_losses(self.loss_func, output, target).sum()
-        return torch.autograd.grad(loss, output)[0]
-
     def _sample(self, output: Tensor, generator: Generator) -> Tensor:
         """Draw labels from the likelihood that the loss implies."""
         if self._loss_type is CrossEntropyLoss:
@@ -186,6 +189,47 @@ class OutputCurvature:
         return output + 0.5**0.5 * noise
 
 
+def _residual(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
+    """Gradient of each example's loss in its output, ``[batch, outputs]``."""
+    output = output.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = example_losses(loss_func, output, target).sum()
+    return torch.autograd.grad(loss, output)[0]
+
+
+def counted(loss_func: Loss, target: Tensor) -> Tensor:
+    """Tell which examples count, and which a loss ignores.
+
+    Args:
+        loss_func: The loss.
+        target: Targets as in :meth:`OutputCurvature.columns`.
+
+    Returns:
+        Whether each example counts ``[batch]``; all but those whose class is
+        cross-entropy's ``ignore_index``.
+    """
+    is_class = target.ndim == 1 and not target.is_floating_point()
+    if is_class and isinstance(loss_func, CrossEntropyLoss):
+        return target != loss_func.ignore_index
+    return torch.ones(len(target), dtype=torch.bool, device=target.device)
+
+
+def num_terms(loss_func: Loss, output: Tensor, target: Tensor) -> int:
+    """Count the terms that a loss averages over with ``reduction="mean"``.
+
+    Args:
+        loss_func: The loss.
+        output: Network output ``[batch, outputs]``.
+        target: Targets as in :meth:`OutputCurvature.columns`.
+
+    Returns:
+        Number of examples that count for cross-entropy, of outputs otherwise.
+    """
+    if isinstance(loss_func, CrossEntropyLoss):
+        return int(counted(loss_func, target).sum())
+    return output.numel()
+
+
 def example_losses(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
     """Compute each example's loss.
 
@@ -195,7 +239,8 @@ def example_losses(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
         target: Targets as in :meth:`OutputCurvature.columns`.
 
     Returns:
-        The loss of each example ``[batch]``, summed over its outputs.
+        The loss of each example ``[batch]``, summed over its outputs; zero where its
+        target is ignored.
     """
     loss_type = _type_of(loss_func)
     functionals: dict[type[Loss], Callable[..., Tensor]] = {
@@ -203,11 +248,11 @@ def example_losses(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
         CrossEntropyLoss: torch.nn.functional.cross_entropy,
         BCEWithLogitsLoss: torch.nn.functional.binary_cross_entropy_with_logits,
     }
-    options = (
-        {"label_smoothing": loss_func.label_smoothing}
-        if loss_type is CrossEntropyLoss
-        else {}
-    )
+    options: dict[str, Any] = {}
+    if isinstance(loss_func, CrossEntropyLoss):
+        options["label_smoothing"] = loss_func.label_smoothing
+        if not target.is_floating_point():  # torch refuses it with probabilities
+            options["ignore_index"] = loss_func.ignore_index
     loss = functionals[loss_type](output, target, reduction="none", **options)
     return loss.reshape(output.shape[0], -1).sum(1)
 

@@ -18,7 +18,11 @@ from laplace_debiased.rows.inputs import (
     on_device,
 )
 from laplace_debiased.rows.layers import Layer
-from laplace_debiased.rows.output_curvature import OutputCurvature, example_losses
+from laplace_debiased.rows.output_curvature import (
+    OutputCurvature,
+    counted,
+    example_losses,
+)
 from laplace_debiased.rows.recorder import Tape, record_rows
 from laplace_debiased.rows.selection import check_rows_are_separate
 from laplace_debiased.rows.substitution import run
@@ -56,7 +60,7 @@ class SweepSummary:
 
     Args:
         num_data: Number of examples.
-        total_weight: Sum of their weights.
+        total_weight: Sum of their weights, but for examples that the loss ignores.
         loss: Weighted sum of their losses, a scalar tensor.
         num_outputs: Number of network outputs.
         losses: Each example's loss ``[num_data]``, unweighted; None, as all that
@@ -135,6 +139,7 @@ def sweep(
             check_finite_inputs(X)
             own = _weights_of_batch(weights, totals.num_data, len(y))
             own = own.to(parameter.device, weight_dtype)
+            own = own * counted(output_curvature.loss_func, y)
             accumulator.start_batch(own)
             with (
                 torch.set_grad_enabled(backward),
@@ -212,6 +217,11 @@ class _Totals:
             raise ValueError(
                 f"Got {len(weights)} weights for {self.num_data} examples: one each is "
                 "needed."
+            )
+        if self.total_weight == 0:
+            raise ValueError(
+                "No target counts: the loss ignores all of them, or their weight is "
+                "zero."
             )
         if not self.loss.isfinite():
             raise ValueError(
