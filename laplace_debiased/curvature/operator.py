@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +31,18 @@ from laplace_debiased.curvature.factors import (
     is_joint,
 )
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
-from laplace_debiased.rows.inputs import Batch, check_targets, on_device
+from laplace_debiased.curvature.loss_gradient import gradient_and_loss
+from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import (
+    ENDS_IN_SOFTMAX,
     TYPE_2,
     Loss,
     OutputCurvature,
-    example_losses,
-    num_terms,
 )
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.selection import find_layers
-from laplace_debiased.rows.substitution import Substitution, run, stand_ins
 from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
 
 MAGNITUDES = ("kfac", "ggn")
@@ -210,6 +210,8 @@ class DebiasedKFACLinearOperator(LinearOperator):
 
     def _scale(self, summary: SweepSummary) -> float:
         """Factor from sums over the magnitude data to the loss."""
+        if summary.are_probabilities:
+            warn(ENDS_IN_SOFTMAX, stacklevel=2)
         is_mean = self._loss_func.reduction == "mean"
         return 1 / summary.total_weight if is_mean else 1.0
 
@@ -354,25 +356,9 @@ class DebiasedKFACLinearOperator(LinearOperator):
         Returns:
             The gradient in each parameter, and the loss.
         """
-        is_mean = self._loss_func.reduction == "mean"
-        values = stand_ins(self._model_func, self._params)
-        own = [values[id(param)] for param in self._params]
-        total = torch.zeros((), dtype=self.dtype, device=self.device)
-        gradients, count = [torch.zeros_like(value) for value in own], 0
-        for X, y in self._data["Magnitudes"]:
-            X, y = on_device(X, self.device), y.to(self.device)
-            with torch.enable_grad(), Substitution(values):
-                output = run(self._model_func, X)
-                y = check_targets(output, y, self._loss_func)
-                loss = example_losses(self._loss_func, output, y).sum()
-                parts = torch.autograd.grad(
-                    loss, own, allow_unused=True, materialize_grads=True
-                )
-            gradients = [a + b for a, b in zip(gradients, parts, strict=True)]
-            total = total + loss.detach()
-            count += num_terms(self._loss_func, output, y)
-        scale = 1 / count if is_mean else 1.0
-        return [scale * gradient for gradient in gradients], scale * total
+        return gradient_and_loss(
+            self._model_func, self._loss_func, self._params, self._data["Magnitudes"]
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was computed, and by which settings.

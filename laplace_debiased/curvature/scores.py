@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from warnings import warn
 
 from torch import Tensor, nn
 
 from laplace_debiased.rows.inputs import Batch
 from laplace_debiased.rows.model_state import check_repeatable
-from laplace_debiased.rows.output_curvature import Loss, OutputCurvature
+from laplace_debiased.rows.output_curvature import (
+    ENDS_IN_SOFTMAX,
+    Loss,
+    OutputCurvature,
+)
 from laplace_debiased.rows.sweep import Nothing, sweep
 
 
@@ -53,5 +58,7 @@ def curvature_scores(
     summary = sweep(
         model_func, [], [], data, output_curvature, Nothing(), backward=False
     )
+    if summary.are_probabilities:
+        warn(ENDS_IN_SOFTMAX, stacklevel=2)
     assert summary.traces is not None
     return summary.traces

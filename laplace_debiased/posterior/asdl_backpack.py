@@ -17,7 +17,7 @@ from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.posterior.sources import checked_batches
 from laplace_debiased.posterior.upstream import loss_of
 from laplace_debiased.rows.layers import Layer
-from laplace_debiased.rows.output_curvature import counted
+from laplace_debiased.rows.output_curvature import are_probabilities, counted
 from laplace_debiased.rows.sweep import SweepSummary
 from laplace_debiased.sampling.folds import Fold
 
@@ -75,7 +75,7 @@ class BackendSource:
         params = cast("list[nn.Parameter]", list(self.params))
         total = Kron.init_from_model(params, first.device, first.dtype)
         loss = torch.zeros((), device=first.device, dtype=first.dtype)
-        num_outputs = num_seen = 0
+        num_outputs, num_seen, probabilities = 0, 0, True
         batches = checked_batches(self.model, fold.loader, self.backend)
         with tqdm(
             desc="[Computing Hessian]",
@@ -85,6 +85,7 @@ class BackendSource:
             for X, y, output in batches:
                 self._check_batch(X, y)
                 num_outputs = output.shape[-1]
+                probabilities &= are_probabilities(loss_of(self.backend), output)
                 batch_loss, kron = self.backend.kron(
                     X, y, N=fold.num_points, **self.options
                 )
@@ -101,7 +102,11 @@ class BackendSource:
         weight = fold.weights[0].item()
         factors = scale_gradients(self._by_layer(total), weight)
         summary = SweepSummary(
-            fold.num_points, fold.weights.sum().item(), weight * loss, num_outputs
+            fold.num_points,
+            fold.weights.sum().item(),
+            weight * loss,
+            num_outputs,
+            probabilities,
         )
         return factors, summary
 

@@ -63,7 +63,8 @@ class KronDebiasedLaplace(KronLaplace):
 
     Args:
         model: The trained network.
-        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        likelihood: ``"classification"`` (of logits: a softmax at the network's end is
+            warned of), ``"regression"`` or ``"reward_modeling"``.
         sigma_noise: As in ``KronLaplace``, like all that follow until ``magnitudes``.
         prior_precision: A scalar, or one for each parameter tensor.
         prior_mean: Mean of the prior.

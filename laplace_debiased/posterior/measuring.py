@@ -43,12 +43,14 @@ class Estimate:
         loss: The negative log likelihood, scaled to all data.
         num_outputs: Number of network outputs.
         error: The sampling error of both, None if the backend does not tell.
+        are_probabilities: Whether the outputs were probabilities, not logits.
     """
 
     curvature: Curvature
     loss: Tensor
     num_outputs: int
     error: SamplingError | None
+    are_probabilities: bool = False
 
     def merge(self, other: Estimate, share: float) -> Estimate:
         """Add further data.
@@ -65,6 +67,7 @@ class Estimate:
             self.loss + other.loss,
             other.num_outputs,
             self.error and other.error and self.error.merge(other.error),
+            other.are_probabilities,
         )
 
     def scaled(self, factor: float, decay: float = 1.0) -> Estimate:
@@ -82,6 +85,7 @@ class Estimate:
             factor * self.loss,
             self.num_outputs,
             self.error and self.error.scaled(factor, decay),
+            self.are_probabilities,
         )
 
 
@@ -157,6 +161,7 @@ def measure(
         (weights * loss).sum(),
         seen[0].num_outputs,
         _error(source, shares, seen, pool, folds.num_data, is_cross_fit),
+        all(summary.are_probabilities for summary in surveys),
     )
 
 

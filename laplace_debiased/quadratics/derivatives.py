@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from warnings import warn
 
 import torch
 from laplace.utils import select_rows
@@ -44,8 +45,10 @@ from laplace_debiased.rows.linearization import (
 )
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import (
+    ENDS_IN_SOFTMAX,
     Loss,
     OutputCurvature,
+    are_probabilities,
     example_losses,
     num_terms,
 )
@@ -165,7 +168,7 @@ def directional_derivatives(
         raise ValueError("`mode='reverse'` needs `curvature='ggn'`, got 'hessian'.")
 
     measure: Measure | None = None
-    slopes, curvatures, count = [], [], 0
+    slopes, curvatures, count, probabilities = [], [], 0, True
     for X, y in tqdm(data, "[Directional derivatives]", disable=not progress_bar):
         X, y = on_device(X, directions.device), y.to(directions.device)
         check_finite_inputs(X)
@@ -173,6 +176,7 @@ def directional_derivatives(
             output = run(model_func, X)
         y = check_targets(output, y, loss_func)
         count += num_terms(loss_func, output, y)
+        probabilities &= are_probabilities(loss_func, output)
         if measure is None:
             quadratic = _Quadratic(
                 model_func, loss_func, params, directions, memory_limit
@@ -185,6 +189,8 @@ def directional_derivatives(
         raise ValueError("The data source is empty: there is nothing to measure.")
     if count == 0:
         raise ValueError("No target counts: the loss ignores all of them.")
+    if probabilities:
+        warn(ENDS_IN_SOFTMAX, stacklevel=2)
     return DirectionalDerivatives(
         torch.cat(slopes),
         torch.cat(curvatures),

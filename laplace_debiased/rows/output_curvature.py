@@ -230,6 +230,31 @@ def num_terms(loss_func: Loss, output: Tensor, target: Tensor) -> int:
     return output.numel()
 
 
+# to be said of a network whose outputs are probabilities
+ENDS_IN_SOFTMAX = (
+    "All outputs of the network are at least zero and sum to one, as if it ended in a "
+    "softmax: cross-entropy takes logits, and normalizes them once more. Take the "
+    "softmax off, unless the network was trained like that."
+)
+
+
+def are_probabilities(loss_func: Loss, output: Tensor) -> bool:
+    """Tell if what should be cross-entropy's logits are probabilities.
+
+    Args:
+        loss_func: The loss.
+        output: Network output ``[batch, outputs]``.
+
+    Returns:
+        Whether all rows are at least zero and sum to one, up to rounding.
+    """
+    if not isinstance(loss_func, CrossEntropyLoss):
+        return False
+    error = 4 * output.shape[1] * torch.finfo(output.dtype).eps
+    sums = output.detach().double().sum(1)
+    return bool((output >= 0).all() and ((sums - 1).abs() <= error).all())
+
+
 def example_losses(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
     """Compute each example's loss.
 

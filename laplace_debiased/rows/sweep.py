@@ -20,6 +20,7 @@ from laplace_debiased.rows.inputs import (
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import (
     OutputCurvature,
+    are_probabilities,
     counted,
     example_losses,
 )
@@ -63,6 +64,8 @@ class SweepSummary:
         total_weight: Sum of their weights, but for examples that the loss ignores.
         loss: Weighted sum of their losses, a scalar tensor.
         num_outputs: Number of network outputs.
+        are_probabilities: Whether the outputs are probabilities, where logits are
+            expected.
         losses: Each example's loss ``[num_data]``, unweighted; None, as all that
             follows, if a backend of laplace-torch does not tell.
         traces: Trace of each example's output curvature ``[num_data]``, unweighted.
@@ -75,6 +78,7 @@ class SweepSummary:
     total_weight: float
     loss: Tensor
     num_outputs: int
+    are_probabilities: bool = False
     losses: Tensor | None = None
     traces: Tensor | None = None
     classes: Tensor | None = None
@@ -185,6 +189,7 @@ class _Totals:
     num_data: int = 0
     num_outputs: int = 0
     total_weight: float = 0.0
+    are_probabilities: bool = True
     losses: list[Tensor] = field(default_factory=list)
     traces: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
@@ -202,6 +207,8 @@ class _Totals:
         """Add a batch."""
         precise, target = at_least_single(output.detach()), at_least_single(y)
         losses = example_losses(output_curvature.loss_func, precise, target)
+        loss_func = output_curvature.loss_func
+        self.are_probabilities &= are_probabilities(loss_func, output)
         self.losses.append(losses)
         self.traces.append(output_curvature.traces(precise, target))
         self.targets.append(y)
@@ -233,6 +240,7 @@ class _Totals:
             self.total_weight,
             self.loss.to(torch.promote_types(self.dtype, _SINGLE)),
             self.num_outputs,
+            self.are_probabilities,
             torch.cat(self.losses),
             torch.cat(self.traces),
             torch.cat(self.targets) if are_classes else None,
