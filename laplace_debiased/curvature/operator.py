@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import (
+    ENDS_IN_SOFTMAX,
     TYPE_2,
     Loss,
     OutputCurvature,
@@ -85,7 +87,9 @@ class DebiasedKFACLinearOperator(LinearOperator):
             (train or eval) is left as it is; layers with batch statistics or dropout
             must be in eval mode.
         loss_func: ``MSELoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss`` with
-            reduction ``"sum"`` or ``"mean"`` (over the magnitude data).
+            reduction ``"sum"`` or ``"mean"`` (over the magnitude data). Label smoothing
+            counts; examples whose class is ``ignore_index`` do not, as if their weight
+            were zero. Class weights are refused.
         params: The parameters that the operator acts on.
         direction_data: Batches ``(X, y)`` that give the eigenvectors.
         magnitude_data: Batches ``(X, y)`` that give the eigenvalues.
@@ -207,6 +211,8 @@ class DebiasedKFACLinearOperator(LinearOperator):
 
     def _scale(self, summary: SweepSummary) -> float:
         """Factor from sums over the magnitude data to the loss."""
+        if summary.are_probabilities:
+            warn(ENDS_IN_SOFTMAX, stacklevel=2)
         return loss_scale(self._loss_func, summary.total_weight)
 
     def _sweep(

@@ -75,6 +75,8 @@ def _settings(operator: DebiasedKFACLinearOperator) -> dict[str, Any]:
     return {
         "loss": type(operator._loss_func).__name__,
         "reduction": operator._loss_func.reduction,
+        "label_smoothing": getattr(operator._loss_func, "label_smoothing", 0.0),
+        "ignore_index": getattr(operator._loss_func, "ignore_index", None),
         "magnitudes": operator._magnitudes,
         "fisher_type": _plain(curvature.fisher_type),
         "mc_samples": curvature.mc_samples,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from warnings import warn
 
 from torch import Tensor, nn
 
 from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.model_state import check_repeatable
-from laplace_debiased.rows.output_curvature import Loss, OutputCurvature
+from laplace_debiased.rows.output_curvature import (
+    ENDS_IN_SOFTMAX,
+    Loss,
+    OutputCurvature,
+)
 from laplace_debiased.rows.separation import check_outputs
 from laplace_debiased.rows.sweep import Nothing, sweep
 
@@ -60,6 +65,8 @@ def curvature_scores(
         Nothing(),
         backward=False,
     )
+    if summary.are_probabilities:
+        warn(ENDS_IN_SOFTMAX, stacklevel=2)
     assert summary.traces is not None
     return summary.traces
 

@@ -17,6 +17,7 @@ from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.posterior.sources import checked_batches
 from laplace_debiased.posterior.upstream import loss_of
 from laplace_debiased.rows.layers import Layer
+from laplace_debiased.rows.output_curvature import are_probabilities, is_counted
 from laplace_debiased.rows.sweep import SweepSummary
 from laplace_debiased.sampling.folds import Fold
 
@@ -74,7 +75,7 @@ class BackendSource:
         params = cast("list[nn.Parameter]", list(self.params))
         total = Kron.init_from_model(params, first.device, first.dtype)
         loss = torch.zeros((), device=first.device, dtype=first.dtype)
-        num_outputs = 0
+        num_outputs, num_seen, probabilities = 0, 0, True
         batches = checked_batches(self.model, fold.loader, self.backend)
         with tqdm(
             desc="[Computing Hessian]",
@@ -82,8 +83,9 @@ class BackendSource:
             disable=not self.progress_bar,
         ) as bar:
             for X, y, output in batches:
-                self._check_inputs(X)
+                self._check_batch(X, y)
                 num_outputs = output.shape[-1]
+                probabilities &= are_probabilities(loss_of(self.backend), output)
                 try:
                     batch_loss, kron = self.backend.kron(
                         X, y, N=fold.num_points, **self.options
@@ -93,12 +95,22 @@ class BackendSource:
                     raise
                 total += Kron(self._aligned(kron))
                 loss = loss + batch_loss.detach()
+                num_seen += len(y)
                 bar.update(len(y))
+        if num_seen != fold.num_points:
+            raise ValueError(
+                f"{fold.num_points} points of the dataset give {num_seen} examples: "
+                "one each is needed."
+            )
         # the points have equal weights
         weight = fold.weights[0].item()
         factors = scale_gradients(self._by_layer(total), weight)
         summary = SweepSummary(
-            fold.num_points, fold.weights.sum().item(), weight * loss, num_outputs
+            fold.num_points,
+            fold.weights.sum().item(),
+            weight * loss,
+            num_outputs,
+            probabilities,
         )
         return factors, summary
 
@@ -116,7 +128,12 @@ class BackendSource:
         """Not supported: ``ggn`` magnitudes are refused with this backend."""
         raise NotImplementedError
 
-    def _check_inputs(self, X: Any) -> None:
+    def _check_batch(self, X: Any, y: Tensor) -> None:
+        if not is_counted(loss_of(self.backend), y).all():
+            raise ValueError(
+                f"{type(self.backend).__name__} does not honour `ignore_index`: leave "
+                "those points out, or use `CurvlinopsGGN`."
+            )
         if isinstance(X, MutableMapping) and _is_backpack(type(self.backend)):
             raise ValueError("The BackPACK backends do not support dict-like inputs.")
 

@@ -29,6 +29,7 @@ from laplace_debiased.rows.inputs import (
     on_device,
 )
 from laplace_debiased.rows.model_state import check_repeatable, measuring
+from laplace_debiased.rows.output_curvature import ENDS_IN_SOFTMAX
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.selection import Selection, refusal, select, warning
 from laplace_debiased.sampling.folds import (
@@ -107,7 +108,7 @@ def assign(
     settings = la.settings
     points: Points | Folds
     if magnitude_loader is not None:
-        points = explicit_folds(loader, magnitude_loader, all_count=is_batch)
+        points = explicit_folds(loader, magnitude_loader, is_batch, la.dict_key_y)
     else:
         draws = settings.draws(la._backend_cls)
         num_points = settings.num_candidates if draws else settings.budget
@@ -118,6 +119,7 @@ def assign(
             seed if is_batch else settings.seed,
             "batch" if is_batch else "train_loader",
             seed,
+            la.dict_key_y,
         )
     if not seen.weight:
         choose_parameters(la, points.first_batch())
@@ -298,11 +300,14 @@ def messages(la: KronDebiasedLaplace, before: Seen, explicit: bool) -> list[str]
         explicit: Whether the user chose the points.
 
     Returns:
-        The messages: of parameters that were left out, and of a small budget.
+        The messages: of parameters that were left out, of a softmax, and of a small
+        budget.
     """
     found = []
     if la._selection is not None and la._selection.left_out and not before.weight:
         found.append(warning(la._selection.left_out, la.n_params))
+    if la._estimate is not None and la._estimate.are_probabilities:
+        found.append(ENDS_IN_SOFTMAX)
     if not explicit and la.settings.budget is not None and la.sampling_error:
         message = la.sampling_error.warning(round(la._seen.num_points))
         found += [message] if message else []

@@ -67,7 +67,8 @@ class KronDebiasedLaplace(KronLaplace):
 
     Args:
         model: The trained network.
-        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        likelihood: ``"classification"`` (of logits: a softmax at the network's end is
+            warned of), ``"regression"`` or ``"reward_modeling"``.
         sigma_noise: As in ``KronLaplace``, like all that follow until ``magnitudes``.
         prior_precision: A scalar, or one for each parameter tensor.
         prior_mean: Mean of the prior.
@@ -326,10 +327,19 @@ class KronDebiasedLaplace(KronLaplace):
         the points of ``magnitude_loader``. If anything fails, the last fitted posterior
         and the model stay as they were.
 
+        A ``DataLoader`` over a map-style dataset is read by index, by loaders of its
+        own: neither the global random numbers nor those of the loader are advanced,
+        unless examples draw some, or a sampler tells its indices only by an epoch.
+        Anything else is iterated over once, with all that this advances. It must come
+        to an end; N is the number of points that it yields, if its dataset has no
+        length. With a ``budget``, no more of its points are held than are drawn from,
+        and a batch.
+
         Args:
             train_loader: Yields ``(X, y)``, or mappings with the keys ``dict_key_x``
-                and ``dict_key_y``. Without ``magnitude_loader``, its points are
-                assigned to the two roles at random, reproducibly by ``seed``.
+                and ``dict_key_y``, whose rows are counted. Without
+                ``magnitude_loader``, its points are assigned to the two roles at
+                random, reproducibly by ``seed``.
             override: Whether to forget the last fit. Otherwise the data count as
                 further data: with ``kfac`` magnitudes, the factors of both roles add
                 up; with ``ggn``, the factors that give directions, and the magnitudes,
@@ -398,9 +408,12 @@ class KronDebiasedLaplace(KronLaplace):
             raise ValueError(f"`decay` must lie in (0, 1], got {decay}.")
         if num_data is not None:
             check_integer("num_data", num_data, 1)
-        loader, magnitude_loader = loader_of_batch(batch), None
+        loader = loader_of_batch(batch, "batch", self.dict_key_y)
+        magnitude_loader = None
         if magnitude_batch is not None:
-            magnitude_loader = loader_of_batch(magnitude_batch, "magnitude_batch")
+            magnitude_loader = loader_of_batch(
+                magnitude_batch, "magnitude_batch", self.dict_key_y
+            )
         seen = self._seen
         with unchanged_on_failure(self):
             folds = fitting.assign(self, loader, magnitude_loader, seen, is_batch=True)

@@ -50,12 +50,14 @@ class Estimate:
         loss: The negative log likelihood, scaled to all data.
         num_outputs: Number of network outputs.
         error: The sampling error of both, None if the backend does not tell.
+        are_probabilities: Whether the outputs were probabilities, not logits.
     """
 
     curvature: Curvature
     loss: Tensor
     num_outputs: int
     error: SamplingError | None
+    are_probabilities: bool = False
 
     def merge(self, other: Estimate, share: float) -> Estimate:
         """Add further data.
@@ -72,6 +74,7 @@ class Estimate:
             self.loss + other.loss,
             other.num_outputs,
             self.error and other.error and self.error.merge(other.error),
+            other.are_probabilities,
         )
 
     def scaled(self, factor: float, decay: float = 1.0) -> Estimate:
@@ -89,6 +92,7 @@ class Estimate:
             factor * self.loss,
             self.num_outputs,
             self.error and self.error.scaled(factor, decay),
+            self.are_probabilities,
         )
 
 
@@ -162,6 +166,7 @@ def measure(
         (weights * loss).sum(),
         seen[0].num_outputs,
         _error(source, folds, used, seen, pool, settings),
+        all(summary.are_probabilities for summary in surveys),
     )
 
 

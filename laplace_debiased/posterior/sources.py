@@ -32,7 +32,7 @@ from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
 from laplace_debiased.sampling.folds import Fold
 
 # neighbouring positions of a point tell much the same
-POOL_POSITIONS = 16
+POOL_POSITIONS = 32
 _OPTIONS = {"kfac_approx", "mc_samples"}
 
 

@@ -90,8 +90,8 @@ def bias_report(
 
     Raises:
         TypeError: If the loader yields mappings.
-        ValueError: If an argument is out of range or not supported, or the network
-            mixes examples or is random.
+        ValueError: If an argument is out of range or not supported, the loss ignores
+            a target, or the network mixes examples or is random.
 
     Example:
         >>> import torch

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from warnings import warn
 
 import torch
 from laplace.utils import select_rows
@@ -44,8 +45,10 @@ from laplace_debiased.rows.linearization import (
 )
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import (
+    ENDS_IN_SOFTMAX,
     Loss,
     OutputCurvature,
+    are_probabilities,
     example_losses,
     is_counted,
     loss_scale,
@@ -70,8 +73,8 @@ class DirectionalDerivatives:
         slopes: What each example contributes to the slopes, ``[examples, K]``.
         curvatures: What each example contributes to the curvatures, without damping,
             ``[examples, K]``.
-        scale: Factor on the sums over examples: one over their number if the loss is
-            their mean, else one.
+        scale: Factor on the sums over examples: one over the number of terms if the
+            loss is their mean, else one.
         damping: Curvature of the damping along each direction ``[K]``.
     """
 
@@ -111,7 +114,9 @@ def directional_derivatives(
             do not mix. Its mode (train or eval) is left as it is; layers with batch
             statistics or dropout must be in eval mode.
         loss_func: ``MSELoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss`` with
-            reduction ``"sum"`` or ``"mean"`` (over all data).
+            reduction ``"sum"`` or ``"mean"`` (over all data). Label smoothing counts;
+            examples whose class is ``ignore_index`` contribute zeros, and are not in
+            the mean. Class weights are refused.
         params: The parameters that the quadratic is over.
         data: Batches ``(X, y)``, iterated over once.
         directions: Directions as columns ``[params, K]``, of any norm.
@@ -166,12 +171,15 @@ def directional_derivatives(
 
     measure: Measure | None = None
     slopes, curvatures, num_outputs, num_counted = [], [], 0, 0
+    probabilities = True
     for X, y in tqdm(data, "[Directional derivatives]", disable=not progress_bar):
         X, y = on_device(X, directions.device), y.to(directions.device)
         check_finite_inputs(X)
         with torch.no_grad():
             output = run(model_func, X)
-        y, num_outputs = check_targets(output, y, loss_func), output.shape[1]
+        y = check_targets(output, y, loss_func)
+        num_outputs = output.shape[1]
+        probabilities &= are_probabilities(loss_func, output)
         if measure is None:
             quadratic = _Quadratic(
                 model_func, loss_func, params, directions, memory_limit
@@ -183,6 +191,8 @@ def directional_derivatives(
         curvatures.append(curved)
     if not slopes:
         raise ValueError("The data source is empty: there is nothing to measure.")
+    if probabilities:
+        warn(ENDS_IN_SOFTMAX, stacklevel=2)
     return DirectionalDerivatives(
         torch.cat(slopes),
         torch.cat(curvatures),

@@ -158,7 +158,8 @@ def _checked_classes(y: Tensor, num_outputs: int, ignore_index: int) -> Tensor:
     is_class = (y >= 0) & (y < num_outputs)
     if not (is_class | (y == ignore_index)).all():
         raise ValueError(
-            f"Class indices must lie in 0..{num_outputs - 1}, the model's outputs, got "
+            f"Class indices must lie in 0..{num_outputs - 1}, the model's outputs, or "
+            f"be the loss's `ignore_index` {ignore_index}, got "
             f"{y.min().item()}..{y.max().item()}."
         )
     return y.long()

@@ -50,6 +50,11 @@ class OutputCurvature:
                 "`loss_func` must be MSELoss, CrossEntropyLoss or BCEWithLogitsLoss, "
                 f"got {self.loss_func!r}."
             )
+        if type(self.loss_func).forward is not self._loss_type.forward:
+            raise ValueError(
+                f"`loss_func` must not have a `forward` of its own, as "
+                f"{type(self.loss_func).__name__} has."
+            )
         if self.loss_func.reduction not in {"sum", "mean"}:
             raise ValueError(
                 "`loss_func` must have reduction 'sum' or 'mean', "
@@ -91,21 +96,22 @@ class OutputCurvature:
 
         Returns:
             Columns ``[columns, batch, outputs]``; the sum of their outer products is
-            each example's curvature (for sampled labels: in expectation).
+            each example's curvature (for sampled labels: in expectation), which is zero
+            where the loss ignores the target.
         """
         output = output.detach()
         if self.fisher_type == TYPE_2:
             columns = self._hessian_sqrt(output, generator)
         elif self.fisher_type == MC:
             # of what is sampled, nothing is smoothed or ignored
-            likelihood = OutputCurvature(self._loss_type(reduction="sum"))
+            plain = self._loss_type(reduction="sum")
             residuals = [
-                likelihood._residual(output, self._sample(output, generator))
+                _residual(plain, output, self._sample(output, generator))
                 for _ in range(self.mc_samples)
             ]
             columns = torch.stack(residuals) / self.mc_samples**0.5
         else:
-            columns = self._residual(output, target).unsqueeze(0)
+            columns = _residual(self.loss_func, output, target).unsqueeze(0)
         counted = is_counted(self.loss_func, target)[:, None]
         return columns * counted * self._output_scale(output) ** 0.5
 
@@ -120,7 +126,7 @@ class OutputCurvature:
             The traces ``[batch]``; with ``"mc"`` their expectation.
         """
         if self.fisher_type == EMPIRICAL:
-            traces = self._residual(output, target).square().sum(1)
+            traces = _residual(self.loss_func, output, target).square().sum(1)
         elif self._loss_type is CrossEntropyLoss:
             traces = 1 - output.softmax(1).square().sum(1)
         elif self._loss_type is MSELoss:
@@ -171,13 +177,6 @@ class OutputCurvature:
         columns.scatter_add_(2, kept.unsqueeze(2), factors.unsqueeze(2))
         return columns.movedim(1, 0)
 
-    def _residual(self, output: Tensor, target: Tensor) -> Tensor:
-        """Gradient of each example's loss in its output, ``[batch, outputs]``."""
-        output = output.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = example_losses(self.loss_func, output, target).sum()
-        return torch.autograd.grad(loss, output)[0]
-
     def _sample(self, output: Tensor, generator: Generator) -> Tensor:
         """Draw labels from the likelihood that the loss implies."""
         if self._loss_type is CrossEntropyLoss:
@@ -191,6 +190,39 @@ class OutputCurvature:
         return output + 0.5**0.5 * noise
 
 
+def _residual(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
+    """Gradient of each example's loss in its output, ``[batch, outputs]``."""
+    output = output.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = example_losses(loss_func, output, target).sum()
+    return torch.autograd.grad(loss, output)[0]
+
+
+# to be said of a network whose outputs are probabilities
+ENDS_IN_SOFTMAX = (
+    "All outputs of the network are at least zero and sum to one, as if it ended in a "
+    "softmax: cross-entropy takes logits, and normalizes them once more. Take the "
+    "softmax off, unless the network was trained like that."
+)
+
+
+def are_probabilities(loss_func: Loss, output: Tensor) -> bool:
+    """Tell if what should be cross-entropy's logits are probabilities.
+
+    Args:
+        loss_func: The loss.
+        output: Network output ``[batch, outputs]``.
+
+    Returns:
+        Whether all rows are at least zero and sum to one, up to rounding.
+    """
+    if not isinstance(loss_func, CrossEntropyLoss):
+        return False
+    error = 4 * output.shape[1] * torch.finfo(output.dtype).eps
+    sums = output.detach().double().sum(1)
+    return bool((output >= 0).all() and ((sums - 1).abs() <= error).all())
+
+
 def example_losses(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
     """Compute each example's loss.
 
@@ -200,7 +232,8 @@ def example_losses(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
         target: Targets as in :meth:`OutputCurvature.columns`.
 
     Returns:
-        The loss of each example ``[batch]``, summed over its outputs.
+        The loss of each example ``[batch]``, summed over its outputs; zero where its
+        target is ignored.
     """
     loss_type = _type_of(loss_func)
     functionals: dict[type[Loss], Callable[..., Tensor]] = {
@@ -227,7 +260,8 @@ def is_counted(loss_func: Loss, target: Tensor) -> Tensor:
     Returns:
         Whether each counts ``[batch]``.
     """
-    if isinstance(loss_func, CrossEntropyLoss) and not target.is_floating_point():
+    is_class = target.ndim == 1 and not target.is_floating_point()
+    if is_class and isinstance(loss_func, CrossEntropyLoss):
         return target != loss_func.ignore_index
     return target.new_ones(len(target), dtype=torch.bool)
 

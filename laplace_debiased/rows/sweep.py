@@ -21,6 +21,7 @@ from laplace_debiased.rows.inputs import (
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import (
     OutputCurvature,
+    are_probabilities,
     example_losses,
     is_counted,
 )
@@ -71,6 +72,8 @@ class SweepSummary:
         total_weight: Sum of the weights of those that the loss counts.
         loss: Weighted sum of their losses, a scalar tensor.
         num_outputs: Number of network outputs.
+        are_probabilities: Whether the outputs are probabilities, where logits are
+            expected.
         losses: Each example's loss ``[num_data]``, unweighted; None, as all that
             follows, if a backend of laplace-torch does not tell.
         traces: Trace of each example's output curvature ``[num_data]``, unweighted.
@@ -86,6 +89,7 @@ class SweepSummary:
     total_weight: float
     loss: Tensor
     num_outputs: int
+    are_probabilities: bool = False
     losses: Tensor | None = None
     traces: Tensor | None = None
     classes: Tensor | None = None
@@ -157,8 +161,7 @@ def sweep(
             check_finite_inputs(X)
             own = _weights_of_batch(weights, totals.num_data, len(y))
             own = own.to(parameter.device, weight_dtype)
-            if y.ndim == 1:  # otherwise refused below
-                own = own * is_counted(output_curvature.loss_func, y)
+            own = own * is_counted(output_curvature.loss_func, y)
             accumulator.start_batch(own)
             with (
                 torch.set_grad_enabled(backward),
@@ -216,6 +219,7 @@ class _Totals:
     num_data: int = 0
     num_outputs: int = 0
     total_weight: float = 0.0
+    are_probabilities: bool = True
     losses: list[Tensor] = field(default_factory=list)
     traces: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
@@ -233,6 +237,8 @@ class _Totals:
         """Add a batch."""
         precise, target = at_least_single(output.detach()), at_least_single(y)
         losses = example_losses(output_curvature.loss_func, precise, target)
+        loss_func = output_curvature.loss_func
+        self.are_probabilities &= are_probabilities(loss_func, output)
         self.losses.append(losses)
         self.traces.append(output_curvature.traces(precise, target))
         self.targets.append(y)
@@ -249,6 +255,11 @@ class _Totals:
                 f"Got {len(weights)} weights for {self.num_data} examples: one each is "
                 "needed."
             )
+        if self.total_weight == 0:
+            raise ValueError(
+                "No target counts: the loss ignores all of them, or their weight is "
+                "zero."
+            )
         if not self.loss.isfinite():
             raise ValueError(
                 f"The loss is {self.loss.item()}: model or targets are not finite."
@@ -259,6 +270,7 @@ class _Totals:
             self.total_weight,
             self.loss.to(torch.promote_types(self.dtype, _SINGLE)),
             self.num_outputs,
+            self.are_probabilities,
             torch.cat(self.losses),
             torch.cat(self.traces),
             torch.cat(self.targets) if are_classes else None,

@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader
 
 from laplace_debiased.sampling.loaders import (
     base_indices,
-    dataset_size,
-    indexable,
+    counted,
     loader_indices,
     loader_over_set,
 )
@@ -163,6 +162,7 @@ def draw_uniformly(
     seed: int,
     name: str = "train_loader",
     draw_seed: int | None = None,
+    target_key: str = "labels",
 ) -> Points:
     """Draw points of a loader without replacement.
 
@@ -173,20 +173,20 @@ def draw_uniformly(
             data, since a point that changed its fold would be in two of them.
         name: The loader's name in messages.
         draw_seed: Seed of the draw from each fold; None for ``seed``.
+        target_key: Key of the targets in mappings.
 
     Returns:
         The points.
 
     Raises:
-        ValueError: If the loader is empty or has no dataset of known size.
+        ValueError: If the loader is empty, or its points cannot be counted.
     """
-    num_data = dataset_size(loader, name)
-    loader = indexable(loader)
+    draw_seed = seed if draw_seed is None else draw_seed
+    loader, num_data = counted(loader, name, target_key, num_points, draw_seed)
     points = loader_indices(loader, name).unique()
     generator = torch.Generator().manual_seed(int(seed))
     order = points[torch.randperm(len(points), generator=generator)]
     num_points = len(points) if num_points is None else min(num_points, len(points))
-    draw_seed = seed if draw_seed is None else draw_seed
     return Points(loader, order, num_data, num_points, draw_seed, name)
 
 
@@ -211,6 +211,7 @@ def explicit_folds(
     direction_loader: DataLoader,
     magnitude_loader: DataLoader,
     all_count: bool = False,
+    target_key: str = "labels",
 ) -> Folds:
     """Take two folds from two loaders.
 
@@ -219,20 +220,19 @@ def explicit_folds(
         magnitude_loader: Yields the points that give magnitudes.
         all_count: Whether the points of both are all data; otherwise the dataset of
             ``direction_loader`` is.
+        target_key: Key of the targets in mappings.
 
     Returns:
         The two folds.
 
     Raises:
-        ValueError: If a loader is empty or has no dataset of known size, or both yield
+        ValueError: If a loader is empty or its points cannot be counted, or both yield
             the same point of the same dataset.
     """
     if direction_loader is magnitude_loader:
         raise ValueError("`train_loader` and `magnitude_loader` must be disjoint.")
-    num_data = dataset_size(direction_loader, "train_loader")
-    dataset_size(magnitude_loader, "magnitude_loader")
-    direction_loader = indexable(direction_loader)
-    magnitude_loader = indexable(magnitude_loader)
+    direction_loader, num_data = counted(direction_loader, "train_loader", target_key)
+    magnitude_loader, _ = counted(magnitude_loader, "magnitude_loader", target_key)
     directions = loader_indices(direction_loader, "train_loader")
     magnitudes = loader_indices(magnitude_loader, "magnitude_loader")
 

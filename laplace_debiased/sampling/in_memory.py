@@ -7,7 +7,6 @@ equal shapes are neighbours, and a new batch begins where the shapes change.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,8 +17,6 @@ import torch
 from laplace.utils import concatenate_rows, select_rows
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-
-from laplace_debiased.rows.inputs import check_is_batch
 
 Keys = tuple[Any, ...]  # lead to a value in nested mappings
 
@@ -68,8 +65,73 @@ def shapes(example: Any) -> Hashable:
     return getattr(example, "shape", None)
 
 
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """What a loader yields at a time.
+
+    Args:
+        leaves: Its values, with the keys that lead there.
+        size: Number of points.
+        is_mapping: Whether it is a mapping; else a pair.
+    """
+
+    leaves: dict[Keys, Any]
+    size: int
+    is_mapping: bool
+
+    @classmethod
+    def read(cls, batch: Any, target_key: str, name: str) -> _Batch:
+        """Count the points of a pair or mapping by its targets.
+
+        Raises:
+            ValueError: If it is neither, its targets are missing or have no rows, or
+                the inputs of a pair have other rows.
+        """
+        if not isinstance(batch, MutableMapping | tuple | list):
+            raise ValueError(
+                f"`{name}` must yield pairs (X, y) or mappings, got "
+                f"{type(batch).__name__}."
+            )
+        is_mapping = isinstance(batch, MutableMapping)
+        entries = batch if isinstance(batch, MutableMapping) else enumerate(batch)
+        leaves = dict(_leaves(dict(entries)))
+        target = (target_key,) if is_mapping else (1,)
+        if target not in leaves:
+            raise ValueError(
+                f"`{name}` yields no targets: they are expected at {target[0]!r} "
+                f"(`dict_key_y` for mappings), but there are {list(leaves)}."
+            )
+        size = _length(leaves[target])
+        if size is None:
+            raise ValueError(
+                f"`{name}` yields single examples, whose targets have no rows: it must "
+                "yield batches. With a `DataLoader`, set its `batch_size`."
+            )
+        inputs = None if is_mapping else leaves.get((0,))
+        if isinstance(inputs, Tensor) and _length(inputs) != size:
+            raise ValueError(
+                f"`{name}` yields inputs of shape {tuple(inputs.shape)} with {size} "
+                "targets: both must have a row for each point."
+            )
+        return cls(leaves, size, is_mapping)
+
+    def shared(self) -> set[Keys]:
+        """Return the keys of what has no row for each point."""
+        values = self.leaves.items()
+        return {path for path, value in values if _length(value) != self.size}
+
+    def point(self, row: int, shared: set[Keys]) -> _Batch:
+        """Copy one of the points, and refer to what is shared."""
+        index = torch.tensor([row])
+        leaves = {
+            path: value if path in shared else select_rows(value, index, self.size)
+            for path, value in self.leaves.items()
+        }
+        return _Batch(leaves, 1, self.is_mapping)
+
+
 class PointsInMemory(Dataset):
-    """The points of batches that were read into memory.
+    """The points of batches that were read into memory, or some of them.
 
     A point is the number of its batch and its row in it. Points of batches that can be
     joined follow each other.
@@ -78,32 +140,76 @@ class PointsInMemory(Dataset):
         batches: Yields ``(X, y)`` pairs or mappings, whose tensors, lists and tuples
             have a row for each point. Those of another length in any batch, and all
             other values, are shared by the points of their batch.
+        target_key: Key of the targets in mappings, whose rows are counted.
+        num_kept: Number of points to keep, drawn uniformly while they are read, so that
+            no more are held than these and a batch; None for all.
+        seed: Seed of the draw.
+        name: The loader's name in messages.
+
+    Raises:
+        ValueError: If the points of a batch cannot be counted, or a draw cannot tell
+            them apart.
     """
 
-    def __init__(self, batches: Iterable):
-        read = list(batches)
-        self._is_mapping = bool(read) and isinstance(read[0], MutableMapping)
-        self._batches = [
-            dict(_leaves(batch if self._is_mapping else dict(enumerate(batch))))
-            for batch in read
-        ]
-        if read and not self._is_mapping:
-            check_is_batch(self._batches[0][1,])
-        self._sizes = [
-            _mode(leaves) if self._is_mapping else len(leaves[1,])
-            for leaves in self._batches
-        ]
-        self._shared = {
-            path
-            for leaves, size in zip(self._batches, self._sizes, strict=True)
-            for path, value in leaves.items()
-            if _length(value) != size
-        }
+    def __init__(
+        self,
+        batches: Iterable,
+        target_key: str = "labels",
+        num_kept: int | None = None,
+        seed: int = 0,
+        name: str = "train_loader",
+    ):
+        #: Number of points that were read.
+        self.num_seen = 0
+        self._shared: set[Keys] = set()
+        self._largest = 0
+        read = self._noted(_Batch.read(batch, target_key, name) for batch in batches)
+        kept = list(read) if num_kept is None else self._drawn(read, num_kept, seed)
+        self._is_mapping = bool(kept) and kept[0].is_mapping
+        self._batches = [batch.leaves for batch in kept]
+        self._sizes = [batch.size for batch in kept]
         layouts = [self._layout(leaves) for leaves in self._batches]
         numbers = {layout: k for k, layout in enumerate(dict.fromkeys(layouts))}
         self._kinds = [numbers[layout] for layout in layouts]
-        order = sorted(range(len(read)), key=self._kinds.__getitem__)
+        order = sorted(range(len(kept)), key=self._kinds.__getitem__)
         self._points = [(k, row) for k in order for row in range(self._sizes[k])]
+
+    def _noted(self, batches: Iterable[_Batch]) -> Iterator[_Batch]:
+        """Hand on batches, and note what is in them."""
+        for batch in batches:
+            self._shared |= batch.shared()
+            self._largest = max(self._largest, batch.size)
+            yield batch
+            self.num_seen += batch.size
+
+    def _drawn(
+        self, batches: Iterator[_Batch], num_kept: int, seed: int
+    ) -> list[_Batch]:
+        """Keep points with equal probability: each further one may take a place.
+
+        This is the reservoir of Waterman (Knuth, 1981, section 3.4.2).
+        """
+        generator = torch.Generator().manual_seed(int(seed))
+        kept: list[_Batch] = []
+        shared: set[Keys] = set()
+        for batch in batches:
+            if kept and self._shared != shared:
+                raise ValueError(
+                    f"The entries {sorted(self._shared - shared)} had a row for each "
+                    "point in earlier batches, but not in this one: points of a stream "
+                    "cannot be told apart. Yield what points share as a scalar or a "
+                    "`str`, or fit without a `budget`."
+                )
+            shared = set(self._shared)
+            numbers = torch.arange(self.num_seen, self.num_seen + batch.size)
+            chances = torch.rand(batch.size, generator=generator, dtype=torch.float64)
+            places = torch.where(
+                numbers < num_kept, numbers, (chances * (numbers + 1)).long()
+            )
+            for row, place in enumerate(places.tolist()):
+                if place < num_kept:
+                    kept[place : place + 1] = [batch.point(row, shared)]
+        return kept
 
     def __len__(self) -> int:
         return len(self._points)
@@ -114,7 +220,12 @@ class PointsInMemory(Dataset):
     def loader(self) -> RunLoader:
         """Return a loader over the points, in batches no smaller than they were."""
         collate = Runs(self._collate, self._kind)
-        return RunLoader(self, max([64, *self._sizes]), collate_fn=collate)
+        return RunLoader(
+            self,
+            max(64, self._largest),
+            collate_fn=collate,
+            generator=own_generator(),
+        )
 
     def _kind(self, point: tuple[int, int]) -> int:
         return self._kinds[point[0]]
@@ -144,6 +255,11 @@ class PointsInMemory(Dataset):
         return batch if self._is_mapping else tuple(batch.values())
 
 
+def own_generator() -> torch.Generator:
+    """Return what a loader seeds its workers from, instead of the global generator."""
+    return torch.Generator().manual_seed(torch.initial_seed())
+
+
 def _leaves(entries: MutableMapping, path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
     """Yield what nested mappings hold, with the keys that lead there."""
     for key, value in entries.items():
@@ -170,13 +286,6 @@ def _length(value: Any) -> int | None:
         value.ndim if isinstance(value, Tensor) else isinstance(value, list | tuple)
     )
     return len(value) if has_rows else None
-
-
-def _mode(leaves: dict[Keys, Any]) -> int:
-    """Return the most frequent length, the first of several; zero if there is none."""
-    lengths = (_length(value) for value in leaves.values())
-    counts = Counter(length for length in lengths if length is not None)
-    return max(counts, key=counts.__getitem__, default=0)
 
 
 def _row_shape(value: Tensor | list | tuple) -> Hashable:

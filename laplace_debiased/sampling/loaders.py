@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sized
+from collections.abc import Iterable, MutableMapping, Sized
 from statistics import median_high
 from typing import Any
 
@@ -22,33 +22,54 @@ from laplace_debiased.sampling.in_memory import (
     PointsInMemory,
     RunLoader,
     Runs,
+    own_generator,
     shapes,
 )
 
 
-def dataset_size(loader: DataLoader, name: str) -> int:
-    """Return the number of points in a loader's dataset.
+def counted(
+    loader: Iterable,
+    name: str,
+    target_key: str = "labels",
+    num_kept: int | None = None,
+    seed: int = 0,
+) -> tuple[DataLoader, int]:
+    """Return a loader whose points can be drawn by index, and their number.
+
+    A ``DataLoader`` over a map-style dataset is one. What any other iterable yields is
+    read once, and kept in memory as far as it is needed.
 
     Args:
-        loader: The loader.
+        loader: A ``DataLoader``, or anything that yields batches and comes to an end.
         name: Its name in messages.
+        target_key: Key of the targets in mappings.
+        num_kept: Number of points to keep of an iterable, drawn uniformly; None for
+            all.
+        seed: Seed of that draw.
 
     Returns:
-        The number of points, N.
+        The loader, and the number of training points N: the length of the dataset, or
+        the number of points that an iterable without one yields.
 
     Raises:
-        ValueError: If there is no dataset of known, positive size.
+        ValueError: If there are no points, they cannot be counted, or are more than the
+            length of the dataset.
     """
     dataset = getattr(loader, "dataset", None)
-    if not isinstance(dataset, Sized):
-        raise ValueError(
-            f"`{name}` must have a `dataset` with a length, which is the number of "
-            f"training points N; got {type(loader).__name__} with dataset "
-            f"{type(dataset).__name__}."
-        )
-    if len(dataset) == 0:
+    size = len(dataset) if isinstance(dataset, Sized) else None
+    if size == 0:
         raise ValueError(f"`{name}` is empty: its dataset has no points.")
-    return len(dataset)
+    own = _indexable(loader)
+    if own is not None and size is not None:
+        return own, size
+    points = PointsInMemory(loader, target_key, num_kept, seed, name)
+    if size is not None and points.num_seen > size:
+        raise ValueError(
+            f"`{name}` yields {points.num_seen} points, but its dataset has length "
+            f"{size}, which must be the number of training points N: a dataset of "
+            "batches must tell the number of its points."
+        )
+    return points.loader(), points.num_seen if size is None else size
 
 
 def loader_indices(loader: DataLoader, name: str) -> Tensor:
@@ -109,9 +130,10 @@ def _batch_size(loader: DataLoader) -> int:
 
 
 def _reading(loader: DataLoader) -> dict[str, Any]:
-    """Return how a loader reads its dataset."""
+    """Return how a loader reads its dataset, with random numbers of its own."""
     names = ("num_workers", "pin_memory", "worker_init_fn")
-    return {name: getattr(loader, name) for name in names}
+    own = {name: getattr(loader, name) for name in names}
+    return own | {"generator": own_generator()}
 
 
 def subset_of(loader: DataLoader, positions: Tensor) -> DataLoader:
@@ -139,12 +161,10 @@ def base_indices(dataset: Dataset, indices: Tensor) -> tuple[Dataset, Tensor]:
     return dataset, indices
 
 
-def indexable(loader: DataLoader) -> DataLoader:
-    """Return a loader whose points can be drawn by index.
-
-    A ``DataLoader`` over a map-style dataset is one. What any other iterable yields is
-    read once and kept in memory.
-    """
+def _indexable(loader: Iterable) -> DataLoader | None:
+    """Return a loader whose points can be drawn by index; None if it is not one."""
+    if isinstance(loader, RunLoader):
+        return loader
     if (
         isinstance(loader, DataLoader)
         and type(loader).__iter__ is DataLoader.__iter__
@@ -153,7 +173,7 @@ def indexable(loader: DataLoader) -> DataLoader:
     ):
         is_plain = type(loader.batch_sampler) is BatchSampler
         return loader if is_plain else _listed(loader)
-    return PointsInMemory(loader).loader()
+    return None
 
 
 def _listed(loader: DataLoader) -> DataLoader:
@@ -177,25 +197,28 @@ def _listed(loader: DataLoader) -> DataLoader:
     )
 
 
-def loader_of_batch(batch: Any, name: str = "batch") -> DataLoader:
+def loader_of_batch(
+    batch: Any, name: str = "batch", target_key: str = "labels"
+) -> DataLoader:
     """Return a loader over the points of one batch.
 
     Args:
         batch: A pair ``(X, y)``, or a mapping.
         name: Its name in messages.
+        target_key: Key of the targets in mappings.
 
     Returns:
         A loader that yields them in one batch.
 
     Raises:
         TypeError: If it is neither.
-        ValueError: If it has no points.
+        ValueError: If it has no points, or they cannot be counted.
     """
     if not isinstance(batch, MutableMapping | tuple | list):
         raise TypeError(
             f"`{name}` must be a pair (X, y) or a mapping, got {type(batch).__name__}."
         )
-    points = PointsInMemory([batch])
+    points = PointsInMemory([batch], target_key, name=name)
     if len(points) == 0:
         raise ValueError(f"`{name}` is empty: it has no points.")
     return points.loader()
