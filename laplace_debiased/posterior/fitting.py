@@ -112,14 +112,14 @@ def assign(
     else:
         draws = settings.draws(la._backend_cls)
         num_points = settings.num_candidates if draws else settings.budget
-        seed = seen.seed(settings.seed)
+        seed, draw_seed = settings.seed, None
+        if is_batch:
+            seed = seen.seed(seed)
+        elif seen.num_updates:
+            draw_seed = seen.seed(seed)
+        name = "batch" if is_batch else "train_loader"
         points = draw_uniformly(
-            loader,
-            num_points,
-            seed if is_batch else settings.seed,
-            "batch" if is_batch else "train_loader",
-            seed,
-            la.dict_key_y,
+            loader, num_points, seed, name, draw_seed, la.dict_key_y
         )
     if not seen.weight:
         choose_parameters(la, points.first_batch())

@@ -739,8 +739,8 @@ class KronDebiasedLaplace(KronLaplace):
         """Return the fitted posterior.
 
         Returns:
-            A dictionary of plain values and tensors, which ``torch.load`` reads with
-            ``weights_only=True``.
+            A flat dictionary of plain values and tensors, whose keys are paths such as
+            ``layers.0.name``. ``torch.load`` reads it with ``weights_only=True``.
 
         Raises:
             AttributeError: If there is no fit yet.
@@ -755,7 +755,8 @@ class KronDebiasedLaplace(KronLaplace):
 
         Raises:
             ValueError: If it is of another format, class, kind of magnitudes,
-                likelihood or network, or lacks an entry. Then the last posterior stays.
+                likelihood or network, lacks an entry or has another. Then the last
+                posterior stays.
         """
         with unchanged_on_failure(self):
             self._load(state_dict)

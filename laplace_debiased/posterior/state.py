@@ -92,10 +92,24 @@ def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
         saved: From :func:`state_dict`.
 
     Raises:
-        ValueError: If it does not fit.
+        ValueError: If it does not fit, or an entry is missing or unknown.
     """
     check(la, saved)
-    saved = _nested(saved)
+    try:
+        _take_over(la, _nested(saved))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"`state_dict` lacks an entry, or has another: {error}") from (
+            error
+        )
+    differing = la.state_dict().keys() ^ saved.keys()
+    if differing:
+        raise ValueError(
+            f"`state_dict` lacks {sorted(differing)}, or they are unknown."
+        )
+
+
+def _take_over(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
+    """Build what was saved, from nested entries."""
     named = dict(la.model.named_parameters())
     fitted: list[Tensor] = [named[name] for name in saved["parameters"]]
     set_params(la, fitted)

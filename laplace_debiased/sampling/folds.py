@@ -99,7 +99,7 @@ class Points:
         order: Their dataset indices. A point's place in the order gives its fold.
         num_data: Number of points that the curvature is scaled to.
         num_points: Number of points to use.
-        seed: Seed of the draw of those from each fold.
+        draw_seed: Seed of a draw of those from each fold; None for the first ones.
         name: The loader's name in messages.
     """
 
@@ -107,7 +107,7 @@ class Points:
     order: Tensor
     num_data: int
     num_points: int
-    seed: int
+    draw_seed: int | None = None
     name: str = "train_loader"
 
     def __len__(self) -> int:
@@ -115,7 +115,7 @@ class Points:
 
     @property
     def indices(self) -> Tensor:
-        """Dataset indices of as many points as are to be used, whatever their fold."""
+        """Dataset indices of the first points, as many as are to be used."""
         return self.order[: self.num_points]
 
     def first_batch(self) -> Any:
@@ -144,16 +144,32 @@ class Points:
                 f"`{self.name}` has too few points, {len(self)}: at least {needed} are "
                 "needed, since some give directions, others magnitudes."
             )
-        sizes = fold_sizes(len(self), shares)
-        ends = [end * len(self.order) // len(self) for end in accumulate(sizes)]
-        parts = self.order.tensor_split(ends[:-1])
-        generator = torch.Generator().manual_seed(int(self.seed))
-        folds = []
-        for part, size in zip(parts, sizes, strict=True):
-            drawn = part[torch.randperm(len(part), generator=generator)[:size]]
-            loader = loader_over_set(self.loader, drawn)
-            folds.append(Fold.of_all(loader, size, self.num_data))
+        parts = self._parts(fold_sizes(len(self), shares))
+        folds = [
+            Fold.of_all(loader_over_set(self.loader, part), len(part), self.num_data)
+            for part in parts
+        ]
         return Folds(tuple(folds), self.num_data)
+
+    def _parts(self, sizes: list[int]) -> list[Tensor]:
+        """Draw as many points from each fold.
+
+        The first ones are divided by size, and the others in proportion.
+        """
+        first = list(self.indices.split(sizes))
+        if self.draw_seed is None:
+            return first
+        others = self.order[len(self) :]
+        ends = [end * len(others) // len(self) for end in accumulate(sizes)]
+        generator = torch.Generator().manual_seed(int(self.draw_seed))
+        folds = [
+            torch.cat(pair)
+            for pair in zip(first, others.tensor_split(ends[:-1]), strict=True)
+        ]
+        return [
+            fold[torch.randperm(len(fold), generator=generator)[:size]]
+            for fold, size in zip(folds, sizes, strict=True)
+        ]
 
 
 def draw_uniformly(
@@ -172,7 +188,7 @@ def draw_uniformly(
         seed: Seed of the order, by which a point has its fold: the same for the same
             data, since a point that changed its fold would be in two of them.
         name: The loader's name in messages.
-        draw_seed: Seed of the draw from each fold; None for ``seed``.
+        draw_seed: Seed of another draw from the same folds; None for the first one.
         target_key: Key of the targets in mappings.
 
     Returns:
@@ -181,8 +197,8 @@ def draw_uniformly(
     Raises:
         ValueError: If the loader is empty, or its points cannot be counted.
     """
-    draw_seed = seed if draw_seed is None else draw_seed
-    loader, num_data = counted(loader, name, target_key, num_points, draw_seed)
+    own_seed = seed if draw_seed is None else draw_seed
+    loader, num_data = counted(loader, name, target_key, num_points, own_seed)
     points = loader_indices(loader, name).unique()
     generator = torch.Generator().manual_seed(int(seed))
     order = points[torch.randperm(len(points), generator=generator)]

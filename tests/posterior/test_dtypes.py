@@ -46,7 +46,7 @@ def test_curvature_of_many_data_does_not_overflow_in_half_precision(
         train = loader(likelihood=likelihood, dtype=dtype)
         la = debiased(model, likelihood, subset, magnitudes=magnitudes)
         with mock.patch(
-            "laplace_debiased.sampling.folds.dataset_size", return_value=10**6
+            "laplace_debiased.sampling.folds.counted", return_value=(train, 10**6)
         ):
             la.fit(train)
         assert max(values.max() for (values, *_) in la.H.eigenvalues) > 65504

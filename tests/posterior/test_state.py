@@ -105,3 +105,27 @@ def test_incomplete_checkpoints_are_refused(subset):
     for other in ({}, la.model.state_dict()):
         with pytest.raises(ValueError, match=r"has format None, not 3"):
             la.load_state_dict(other)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_no_entry_may_be_missing_or_unknown(subset, magnitudes):
+    la, other = (
+        debiased(network("mlp"), subset=subset, magnitudes=magnitudes) for _ in range(2)
+    )
+    train = loader()
+    la.fit(train)
+    other.fit(loader(seed=5))
+    X = train.dataset.tensors[0]
+    state_dict, before = la.state_dict(), other(X)
+    changed = [
+        {k: v for k, v in state_dict.items() if k != key} for key in state_dict
+    ] + [
+        state_dict | {key: 1} for key in ("more", "seen.more", "seen", "layers.9.name")
+    ]
+    for incomplete in changed:
+        with pytest.raises(ValueError, match=r"`(state_dict|eigenvalues)`"):
+            other.load_state_dict(incomplete)
+        assert torch.equal(other(X), before)
+    other.load_state_dict(state_dict)
+    assert torch.equal(other(X), la(X))

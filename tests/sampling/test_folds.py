@@ -350,7 +350,7 @@ def test_strata_of_another_shape_are_refused():
 @pytest.mark.parametrize("shares", [HALVES, [1 / 3] * 3, [0.1, 0.9]])
 def test_a_point_has_the_same_fold_in_each_draw(dataset, budget, shares):
     fold_of, counts = {}, torch.zeros(SIZE)
-    for draw_seed in range(200):
+    for draw_seed in (None, *range(200)):
         drawn = draw_uniformly(DataLoader(dataset, 3), budget, 5, draw_seed=draw_seed)
         folds = drawn.split(shares).folds
         sizes = fold_sizes(budget or SIZE, shares)
