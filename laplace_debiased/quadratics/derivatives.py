@@ -114,9 +114,7 @@ def directional_derivatives(
             do not mix. Its mode (train or eval) is left as it is; layers with batch
             statistics or dropout must be in eval mode.
         loss_func: ``MSELoss``, ``CrossEntropyLoss`` or ``BCEWithLogitsLoss`` with
-            reduction ``"sum"`` or ``"mean"`` (over all data). Label smoothing counts;
-            examples whose class is ``ignore_index`` contribute zeros, and are not in
-            the mean. Class weights are refused.
+            reduction ``"sum"`` or ``"mean"`` (over all data that are not ignored).
         params: The parameters that the quadratic is over.
         data: Batches ``(X, y)``, iterated over once.
         directions: Directions as columns ``[params, K]``, of any norm.
@@ -170,20 +168,17 @@ def directional_derivatives(
         raise ValueError("`mode='reverse'` needs `curvature='ggn'`, got 'hessian'.")
 
     measure: Measure | None = None
-    slopes, curvatures, num_outputs, num_counted = [], [], 0, 0
-    probabilities = True
+    slopes, curvatures, num_outputs, num_counted, probabilities = [], [], 0, 0, True
     for X, y in tqdm(data, "[Directional derivatives]", disable=not progress_bar):
         X, y = on_device(X, directions.device), y.to(directions.device)
         check_finite_inputs(X)
         with torch.no_grad():
             output = run(model_func, X)
-        y = check_targets(output, y, loss_func)
-        num_outputs = output.shape[1]
+        y, num_outputs = check_targets(output, y, loss_func), output.shape[1]
         probabilities &= are_probabilities(loss_func, output)
         if measure is None:
-            quadratic = _Quadratic(
-                model_func, loss_func, params, directions, memory_limit
-            )
+            settings = (model_func, loss_func, params, directions, memory_limit)
+            quadratic = _Quadratic(*settings)
             measure = _measure(quadratic, curvature, mode, X, len(y))
         slope, curved = measure(X, y)
         num_counted += int(is_counted(loss_func, y).sum())
