@@ -28,7 +28,8 @@ class OutputCurvature:
 
     Args:
         loss_func: The loss. Averaging over the examples (``reduction="mean"``) is left
-            to whoever knows their number; averaging over outputs is done here.
+            to whoever knows their number; averaging over outputs is done here. Targets
+            that are its ``ignore_index`` have no curvature.
         fisher_type: ``"type-2"`` (exact Hessian), ``"mc"`` (labels sampled from the
             model) or ``"empirical"`` (gradients at the targets).
         mc_samples: Number of labels sampled for each example with ``"mc"``.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -318,7 +318,7 @@ def record_rows(
             raise ValueError(batch_statistics(first.name))
         layout = first.layout(tape.num_calls[first.name])
         kept = use.before_changes(differentiable)
-        with torch.autocast(use.input.device.type, enabled=False):  # the network's own
+        with _without_autocast(use.input.device.type):
             for layer, _ in own:
                 if layer.has_inputs and on_input is not None:
                     assert isinstance(kept, MatrixUse)
@@ -331,6 +331,13 @@ def record_rows(
 
     with Recorder(values, on_use):
         yield tape
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Leave a network's own mixed precision while its rows are processed."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _layers_of(use: Use, of_parameter: Mapping[int, Layer]) -> list[tuple[Layer, str]]:

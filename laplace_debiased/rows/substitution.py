@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
+from torch.overrides import (
+    BaseTorchFunctionMode,
+    TorchFunctionMode,
+    _get_current_function_mode,
+)
 
 from laplace_debiased.rows.inputs import Inputs
 
@@ -118,7 +123,8 @@ def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
     original = getattr(model, "_orig_mod", model)
     # under any mode, transformers do not take a fast path without derivatives, which
     # has other outputs where inputs are padded
-    with _EAGERLY, BaseTorchFunctionMode():
+    has_mode = _get_current_function_mode() is not None
+    with _EAGERLY, nullcontext() if has_mode else BaseTorchFunctionMode():
         return logits_of(original(X, **kwargs))
 
 

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from laplace_debiased.rows.selection import find_layers, refusal
+from laplace_debiased.rows.tracing import trace
 from tests.cases import network
 from tests.rows.recording import assert_rows_are_exact, supported
 
@@ -257,3 +258,13 @@ def test_networks_that_squeeze_a_single_example_are_supported():
     model, X = Squeezing().double(), torch.randn(SIZE, 1, 5).double()
     _, layers, left_out = supported(model, X)
     assert [layer.name for layer in layers] == ["body", "head"] and not left_out
+
+
+def test_traces_of_many_examples_keep_no_activations():
+    model, X = network("mlp"), torch.randn(SIZE, 4).double()
+    params = list(model.parameters())
+    pair = trace(model, params, X, SIZE, 2, backward=True)
+    many = trace(model, params, X, SIZE, 3, backward=False)
+    for few, more in zip(pair.uses, many.uses, strict=True):
+        assert not few[0].use.input.is_meta and more[0].use.input.is_meta
+        assert more[0].use.input.shape == (3, *few[0].use.input.shape[1:])
