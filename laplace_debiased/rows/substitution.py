@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.model_state import is_plain
+from laplace_debiased.rows.sharing import everywhere
+
+_EAGERLY = partial(torch.compiler.set_stance, "force_eager")
 
 
 class Substitution(TorchFunctionMode):
@@ -71,6 +76,9 @@ def stand_ins(
 def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
     """Call a network, eagerly if it is compiled.
 
+    It has copies of its buffers, so that what it writes into them is gone afterwards,
+    and no other thread sees it.
+
     Args:
         model: The network.
         X: Inputs, a tensor or a mapping.
@@ -80,10 +88,10 @@ def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
         Its output.
     """
     original = getattr(model, "_orig_mod", model)
+    copies = {id(b): b.detach().clone() for b in original.buffers() if is_plain(b)}
     with (
-        torch.compiler.set_stance("force_eager")
-        if _has_compiled(original)
-        else nullcontext()
+        everywhere(_EAGERLY) if _has_compiled(original) else nullcontext(),
+        Substitution(copies) if copies else nullcontext(),
     ):
         return original(X, **kwargs)
 
