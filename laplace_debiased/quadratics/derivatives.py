@@ -25,7 +25,6 @@ import torch
 from laplace.utils import select_rows
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
@@ -45,6 +44,7 @@ from laplace_debiased.rows.linearization import (
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import Loss, OutputCurvature, example_losses
 from laplace_debiased.rows.selection import Selection, refusal, select
+from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere
 from laplace_debiased.rows.substitution import Substitution, run
 
 MODES = ("auto", "forward", "reverse")
@@ -342,7 +342,7 @@ def _functional(
 
     def network(values: Parameters, X: Inputs) -> Tensor:
         with (
-            sdpa_kernel(SDPBackend.MATH),  # fused attention has no forward mode
+            everywhere(MATH_ATTENTION),
             Substitution(own | values),
         ):
             return run(quadratic.model, X)

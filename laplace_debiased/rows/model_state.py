@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from laplace_debiased.rows.interrupts import afterwards, on_failure
 from laplace_debiased.rows.sharing import shared
 
 
@@ -30,18 +31,14 @@ def measuring(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    tensors = _Tensors(model)
-    try:
-        with unchanged_on_failure(*model.modules()), evaluating(model):
-            for parameter in model.parameters():
-                parameter.grad = None
-            yield
-    finally:
-        try:
-            tensors.restore()
-        except BaseException:  # an interrupt: there seldom are two
-            tensors.restore()
-            raise
+    with (
+        afterwards(_Tensors(model).restore),
+        unchanged_on_failure(*model.modules()),
+        evaluating(model),
+    ):
+        for parameter in model.parameters():
+            parameter.grad = None
+        yield
 
 
 class _Tensors:
@@ -203,19 +200,10 @@ def unchanged_on_failure(*items: object) -> Iterator[None]:
         Nothing.
     """
     saved = [_Attributes.of(item) for item in items]
-    try:
+
+    def restore() -> None:
+        for attributes in saved:
+            attributes.restore()
+
+    with on_failure(restore):
         yield
-    except GeneratorExit:  # the block is done; an interrupt came afterwards
-        raise
-    except BaseException:
-        try:
-            _restore(saved)
-        except BaseException:  # an interrupt: there seldom are two
-            _restore(saved)
-            raise
-        raise
-
-
-def _restore(saved: list[_Attributes]) -> None:
-    for attributes in saved:
-        attributes.restore()

@@ -10,10 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import RLock
 from typing import Any, Protocol
 
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from laplace_debiased.rows.interrupts import afterwards
+
 Setting = Callable[[], AbstractContextManager[Any]]
+# fused attention can be differentiated once, and not in forward mode
+MATH_ATTENTION: Setting = partial(sdpa_kernel, SDPBackend.MATH)
+# whose recurrent layers have no backward pass in eval mode
+NO_CUDNN: Setting = partial(torch.backends.cudnn.flags, enabled=False)
+EAGERLY: Setting = partial(torch.compiler.set_stance, "force_eager")
 
 
 class Change(Protocol):
@@ -53,17 +64,11 @@ def shared(kind: type[Change], items: Iterable[Any]) -> Iterator[None]:
         Nothing.
     """
     user = object()
-    try:
+    with afterwards(partial(_release, user)):
         with _LOCK:
             for item in items:
                 _hold(kind, item, user)
         yield
-    finally:
-        try:
-            _release(user)
-        except BaseException:  # an interrupt: there seldom are two
-            _release(user)
-            raise
 
 
 def everywhere(setting: Setting) -> AbstractContextManager[None]:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.model_state import is_plain
-from laplace_debiased.rows.sharing import everywhere
-
-_EAGERLY = partial(torch.compiler.set_stance, "force_eager")
+from laplace_debiased.rows.sharing import EAGERLY, everywhere
 
 
 class Substitution(TorchFunctionMode):
@@ -90,7 +86,7 @@ def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
     original = getattr(model, "_orig_mod", model)
     copies = {id(b): b.detach().clone() for b in original.buffers() if is_plain(b)}
     with (
-        everywhere(_EAGERLY) if _has_compiled(original) else nullcontext(),
+        everywhere(EAGERLY) if _has_compiled(original) else nullcontext(),
         Substitution(copies) if copies else nullcontext(),
     ):
         return original(X, **kwargs)
