@@ -8,7 +8,10 @@ interrupt is dealt with and forgotten. Two interrupts at once are one too many.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch._C import _len_torch_function_stack, _pop_torch_function_stack
 
 
 @contextmanager
@@ -52,3 +55,21 @@ def on_failure(undo: Callable[[], object]) -> Iterator[None]:
             undo()
             raise
         raise
+
+
+def thread_restored() -> AbstractContextManager[None]:
+    """Restore what torch keeps for a thread: function modes, and whether to record.
+
+    They are restored by context managers, too, which an interrupt may hinder.
+
+    Returns:
+        The context manager.
+    """
+    num_modes, records = _len_torch_function_stack(), torch.is_grad_enabled()
+
+    def restore() -> None:
+        while _len_torch_function_stack() > num_modes:
+            _pop_torch_function_stack()
+        torch.set_grad_enabled(records)
+
+    return afterwards(restore)

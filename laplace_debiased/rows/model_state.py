@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from laplace_debiased.rows.interrupts import afterwards, on_failure
+from laplace_debiased.rows.interrupts import afterwards, on_failure, thread_restored
 from laplace_debiased.rows.sharing import shared
 
 
@@ -34,6 +34,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     with (
         afterwards(_Tensors(model).restore),
         unchanged_on_failure(*model.modules()),
+        keeping_buffers(model),
         evaluating(model),
     ):
         for parameter in model.parameters():
@@ -118,8 +119,7 @@ def _varies(module: nn.Module) -> bool:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a model in eval mode, and restore each module's own mode afterwards.
 
-    Several threads may do so at once: the last one restores the modes. If a network
-    puts another tensor of the same shape in a buffer's place, the buffer comes back.
+    Several threads may do so at once: the last one restores the modes.
 
     Args:
         model: The model.
@@ -127,16 +127,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    with shared(_Evaluation, model.modules()):
+    with shared(_Evaluation, model.modules()), thread_restored():
         yield
 
 
 class _Evaluation:
-    """A module in eval mode, whose buffers come back."""
+    """A module in eval mode."""
 
     def __init__(self, module: nn.Module):
         self._module, self._training = module, module.training
-        self._buffers = dict(module._buffers)
 
     def apply(self) -> None:
         """Begin the evaluation."""
@@ -145,11 +144,38 @@ class _Evaluation:
     def restore(self) -> None:
         """End it."""
         self._module.training = self._training
-        current = self._module._buffers
-        for name, buffer in self._buffers.items():
-            new = current.get(name)
+
+
+def keeping_buffers(model: nn.Module) -> AbstractContextManager[None]:
+    """Let a model have its buffers again if it puts other tensors in their place.
+
+    New buffers, and tensors of another shape, stay: they are caches, whose size the
+    network may keep elsewhere.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The context manager, which several threads may use at once.
+    """
+    return shared(_Buffers, (m for m in model.modules() if m._buffers))
+
+
+class _Buffers:
+    """A module's buffers."""
+
+    def __init__(self, module: nn.Module):
+        self._current, self._saved = module._buffers, dict(module._buffers)
+
+    def apply(self) -> None:
+        """Let the module change them."""
+
+    def restore(self) -> None:
+        """Put them back."""
+        for name, buffer in self._saved.items():
+            new = self._current.get(name)
             if new is not None and buffer is not None and new.shape == buffer.shape:
-                current[name] = buffer
+                self._current[name] = buffer
 
 
 @dataclass(frozen=True, eq=False)

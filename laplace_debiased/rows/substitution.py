@@ -7,10 +7,14 @@ from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+)
 
 from laplace_debiased.rows.inputs import Inputs
-from laplace_debiased.rows.model_state import is_plain
+from laplace_debiased.rows.model_state import is_plain, keeping_buffers
 from laplace_debiased.rows.sharing import EAGERLY, everywhere
 
 
@@ -27,6 +31,12 @@ class Substitution(TorchFunctionMode):
     def __init__(self, values: Mapping[int, Tensor]):
         super().__init__()
         self._values = values
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the stack of modes, with what an interrupt left on top."""
+        while self in _get_current_function_mode_stack():
+            if _pop_mode() is self:
+                return
 
     def __torch_function__(
         self,
@@ -84,12 +94,14 @@ def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
         Its output.
     """
     original = getattr(model, "_orig_mod", model)
-    copies = {id(b): b.detach().clone() for b in original.buffers() if is_plain(b)}
-    with (
-        everywhere(EAGERLY) if _has_compiled(original) else nullcontext(),
-        Substitution(copies) if copies else nullcontext(),
-    ):
-        return original(X, **kwargs)
+    with everywhere(EAGERLY) if _has_compiled(original) else nullcontext():
+        # they are alive as long as their copies are known by their `id`
+        buffers = [buffer for buffer in original.buffers() if is_plain(buffer)]
+        if not buffers:
+            return original(X, **kwargs)
+        copies = {id(buffer): buffer.detach().clone() for buffer in buffers}
+        with keeping_buffers(original), Substitution(copies):
+            return original(X, **kwargs)
 
 
 def _has_compiled(model: nn.Module) -> bool:
