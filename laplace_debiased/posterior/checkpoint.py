@@ -71,7 +71,9 @@ def read(path: str | os.PathLike[str], device: torch.device) -> dict[str, Any]:
     """
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (RuntimeError, OSError, EOFError, KeyError, UnpicklingError) as error:
         raise ValueError(
             f"{os.fspath(path)} is no readable checkpoint: it is damaged, or holds "
             "more than plain values and tensors."
@@ -188,6 +190,11 @@ def _check_fields(kind: Any, value: Any, name: str, bounded: bool) -> None:
     hints = get_type_hints(kind)
     for key in names:
         check_type(hints[key], value[key], f"{name}.{key}", bounded)
+
+
+def is_same(value: Any, own: Any) -> bool:
+    """Whether a value from a checkpoint, be it damaged, is a plain one."""
+    return type(value) is type(own) and value == own
 
 
 def check_tensor(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from laplace_debiased.posterior import state
+from laplace_debiased.posterior.checkpoint import is_same
 from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 from laplace_debiased.posterior.settings import Settings
 from laplace_debiased.posterior.upstream import PicklableExtractor
@@ -262,7 +263,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     def _load(self, state_dict: dict[str, Any]) -> None:
         state.check_origin(self, state_dict)
         name = state_dict.get("last_layer_name")
-        if self._last_layer_name != name:
+        if not is_same(name, self._last_layer_name):
             raise ValueError(
                 f"`state_dict` has last_layer_name {name!r}, this object "
                 f"{self._last_layer_name!r}."

@@ -14,7 +14,7 @@ from laplace import ParametricLaplace
 from torch import Tensor
 
 from laplace_debiased.curvature.streams import CURVATURE_TYPES
-from laplace_debiased.posterior.checkpoint import flat, nested
+from laplace_debiased.posterior.checkpoint import flat, is_same, nested
 from laplace_debiased.posterior.fitting import Seen, set_params
 from laplace_debiased.posterior.measuring import Estimate
 from laplace_debiased.posterior.sampling_error import SamplingError
@@ -130,14 +130,14 @@ def check_origin(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
     Raises:
         ValueError: If format or subset of the weights differ.
     """
-    if saved.get("format") != FORMAT:
+    if not is_same(saved.get("format"), FORMAT):
         raise ValueError(
             f"`state_dict` has format {saved.get('format')}, not {FORMAT}: it is from "
             f"{saved.get('cls_name', 'something else')}, or an earlier version of this "
             "library. Fit the posterior again."
         )
     subset_of_weights, _ = la._key
-    if saved.get("subset_of_weights") != subset_of_weights:
+    if not is_same(saved.get("subset_of_weights"), subset_of_weights):
         raise ValueError(
             f"`state_dict` has subset_of_weights {saved.get('subset_of_weights')!r}, "
             f"this object {subset_of_weights!r}."

@@ -98,10 +98,13 @@ def _check_parameters(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
     shapes = [list(named[name].shape) for name in names]
     if saved["shapes"] != shapes:
         raise ValueError(
-            f"`state_dict` has shapes {saved['shapes']} of {names}, the model {shapes}."
+            f"`state_dict` has shapes {saved['shapes']} of the parameters {names}, the "
+            f"model {shapes}."
         )
     sizes: dict[int, int] = {}
     for layer in saved["layers"]:
+        if not layer["layouts"]:
+            raise ValueError(f"`state_dict` has layers without layouts: {layer}.")
         if layer["matrix"] is not None:
             sizes[layer["matrix"]] = layer["d_out"] * layer["d_in"]
         if layer["vector"] is not None:

@@ -94,13 +94,16 @@ def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
         Its output.
     """
     original = getattr(model, "_orig_mod", model)
-    with everywhere(EAGERLY) if _has_compiled(original) else nullcontext():
-        # they are alive as long as their copies are known by their `id`
+    # buffers: another thread may have put its copies in their place, and only while
+    # they are kept, none of the original ones comes back
+    with (
+        everywhere(EAGERLY) if _has_compiled(original) else nullcontext(),
+        keeping_buffers(original),
+    ):
+        # alive as long as their copies are known by their `id`
         buffers = [buffer for buffer in original.buffers() if is_plain(buffer)]
-        if not buffers:
-            return original(X, **kwargs)
         copies = {id(buffer): buffer.detach().clone() for buffer in buffers}
-        with keeping_buffers(original), Substitution(copies):
+        with Substitution(copies) if copies else nullcontext():
             return original(X, **kwargs)
 
 
