@@ -34,7 +34,7 @@ from laplace_debiased.curvature.gradient import gradient_and_loss
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.layers import Layer
-from laplace_debiased.rows.model_state import check_repeatable
+from laplace_debiased.rows.model_state import check_repeatable, unchanged_on_failure
 from laplace_debiased.rows.output_curvature import (
     ENDS_IN_SOFTMAX,
     TYPE_2,
@@ -185,13 +185,14 @@ class DebiasedKFACLinearOperator(LinearOperator):
         check_repeatable(self._model_func)
         data = iter(self._data["Directions"])
         first = list(_first(data))
-        for X, y in first:
-            X = on_device(X, self.device)
-            self._layers = find_layers(self._model_func, self._params, X, len(y))
-        accumulator = self._kronecker_factors()
-        self._sweep("Directions", chain(first, data), accumulator)
-        self._debiased = two_batch(accumulator.factors(), self._measure)
-        self._product = None
+        with unchanged_on_failure(self):
+            for X, y in first:
+                X = on_device(X, self.device)
+                self._layers = find_layers(self._model_func, self._params, X, len(y))
+            accumulator = self._kronecker_factors()
+            self._sweep("Directions", chain(first, data), accumulator)
+            self._debiased = two_batch(accumulator.factors(), self._measure)
+            self._product = None
 
     def _kronecker_factors(self) -> KroneckerFactors:
         return KroneckerFactors(

@@ -8,6 +8,7 @@ eigenvectors from some of the training points and eigenvalues measured on others
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, cast
@@ -29,7 +30,13 @@ from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
 from laplace_debiased.curvature.streams import Curvature
-from laplace_debiased.posterior import diagnostics, fitting, state, tuning
+from laplace_debiased.posterior import (
+    checkpoint,
+    diagnostics,
+    fitting,
+    state,
+    tuning,
+)
 from laplace_debiased.posterior.measuring import Estimate
 from laplace_debiased.posterior.sampling_error import SamplingError
 from laplace_debiased.posterior.settings import Settings, check_integer
@@ -362,12 +369,12 @@ class KronDebiasedLaplace(KronLaplace):
                 "`magnitude_loader` by its name."
             )
         seen = fitting.Seen() if override else self._seen
-        with unchanged_on_failure(self):
+        with unchanged_on_failure(self, *self.model.modules()):
             folds = fitting.assign(self, train_loader, magnitude_loader, seen)
             fitting.update(self, folds, seen, progress_bar=progress_bar)
-        self.model.eval()
-        for message in fitting.messages(self, seen, folds.explicit):
-            warn(message, stacklevel=2)
+            for message in fitting.messages(self, seen, folds.explicit):
+                warn(message, stacklevel=2)
+            self.model.eval()
 
     def partial_fit(
         self,
@@ -415,11 +422,11 @@ class KronDebiasedLaplace(KronLaplace):
                 magnitude_batch, "magnitude_batch", self.dict_key_y
             )
         seen = self._seen
-        with unchanged_on_failure(self):
+        with unchanged_on_failure(self, *self.model.modules()):
             folds = fitting.assign(self, loader, magnitude_loader, seen, is_batch=True)
             fitting.update(self, folds, seen, decay, num_data)
-        for message in fitting.messages(self, seen, explicit=True):
-            warn(message, stacklevel=2)
+            for message in fitting.messages(self, seen, explicit=True):
+                warn(message, stacklevel=2)
 
     def _find_candidates(self, X: Inputs, batch_size: int) -> list[Tensor]:
         """Return the parameters that the posterior could be over."""
@@ -750,16 +757,55 @@ class KronDebiasedLaplace(KronLaplace):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a fitted posterior.
 
+        A warning tells if the model has other parameters than those it was fitted at.
+
         Args:
             state_dict: From :meth:`state_dict`.
 
         Raises:
             ValueError: If it is of another format, class, kind of magnitudes,
-                likelihood or network, lacks an entry or has another. Then the last
+                likelihood or network, or an entry is missing or damaged. Then the last
                 posterior stays.
         """
-        with unchanged_on_failure(self):
+        with unchanged_on_failure(self, *self.model.modules()):
             self._load(state_dict)
+            if not state.is_at_parameters(self):
+                warn(state.OTHER_PARAMETERS, stacklevel=2)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted posterior to a file, whole or not at all.
+
+        If writing is interrupted, even by a crash, a former file stays as it was.
+
+        Args:
+            path: The file, for :meth:`load` or ``torch.load`` with
+                ``weights_only=True``.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+        """
+        checkpoint.write(self.state_dict(), path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Take over a fitted posterior from a file.
+
+        Args:
+            path: The file, from :meth:`save`.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged, or as :meth:`load_state_dict`.
+        """
+        self.load_state_dict(checkpoint.read(path, self._device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made from, in this process or in another one."""
+        detached = {
+            name: value.detach()
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and not value.is_leaf
+        }
+        return vars(self) | detached | {"_backend": None}  # made where it is needed
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         state.load(self, state_dict)

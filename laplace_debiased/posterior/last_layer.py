@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from laplace_debiased.posterior import state
+from laplace_debiased.posterior.checkpoint import is_same
 from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 from laplace_debiased.posterior.settings import Settings
+from laplace_debiased.posterior.upstream import PicklableExtractor
 from laplace_debiased.predictive.last_layer import (
     features_of,
     last_layer_covariance,
@@ -143,6 +145,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         KronLLLaplace.__init__(self, *given)
         # laplace-torch's class forgets it on the way
         self.damping = damping
+        self.model = PicklableExtractor(self.model)
         self._check_settings()
 
     @property
@@ -258,16 +261,27 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         }
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        state.check_origin(self, state_dict)
         name = state_dict.get("last_layer_name")
-        if self._last_layer_name != name:
+        if not is_same(name, self._last_layer_name):
             raise ValueError(
                 f"`state_dict` has last_layer_name {name!r}, this object "
                 f"{self._last_layer_name!r}."
             )
-        if self.model.last_layer is None and "found_last_layer" in state_dict:
+        found = str(state_dict.get("found_last_layer"))
+        if self.model.last_layer is None:
             # laplace-torch saves a training batch instead, and searches again
-            self.model.set_last_layer(state_dict["found_last_layer"])
-        if self.model.last_layer is not None:
-            self._free_last_layer()
-            self._candidates = list(self._last_layer.parameters())
+            if found not in dict(self.model.model.named_modules()):
+                raise ValueError(
+                    f"`state_dict` has found_last_layer {found!r}, which the model has "
+                    "not."
+                )
+            self.model.set_last_layer(found)
+        elif found != self.model._last_layer_name:
+            raise ValueError(
+                f"`state_dict` has found_last_layer {found!r}, this object "
+                f"{self.model._last_layer_name!r}."
+            )
+        self._free_last_layer()
+        self._candidates = list(self._last_layer.parameters())
         state.load(self, state_dict)

@@ -6,11 +6,14 @@ backends is used, and nowhere else.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 from laplace.curvature import CurvatureInterface, EFInterface
 from laplace.curvature.curvlinops import CurvlinopsInterface
 from laplace.utils import split_batch
+from laplace.utils.feature_extractor import FeatureExtractor
+from torch import Tensor, nn
 
 from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.output_curvature import (
@@ -77,3 +80,36 @@ def inputs_and_targets(batch: Any, backend: CurvatureInterface) -> Batch:
     X, y = split_batch(batch, backend.dict_key_y)
     device = next(backend.model.parameters()).device
     return on_device(X, device), y.to(device)
+
+
+class PicklableExtractor(FeatureExtractor):
+    """laplace-torch's extractor of features, which other processes and copies can use.
+
+    Its own has a local function as a hook, which cannot be pickled, and which writes
+    the features of a copy into the original.
+
+    Args:
+        original: The extractor, which is not used any more.
+    """
+
+    def __init__(self, original: FeatureExtractor):
+        super().__init__(
+            original.model, None, original.enable_backprop, original.feature_reduction
+        )
+        if original.last_layer is not None:
+            # the constructor's own hook, which is the last one
+            original.last_layer._forward_hooks.popitem()
+            self.set_last_layer(original._last_layer_name)
+
+    def _get_hook(self, name: str) -> Any:
+        return partial(self._keep_features, name)
+
+    def _keep_features(
+        self, name: str, _module: nn.Module, inputs: tuple[Tensor, ...], _output: Any
+    ) -> None:
+        features = inputs[0]
+        self._features[name] = features if self.enable_backprop else features.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all but the last features, which may have a graph."""
+        return vars(self) | {"_features": {}}

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from laplace_debiased.curvature.curvlinops_adapter import (
@@ -38,6 +37,7 @@ from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import Loss, is_counted
 from laplace_debiased.rows.selection import select
+from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.sampling.folds import Points, draw_uniformly
 from laplace_debiased.sampling.loaders import loader_over
@@ -124,7 +124,7 @@ def bias_report(
         )
     own_batch = _batch(points, batch_size, loss_func)
     quadratic = _Quadratic(model_func, loss_func, params, own_batch, curvature, damping)
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention is not twice differentiable
+    with everywhere(MATH_ATTENTION):
         if directions == "cg":
             columns = _conjugate_directions(quadratic, num_directions)
         else:

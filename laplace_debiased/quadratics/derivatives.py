@@ -26,7 +26,6 @@ import torch
 from laplace.utils import select_rows
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
@@ -55,6 +54,7 @@ from laplace_debiased.rows.output_curvature import (
 )
 from laplace_debiased.rows.selection import Selection, refusal, select
 from laplace_debiased.rows.separation import check_no_hidden_uses, check_outputs
+from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere
 from laplace_debiased.rows.substitution import Substitution, run
 
 MODES = ("auto", "forward", "reverse")
@@ -347,7 +347,7 @@ def _functional(
 
     def network(values: Parameters, X: Inputs) -> Tensor:
         with (
-            sdpa_kernel(SDPBackend.MATH),  # fused attention has no forward mode
+            everywhere(MATH_ATTENTION),
             Substitution(own | values),
         ):
             try:

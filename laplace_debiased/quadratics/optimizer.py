@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from laplace_debiased.quadratics.cg import cg, rescale
+from laplace_debiased.rows.interrupts import on_failure
+from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere
 
 Closure = Callable[[], tuple[Tensor, Tensor]]
 
@@ -262,7 +263,10 @@ class DebiasedCG(Optimizer):
         Raises:
             TypeError: If a closure returns no pair of tensors.
             ValueError: If a closure's losses cannot be split, or losses, curvature or
-                step are not finite; the parameters then stay.
+                step are not finite.
+
+        Whatever is raised, also by a closure or an interrupt, parameters, state and
+        damping then stay.
         """
         group, params = self.param_groups[0], self._params
         split = magnitude_closure is None and group["debias"]
@@ -285,14 +289,33 @@ class DebiasedCG(Optimizer):
         predicted = 0.0
         if group["adapt_damping"]:
             predicted = other.change(group["lr"] * change).item()
-        self._keep_step(params, change)
-        self._move(params, group["lr"] * change)
-        if group["adapt_damping"]:
-            with torch.no_grad():
-                losses, _ = (magnitude_closure or direction_closure)()
-            losses = losses[len(losses) // 2 :] if split else losses
-            self._adapt_damping((losses.mean() - other.loss).item(), predicted)
+        with on_failure(self._undo(params)):
+            self._keep_step(params, change)
+            self._move(params, group["lr"] * change)
+            if group["adapt_damping"]:
+                with torch.no_grad():
+                    losses, _ = (magnitude_closure or direction_closure)()
+                losses = losses[len(losses) // 2 :] if split else losses
+                self._adapt_damping((losses.mean() - other.loss).item(), predicted)
         return other.loss
+
+    def _undo(self, params: list[Tensor]) -> Callable[[], None]:
+        """Return what restores parameters, state and damping."""
+        group = self.param_groups[0]
+        damping, values = group["damping"], [p.detach().clone() for p in params]
+        states = [dict(self.state[p]) if p in self.state else None for p in params]
+
+        @torch.no_grad()
+        def undo() -> None:
+            group["damping"] = damping
+            for p, value, state in zip(params, values, states, strict=True):
+                p.copy_(value)
+                if state is None:
+                    self.state.pop(p, None)
+                else:
+                    self.state[p] = state
+
+        return undo
 
     @staticmethod
     @torch.no_grad()
@@ -311,8 +334,8 @@ class DebiasedCG(Optimizer):
             return BatchQuadratic(losses, output, params, group["damping"])
 
         def call(closure: Closure) -> tuple[Tensor, Tensor]:
-            with sdpa_kernel(SDPBackend.MATH):  # fused attention is not twice
-                returned = closure()  # differentiable
+            with everywhere(MATH_ATTENTION):
+                returned = closure()
             _check_pair(returned)
             return returned
 

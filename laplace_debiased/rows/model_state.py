@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
-# BackPACK's note on a module that its hooks are installed
-_BACKPACK_MARK = "_backpack_extend"
+from laplace_debiased.rows.interrupts import afterwards, on_failure, thread_restored
+from laplace_debiased.rows.sharing import shared
 
 
 @contextmanager
@@ -31,36 +22,59 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
     Gradients are put aside, so that the block can neither change nor clear them. If it
     succeeds, new hooks stay: a curvature backend may install some for good, but not
-    half of them.
+    half of them. Buffers that get another shape stay, too: these are caches.
 
     Args:
         model: The model, whose gradients, ``requires_grad`` flags, modes (train or
-            eval) and hooks are restored.
+            eval), buffers and hooks are restored.
 
     Yields:
         Nothing.
     """
-    parameters = list(model.parameters())
-    gradients = [parameter.grad for parameter in parameters]
-    flags = [parameter.requires_grad for parameter in parameters]
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    hooks = [_hooks(module) for module in modules]
-    for parameter in parameters:
-        parameter.grad = None
-    try:
-        model.eval()
+    with (
+        afterwards(_Tensors(model).restore),
+        unchanged_on_failure(*model.modules()),
+        keeping_buffers(model),
+        evaluating(model),
+    ):
+        for parameter in model.parameters():
+            parameter.grad = None
         yield
-    except BaseException:
-        for module, saved in zip(modules, hooks, strict=True):
-            _restore_hooks(module, saved)
-        raise
-    finally:
-        for parameter, gradient, flag in zip(parameters, gradients, flags, strict=True):
+
+
+class _Tensors:
+    """What a model's tensors are like.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+        self._buffers = [
+            (buffer, buffer.detach().clone())
+            for buffer in model.buffers()
+            if is_plain(buffer)
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make them so again."""
+        for parameter, gradient, flag in self._parameters:
             parameter.requires_grad_(flag)
             parameter.grad = gradient
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+        for buffer, value in self._buffers:
+            # a graph may wait for its backward pass, and need the buffer untouched
+            same_shape = buffer.shape == value.shape
+            if same_shape and not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor can be copied and compared: it is dense and holds values."""
+    return tensor.layout is torch.strided and not (
+        tensor.is_meta or tensor.is_inference()
+    )
 
 
 def check_repeatable(model: nn.Module) -> None:
@@ -105,70 +119,117 @@ def _varies(module: nn.Module) -> bool:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a model in eval mode, and restore each module's own mode afterwards.
 
+    Several threads may do so at once: the last one restores the modes.
+
     Args:
         model: The model.
 
     Yields:
         Nothing.
     """
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
+    with shared(_Evaluation, model.modules()), thread_restored():
         yield
-    finally:
-        for module in training:
-            module.training = True
+
+
+class _Evaluation:
+    """A module in eval mode."""
+
+    def __init__(self, module: nn.Module):
+        self._module, self._training = module, module.training
+
+    def apply(self) -> None:
+        """Begin the evaluation."""
+        self._module.training = False
+
+    def restore(self) -> None:
+        """End it."""
+        self._module.training = self._training
+
+
+def keeping_buffers(model: nn.Module) -> AbstractContextManager[None]:
+    """Let a model have its buffers again if it puts other tensors in their place.
+
+    New buffers, and tensors of another shape, stay: they are caches, whose size the
+    network may keep elsewhere.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The context manager, which several threads may use at once.
+    """
+    return shared(_Buffers, (m for m in model.modules() if m._buffers))
+
+
+class _Buffers:
+    """A module's buffers."""
+
+    def __init__(self, module: nn.Module):
+        self._current, self._saved = module._buffers, dict(module._buffers)
+
+    def apply(self) -> None:
+        """Let the module change them."""
+
+    def restore(self) -> None:
+        """Put them back."""
+        for name, buffer in self._saved.items():
+            new = self._current.get(name)
+            if new is not None and buffer is not None and new.shape == buffer.shape:
+                self._current[name] = buffer
+
+
+@dataclass(frozen=True, eq=False)
+class _Attributes:
+    """An object's attributes, with the entries of those that are dictionaries."""
+
+    item: object
+    values: dict[str, Any]
+    entries: dict[str, dict]
+
+    @classmethod
+    def of(cls, item: object) -> _Attributes:
+        """Save an object's attributes."""
+        values = dict(vars(item))
+        entries = {k: dict(v) for k, v in values.items() if isinstance(v, dict)}
+        return cls(item, values, entries)
+
+    def restore(self) -> None:
+        """Put them back."""
+        _replace(vars(self.item), self.values)
+        for name, entries in self.entries.items():
+            _replace(self.values[name], entries)
+
+
+def _replace(dictionary: dict, entries: dict) -> None:
+    """Replace a dictionary's entries, without emptying it unless their order differs.
+
+    Other threads may look into it meanwhile.
+    """
+    for key in dictionary.keys() - entries.keys():
+        del dictionary[key]
+    dictionary.update(entries)
+    if list(dictionary) != list(entries):
+        dictionary.clear()
+        dictionary.update(entries)
 
 
 @contextmanager
-def unchanged_on_failure(item: object) -> Iterator[None]:
-    """Restore an object's attributes if a block of code raises.
+def unchanged_on_failure(*items: object) -> Iterator[None]:
+    """Restore attributes of objects if a block of code raises.
+
+    Attributes that are dictionaries, such as a module's hooks, get their entries back.
 
     Args:
-        item: The object.
+        *items: The objects.
 
     Yields:
         Nothing.
     """
-    saved = dict(vars(item))
-    try:
+    saved = [_Attributes.of(item) for item in items]
+
+    def restore() -> None:
+        for attributes in saved:
+            attributes.restore()
+
+    with on_failure(restore):
         yield
-    except BaseException:
-        vars(item).clear()
-        vars(item).update(saved)
-        raise
-
-
-@contextmanager
-def frozen(parameters: list[Tensor]) -> Iterator[None]:
-    """Let parameters require no gradients while a block of code runs.
-
-    Args:
-        parameters: The parameters, which require gradients.
-
-    Yields:
-        Nothing.
-    """
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_()
-
-
-def _hooks(module: nn.Module) -> dict[str, Any]:
-    """Copy a module's hooks."""
-    saved = {name: dict(getattr(module, name)) for name in _HOOKS}
-    return saved | {_BACKPACK_MARK: getattr(module, _BACKPACK_MARK, False)}
-
-
-def _restore_hooks(module: nn.Module, saved: dict[str, Any]) -> None:
-    """Put back a module's hooks."""
-    for name in _HOOKS:
-        getattr(module, name).clear()
-        getattr(module, name).update(saved[name])
-    if getattr(module, _BACKPACK_MARK, False) != saved[_BACKPACK_MARK]:
-        setattr(module, _BACKPACK_MARK, saved[_BACKPACK_MARK])

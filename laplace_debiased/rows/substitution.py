@@ -5,18 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from threading import Lock
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import (
     BaseTorchFunctionMode,
     TorchFunctionMode,
     _get_current_function_mode,
+    _get_current_function_mode_stack,
+    _pop_mode,
 )
 
 from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.model_state import is_plain, keeping_buffers
+from laplace_debiased.rows.sharing import EAGERLY, everywhere
 
 
 class Substitution(TorchFunctionMode):
@@ -32,6 +34,12 @@ class Substitution(TorchFunctionMode):
     def __init__(self, values: Mapping[int, Tensor]):
         super().__init__()
         self._values = values
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the stack of modes, with what an interrupt left on top."""
+        while self in _get_current_function_mode_stack():
+            if _pop_mode() is self:
+                return
 
     def __torch_function__(
         self,
@@ -109,6 +117,9 @@ def stand_ins(
 def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
     """Call a network, eagerly if it is compiled, and function by function.
 
+    It has copies of its buffers, so that what it writes into them is gone afterwards,
+    and no other thread sees it.
+
     Args:
         model: The network.
         X: Inputs, a tensor or a mapping.
@@ -124,8 +135,20 @@ def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
     # under any mode, transformers do not take a fast path without derivatives, which
     # has other outputs where inputs are padded
     has_mode = _get_current_function_mode() is not None
-    with _EAGERLY, nullcontext() if has_mode else BaseTorchFunctionMode():
-        return logits_of(original(X, **kwargs))
+    # buffers: another thread may have put its copies in their place, and only while
+    # they are kept, none of the original ones comes back
+    # nothing was compiled if the compiler was not imported, which takes long
+    has_compiler = "torch._dynamo" in sys.modules
+    with (
+        everywhere(EAGERLY) if has_compiler else nullcontext(),
+        nullcontext() if has_mode else BaseTorchFunctionMode(),
+        keeping_buffers(original),
+    ):
+        # alive as long as their copies are known by their `id`
+        buffers = [buffer for buffer in original.buffers() if is_plain(buffer)]
+        copies = {id(buffer): buffer.detach().clone() for buffer in buffers}
+        with Substitution(copies) if copies else nullcontext():
+            return logits_of(original(X, **kwargs))
 
 
 def logits_of(output: Any) -> Tensor:
@@ -155,32 +178,3 @@ def logits_of(output: Any) -> Tensor:
 
 def _article(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
-
-
-class _Eagerly:
-    """Lets compiled modules and functions run eagerly, while any thread asks for it.
-
-    No mode sees what is inside of those. The compiler's stance is that of all threads:
-    the last one to leave puts it back.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._count = Lock(), 0
-        self._stance: Any = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            # nothing was compiled if the compiler was not imported, which takes long
-            if self._count == 0 and "torch._dynamo" in sys.modules:
-                self._stance = torch.compiler.set_stance("force_eager")
-            self._count += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._count -= 1
-            if self._count == 0 and self._stance is not None:
-                self._stance.__exit__(None, None, None)
-                self._stance = None
-
-
-_EAGERLY = _Eagerly()

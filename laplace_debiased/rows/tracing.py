@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from laplace_debiased.rows.inputs import Inputs, check_output
 from laplace_debiased.rows.recorder import Recorder, probed
 from laplace_debiased.rows.separation import some_examples
+from laplace_debiased.rows.sharing import NO_CUDNN, everywhere
 from laplace_debiased.rows.substitution import run, stand_ins
 from laplace_debiased.rows.uses import Use
 
@@ -112,8 +113,7 @@ def trace(
 
     some, probes, seen.example_size = _some_of(X, batch_size, count)
     with (
-        # whose recurrent layers have no backward pass in eval mode
-        torch.backends.cudnn.flags(enabled=False),
+        everywhere(NO_CUDNN),
         torch.set_grad_enabled(backward),
         Recorder(values, on_use, on_other),
     ):

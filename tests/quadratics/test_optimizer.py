@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from curvlinops import GGNLinearOperator
@@ -10,6 +12,7 @@ from laplace_debiased.quadratics.cg import cg, debiased_cg
 from laplace_debiased.quadratics.optimizer import BatchQuadratic, DebiasedCG
 from tests import dense
 from tests.cases import batch, network
+from tests.faults import same
 
 SIZE = 20
 HALF = SIZE // 2
@@ -324,3 +327,25 @@ def test_closures_must_return_losses_and_output(count):
     closures = [closure, lambda: closure()[0]][-count:]
     with pytest.raises(TypeError, match=r"must return a pair .* got Tensor"):
         DebiasedCG(model.parameters()).step(*closures)
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_step_is_made_as_a_whole_or_not_at_all(fails_at):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    X, y = torch.randn(20, 3), torch.randn(20, 1)
+    optimizer = DebiasedCG(model.parameters(), adapt_damping=True, warm_start=0.5)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == fails_at + 3:
+            raise KeyboardInterrupt
+        output = model(X)
+        return (output - y).square().sum(1), output
+
+    optimizer.step(closure, closure)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure, closure)
+    assert same((dict(model.state_dict()), optimizer.state_dict()), before)

@@ -8,6 +8,7 @@ from laplace_debiased.rows.model_state import (
     measuring,
     unchanged_on_failure,
 )
+from laplace_debiased.rows.substitution import run
 
 
 def test_gradients_and_modes_are_restored():
@@ -109,3 +110,45 @@ def test_attributes_come_back_on_failure():
     with unchanged_on_failure(thing):
         thing.changed = 3
     assert thing.changed == 3
+
+
+class Writing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name in ("added", "replaced", "grown"):
+            self.register_buffer(name, torch.zeros(1))
+
+    def forward(self, x):
+        self.added.add_(1)
+        self.replaced = self.replaced + 1
+        self.grown = torch.zeros(2)
+        return x
+
+
+@pytest.mark.parametrize("call", [run, lambda model, x: model(x)])
+def test_buffers_come_back_but_for_caches(call):
+    model = Writing()
+    buffers = dict(model.named_buffers())
+    with measuring(model):
+        call(model, torch.ones(1))
+    for name in ("added", "replaced"):
+        assert getattr(model, name) is buffers[name]
+        assert not buffers[name].any()
+    assert model.grown.shape == (2,)
+
+
+def test_running_a_network_does_not_write_its_buffers():
+    model = Writing()
+    run(model, torch.ones(1))
+    assert not model.added.any() and not model.replaced.any()
+
+
+def test_the_last_of_several_restores_the_modes():
+    model = nn.Sequential(nn.Dropout())
+    first, second = evaluating(model), evaluating(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not model[0].training
+    second.__exit__(None, None, None)
+    assert model.training and model[0].training
