@@ -37,7 +37,8 @@ The folders are in reading order; none imports one below it::
 and ``la(x)`` calls::
 
     posterior/laplace        probit, samples or moments
-    predictive/moments       covariance of the outputs, block by block
+    predictive/moments       covariance of the outputs
+    predictive/blocks            block by block
     rows/linearization           rows of the Jacobian
     rows/recorder                    recorded as in a fit
 """

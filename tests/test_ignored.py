@@ -117,7 +117,7 @@ def test_a_mean_over_nothing_is_refused():
     operator = DebiasedKFACLinearOperator(
         model, loss, list(model.parameters()), [(X, y)], points
     )
-    with pytest.raises(ValueError, match=r"No target counts|all targets are its"):
+    with pytest.raises(ValueError, match="No target counts"):
         operator.compute()
 
 

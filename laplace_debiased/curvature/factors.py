@@ -149,8 +149,9 @@ class KroneckerFactors:
         self._calls.clear()
 
     def _add_covariance(self, layer: Layer, rows: Tensor) -> None:
-        self.squared_inputs.add(layer, rows.square().sum((1, 2)))
-        self.num_rows.add(layer, rows.shape[1])
+        counted = self._weights > 0  # the others have no part in the mean
+        self.squared_inputs.add(layer, counted * rows.square().sum((1, 2)))
+        self.num_rows.add(layer, counted * rows.shape[1])
         if is_joint(layer, self._joint):
             rows = with_bias_column(rows)
         weights = self._weights[:, None].expand(rows.shape[:2]).to(rows.dtype)

@@ -353,8 +353,8 @@ def _functional(
             try:
                 return run(quadratic.model, X)
             except RuntimeError as error:  # also where a function lacks forward mode
-                error.add_note("`mode='reverse'` needs no forward mode of the network.")
-                raise
+                hint = "`mode='reverse'` needs no forward mode of the network."
+                raise RuntimeError(f"{error}\n{hint}") from error
 
     return network, at
 

@@ -285,7 +285,7 @@ def loss_scale(loss_func: Loss, weight: float, num_outputs: int = 1) -> float:
         return 1.0
     if weight == 0:
         raise ValueError(
-            "The loss averages over examples, but all targets are its `ignore_index`."
+            "No target counts: the loss averages over targets, but ignores all of them."
         )
     is_cross_entropy = isinstance(loss_func, CrossEntropyLoss)
     return 1 / (weight * (1 if is_cross_entropy else num_outputs))

@@ -26,7 +26,13 @@ def points(count, seed):
 def summary(squares, num_rows, scores=None):
     loss = torch.zeros(())
     return SweepSummary(
-        len(squares), 1, loss, 3, None, scores, None, None, squares, num_rows
+        len(squares),
+        1,
+        loss,
+        3,
+        traces=scores,
+        squared_inputs=squares,
+        num_rows=num_rows,
     )
 
 

@@ -166,10 +166,10 @@ def test_targets_that_are_all_ignored_are_refused():
     model, params, X, y = problem()
     data, loss = [(X[:7], y[:7])], nn.CrossEntropyLoss()
     D = torch.ones(sum(p.numel() for p in params), 1, dtype=torch.float64)
-    with pytest.raises(ValueError, match="all targets are its `ignore_index`"):
+    with pytest.raises(ValueError, match="No target counts"):
         directional_derivatives(model, loss, params, data, D)
     operator = DebiasedKFACLinearOperator(model, loss, params, data, data)
-    with pytest.raises(ValueError, match="all targets are its `ignore_index`"):
+    with pytest.raises(ValueError, match="No target counts"):
         operator.compute()
     with pytest.raises(ValueError, match=r"lie in 0\.\.2.* `ignore_index` -100, got"):
         directional_derivatives(model, loss, params, [(X, y.clamp(min=-1))], D)
