@@ -97,9 +97,10 @@ def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
         saved: From :func:`state_dict`.
 
     Raises:
-        ValueError: If it does not fit.
+        ValueError: If it does not fit, or an entry is missing or unknown.
     """
     check_origin(la, saved)
+    names = saved.keys()
     saved = nested(saved)
     check(la, _configuration(la), saved)
     named = dict(la.model.named_parameters())
@@ -118,6 +119,11 @@ def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
     )
     la._seen = Seen(**saved["seen"])
     la.H = la._estimate.curvature.decompose(la.damping)
+    differing = la.state_dict().keys() ^ names
+    if differing:
+        raise ValueError(
+            f"`state_dict` lacks {sorted(differing)}, or they are unknown."
+        )
 
 
 def check_origin(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
