@@ -694,9 +694,10 @@ class KronDebiasedLaplace(KronLaplace):
         if climbs and prior_structure != PriorStructure.DIAG and val_loader is None:
             self._check_H_init()
             is_layerwise = prior_structure == PriorStructure.LAYERWISE
-            self.prior_precision = tuning.maximize_marginal_likelihood(
-                self, init_prior_prec, is_layerwise, n_steps
-            )
+            with unchanged_on_failure(self):
+                self.prior_precision = tuning.maximize_marginal_likelihood(
+                    self, init_prior_prec, is_layerwise, n_steps
+                )
             if verbose:
                 print(f"Optimized prior precision is {self.prior_precision}.")
             return

@@ -32,6 +32,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     with (
+        thread_restored(),  # last, since restoring tensors records nothing
         afterwards(_Tensors(model).restore),
         unchanged_on_failure(*model.modules()),
         keeping_buffers(model),
@@ -217,7 +218,8 @@ def _replace(dictionary: dict, entries: dict) -> None:
 def unchanged_on_failure(*items: object) -> Iterator[None]:
     """Restore attributes of objects if a block of code raises.
 
-    Attributes that are dictionaries, such as a module's hooks, get their entries back.
+    Attributes that are dictionaries, such as a module's hooks, get their entries back;
+    what torch keeps for the thread is restored in any case.
 
     Args:
         *items: The objects.
@@ -231,5 +233,5 @@ def unchanged_on_failure(*items: object) -> Iterator[None]:
         for attributes in saved:
             attributes.restore()
 
-    with on_failure(restore):
+    with thread_restored(), on_failure(restore):
         yield
