@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from laplace_debiased.curvature.factors import KroneckerFactors
 from laplace_debiased.posterior.influences import InputScale, of_factors, of_pools
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.sweep import SweepSummary
@@ -106,3 +107,20 @@ def test_influences_of_a_pool_whose_scores_tell_the_curvature(is_exact):
         cosine = (part * expected).sum(0) / part.norm(dim=0) / expected.norm(dim=0)
         assert (ratio.log().abs() < 0.7).all(), ratio
         assert (cosine > 0.8).all(), cosine
+
+
+def test_points_without_weight_have_no_influence():
+    """As those have whose target a loss ignores."""
+    params = [torch.zeros(3, 4), torch.zeros(3)]
+    layer = Layer("matrix and vector", 0, 1, 3, 4)
+    factors = KroneckerFactors([layer], params)
+    rows, weights = torch.rand(5, 2, 1, 4), torch.tensor([1.0, 0.0, 2.0, 0.0, 1.0])
+    factors.start_batch(weights)
+    factors.add_inputs(layer, rows)
+    own = summary(factors.squared_inputs.matrix(), factors.num_rows.matrix())
+    scale = InputScale.of_pass(own, torch.ones(5))
+    assert scale.influences[weights == 0].eq(0).all()
+    assert own.num_rows.flatten().tolist() == [2, 0, 2, 0, 2]
+    expected = InputScale.of_pass(own, weights).traces
+    (covariances,) = factors.inputs()
+    assert torch.allclose(expected, covariances.inputs.trace().double())
