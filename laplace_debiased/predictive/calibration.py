@@ -14,7 +14,7 @@ is always that of the whole posterior.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, inf, isfinite, log
 
 import numpy as np
@@ -40,18 +40,36 @@ class Calibration:
         temperature: Temperature T of the outputs.
         scale: Scale s of the posterior's covariance; zero for the trained network's own
             outputs.
-        temperature_error: Standard error of the temperature's logarithm.
+        temperature_error: Standard error of the temperature's logarithm; infinite where
+            the points do not tell.
         num_points: Number of validation points.
         nll: Their mean negative log likelihood, with this temperature and scale.
         frontier: That with the best temperature for each scale, by scale.
     """
 
-    temperature: float = 1.0
-    scale: float = 1.0
-    temperature_error: float = inf
-    num_points: int = 0
-    nll: float = inf
-    frontier: tuple[tuple[float, float], ...] = ()
+    temperature: float
+    scale: float
+    temperature_error: float
+    num_points: int
+    nll: float
+    frontier: tuple[tuple[float, float], ...]
+
+    def outputs(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        """Calibrate the moments of outputs.
+
+        Args:
+            mean: Means of any shape.
+            covariance: Variances or covariances of any shape.
+
+        Returns:
+            The calibrated moments, of the same shapes.
+        """
+        scale = self.scale / self.temperature**2
+        return mean / self.temperature, scale * covariance
+
+    def with_whole_posterior(self) -> Calibration:
+        """Return a calibration of the same temperature, which keeps all variance."""
+        return replace(self, scale=1.0)
 
     def __str__(self) -> str:
         """Say in a line what was chosen."""
@@ -65,23 +83,6 @@ class Calibration:
             f"logarithm {self.temperature_error:.2g}), and probabilities are those of "
             f"{source}. Validation NLL {self.nll:.4f} on {self.num_points} points."
         )
-
-
-def probabilities(
-    mean: Tensor, variance: Tensor, temperature: float, scale: float
-) -> Tensor:
-    """Turn moments of the outputs into calibrated probabilities.
-
-    Args:
-        mean: Means of the outputs ``[batch, classes]``.
-        variance: Their variances, of the same shape.
-        temperature: Temperature of the outputs.
-        scale: Scale of the posterior's covariance.
-
-    Returns:
-        Probabilities ``[batch, classes]``.
-    """
-    return probit_probabilities(mean / temperature, scale * variance / temperature**2)
 
 
 def calibration_of(mean: Tensor, variance: Tensor, y: Tensor) -> Calibration:
@@ -131,8 +132,8 @@ def calibration_of(mean: Tensor, variance: Tensor, y: Tensor) -> Calibration:
 def _losses(mean: Tensor, variance: Tensor, y: Tensor, temperature: float) -> Tensor:
     """Negative log likelihood of each point ``[points]``."""
     tiny = torch.finfo(mean.dtype).tiny
-    p = probabilities(mean, variance, temperature, 1.0).clamp(min=tiny)
-    return nll_loss(p.log(), y, reduction="none")
+    p = probit_probabilities(mean / temperature, variance / temperature**2)
+    return nll_loss(p.clamp(min=tiny).log(), y, reduction="none")
 
 
 def _penalized(

@@ -1,11 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from laplace_debiased.posterior.calibration import (
-    Calibration,
-    calibration_of,
-    probabilities,
-)
+from laplace_debiased.predictive.calibration import calibration_of
 
 
 def drawn(mean, variance, temperature=1.0):
@@ -68,16 +66,14 @@ def test_errors_of_the_temperature_are_those_over_draws():
     assert told / logs.std() == pytest.approx(1, abs=0.3)
 
 
-def test_probabilities_at_the_ends():
-    torch.manual_seed(0)
-    mean, variance = torch.randn(6, 4), torch.rand(6, 4)
-    expected = (mean / 2).softmax(1)
-    assert torch.allclose(probabilities(mean, variance, 2.0, 0.0), expected)
-    wide = probabilities(mean, 1e9 * variance, 1.0, 1.0)
-    assert torch.allclose(wide, torch.full_like(wide, 0.25), atol=1e-3)
+def test_moments_are_those_of_the_divided_outputs():
+    found = calibration_of(outputs(50), torch.ones(50, 5), outputs(50).argmax(1))
+    found = replace(found, temperature=2.0, scale=0.5)
+    mean, covariance = found.outputs(torch.ones(3), torch.ones(3, 3))
+    assert mean.tolist() == [0.5] * 3
+    assert (covariance == 0.125).all()
 
 
 def test_there_must_be_points():
     with pytest.raises(ValueError, match="no validation points"):
         calibration_of(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0).long())
-    assert Calibration().scale == 1
