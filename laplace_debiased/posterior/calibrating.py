@@ -32,13 +32,17 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def calibrate(
-    la: KronDebiasedLaplace, val_loader: DataLoader, progress_bar: bool = False
+    la: KronDebiasedLaplace,
+    val_loader: DataLoader,
+    tolerance: float,
+    progress_bar: bool,
 ) -> Calibration:
     """Choose temperature and scale of the posterior by one pass over validation data.
 
     Args:
         la: The posterior, of a classification.
         val_loader: Yields the data.
+        tolerance: Negative log likelihood that may be given up.
         progress_bar: Whether to show a progress bar.
 
     Returns:
@@ -65,7 +69,8 @@ def calibrate(
         parts.append((mean[counted], variance[counted], y[counted]))
     if not parts:
         raise ValueError("`val_loader` yields no data.")
-    return calibration_of(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    mean, variance, y = (torch.cat(part) for part in zip(*parts, strict=True))
+    return calibration_of(mean, variance, y, tolerance)
 
 
 def output_variances(la: KronDebiasedLaplace, X: Inputs) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ from laplace_debiased.posterior.sampling_error import SamplingError
 from laplace_debiased.posterior.settings import Settings, check_integer
 from laplace_debiased.posterior.upstream import without_link_reminder
 from laplace_debiased.predictive.blocks import Covariance
-from laplace_debiased.predictive.calibration import Calibration
+from laplace_debiased.predictive.calibration import TOLERANCE, Calibration
 from laplace_debiased.predictive.links import probit_probabilities
 from laplace_debiased.predictive.moments import LinearizedPredictive
 from laplace_debiased.predictive.samples import sampled_outputs
@@ -835,13 +835,14 @@ class KronDebiasedLaplace(KronLaplace):
         val_loader: DataLoader,
         *,
         optimize_prior: bool = True,
+        tolerance: float = TOLERANCE,
         progress_bar: bool = False,
     ) -> Calibration:
         """Make probabilities agree with validation data, in one pass over them.
 
         The marginal likelihood chooses the prior precision. The validation data then
         choose a temperature of the network's outputs, and the share of the posterior's
-        covariance that probabilities need, which may be none
+        covariance that probabilities keep, which may be none
         (:mod:`~laplace_debiased.predictive.calibration`). From then on, all predictions
         are calibrated: those of ``la(x)``, whatever its arguments, and samples of
         outputs, while :meth:`uncertainty` tells what the whole posterior knows. A
@@ -851,6 +852,9 @@ class KronDebiasedLaplace(KronLaplace):
             val_loader: Yields validation data, in the form of training data, that the
                 network was not trained with.
             optimize_prior: Whether to choose the prior precision; else it stays.
+            tolerance: Mean negative log likelihood of the validation data in nats that
+                may be given up for more covariance, which inputs need that have changed
+                since training.
             progress_bar: Whether to show a progress bar.
 
         Returns:
@@ -865,7 +869,7 @@ class KronDebiasedLaplace(KronLaplace):
         with unchanged_on_failure(self):
             if optimize_prior:
                 self.optimize_prior_precision()
-            chosen = calibrating.calibrate(self, val_loader, progress_bar)
+            chosen = calibrating.calibrate(self, val_loader, tolerance, progress_bar)
             self._calibration, self._is_tuned = chosen, True
         return chosen
 

@@ -21,7 +21,7 @@ def outputs(count, spread=3.0):
 def test_the_temperature_that_classes_were_drawn_with_is_found(temperature):
     mean = outputs(4000)
     y = drawn(mean, torch.zeros_like(mean), temperature)
-    found = calibration_of(mean, torch.rand_like(mean), y)
+    found = calibration_of(mean, 1e6 * torch.rand_like(mean), y)
     ratio = torch.tensor(found.temperature / temperature).log().abs()
     assert found.scale == 0
     assert ratio < 3 * found.temperature_error
@@ -29,12 +29,36 @@ def test_the_temperature_that_classes_were_drawn_with_is_found(temperature):
     assert "the posterior's variance did not help" in str(found)
 
 
+def test_as_much_variance_is_kept_as_the_tolerance_allows():
+    mean = outputs(4000)
+    variance = 5 * torch.rand_like(mean)
+    y = drawn(mean, torch.zeros_like(mean))
+    scales = []
+    for tolerance in (0, 1e-3, 1e-2, 10):
+        found = calibration_of(mean, variance, y, tolerance)
+        by_scale = dict(found.frontier)
+        assert by_scale[found.scale] <= min(by_scale.values()) + tolerance
+        assert all(
+            nll > min(by_scale.values()) + tolerance
+            for scale, nll in found.frontier
+            if scale > found.scale
+        )
+        scales.append(found.scale)
+    assert scales == sorted(set(scales))
+    assert scales[-1] == 1
+
+
+def test_negative_tolerances_are_refused():
+    with pytest.raises(ValueError, match="at least zero"):
+        calibration_of(outputs(5), outputs(5) ** 2, outputs(5).argmax(1), -1.0)
+
+
 def test_a_posterior_that_tells_the_truth_is_kept():
     """Some examples are uncertain, others not, which a temperature cannot tell."""
     mean = outputs(4000)
     variance = 30 * (torch.rand(4000, 1) < 0.5).double().expand_as(mean)
     y = drawn(mean, variance)
-    found = calibration_of(mean, variance, y)
+    found = calibration_of(mean, variance, y, tolerance=0)
     assert 0.3 < found.scale <= 1
     assert 0.8 < found.temperature < 1.2
     assert f"{found.scale:.3g} of the posterior's covariance" in str(found)
