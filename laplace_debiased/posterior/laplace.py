@@ -88,7 +88,8 @@ class KronDebiasedLaplace(KronLaplace):
             warned of), ``"regression"`` or ``"reward_modeling"``.
         sigma_noise: As in ``KronLaplace``, like all that follow until ``magnitudes``.
         prior_precision: A scalar, or one for each parameter tensor.
-        prior_mean: Mean of the prior.
+        prior_mean: Mean of the prior. A number is that of all parameters but those of
+            normalizations, which have their trained values; a vector that of each.
         temperature: Temperature of the likelihood.
         enable_backprop: Whether gradients flow through predictions to the inputs.
         dict_key_x: Key of the inputs in mappings.
@@ -330,8 +331,30 @@ class KronDebiasedLaplace(KronLaplace):
     @property
     def scatter(self) -> Tensor:
         """Squared distance of the mean from the prior's, by the prior precision."""
-        delta = (self.mean - self.prior_mean).to(self._dtype)
-        return (delta * self.prior_precision_diag) @ delta
+        offset = self.prior_offset
+        return (offset * self.prior_precision_diag) @ offset
+
+    @property
+    def prior_offset(self) -> Tensor:
+        """The mean's offset from the prior's, ``[params]``.
+
+        Scales and shifts of normalizations have none, unless ``prior_mean`` is given
+        for each parameter: they are not near zero before training, and their squared
+        norms would decide the prior precision of all others.
+        """
+        offset = (self.mean - self.prior_mean).to(self._dtype)
+        parts = list(offset.split([param.numel() for param in self.fitted_params]))
+        for position in self._centred:
+            parts[position] = torch.zeros_like(parts[position])
+        return torch.cat(parts)
+
+    @property
+    def _centred(self) -> set[int]:
+        """Positions of parameters whose prior has their trained values as its mean."""
+        if self._selection is None or self.prior_mean.numel() > 1:
+            return set()
+        layers = [own for own in self._selection.layers if own.is_normalization]
+        return {position for layer in layers for position in layer.parameters}
 
     def square_norm(self, value: Tensor) -> Tensor:
         """Compute the squared distance of parameters from the mean.

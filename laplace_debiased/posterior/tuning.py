@@ -115,11 +115,13 @@ def maximize_marginal_likelihood(
     params = la.fitted_params
     if len(starts) == 1 and layerwise:
         starts = starts * len(params)
-    parts = (la.mean - la.prior_mean).double().split([p.numel() for p in params])
+    parts = la.prior_offset.double().split([p.numel() for p in params])
     squared_norms = [own.square().sum().item() for own in parts]
     eigenvalues = la.posterior_precision.eigenvalues
-    every = range(len(params))
-    groups = [[k] for k in every] if len(starts) > 1 else [list(every)]
+    every = list(range(len(params)))
+    # at their prior's mean, normalizations tell no prior precision of their own
+    groups = [every if k in la._centred else [k] for k in every]
+    groups = groups if len(starts) > 1 else [every]
     found = [
         best_prior_precision(
             [eigenvalues[k] for k in group],
