@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any, cast
 from warnings import warn
 
@@ -52,9 +52,9 @@ from laplace_debiased.rows.inputs import (
 )
 from laplace_debiased.rows.model_state import evaluating, unchanged_on_failure
 from laplace_debiased.rows.selection import Selection
+from laplace_debiased.rows.sharing import thread_restored
 from laplace_debiased.sampling.loaders import loader_of_batch
 
-# laplace-torch's `__call__` does not pass its generator on to where it samples
 _GENERATOR: ContextVar[torch.Generator | None] = ContextVar("generator", default=None)
 
 
@@ -319,6 +319,7 @@ class KronDebiasedLaplace(KronLaplace):
         """
         return super().square_norm(value.to(self._dtype))
 
+    @thread_restored
     def fit(
         self,
         train_loader: DataLoader,
@@ -373,9 +374,10 @@ class KronDebiasedLaplace(KronLaplace):
             folds = fitting.assign(self, train_loader, magnitude_loader, seen)
             fitting.update(self, folds, seen, progress_bar=progress_bar)
             for message in fitting.messages(self, seen, folds.explicit):
-                warn(message, stacklevel=2)
+                warn(message, stacklevel=3)
             self.model.eval()
 
+    @thread_restored
     def partial_fit(
         self,
         batch: Any,
@@ -426,12 +428,13 @@ class KronDebiasedLaplace(KronLaplace):
             folds = fitting.assign(self, loader, magnitude_loader, seen, is_batch=True)
             fitting.update(self, folds, seen, decay, num_data)
             for message in fitting.messages(self, seen, explicit=True):
-                warn(message, stacklevel=2)
+                warn(message, stacklevel=3)
 
     def _find_candidates(self, X: Inputs, batch_size: int) -> list[Tensor]:
         """Return the parameters that the posterior could be over."""
         return self._candidates
 
+    @thread_restored
     def __call__(
         self,
         x: Inputs,
@@ -460,21 +463,21 @@ class KronDebiasedLaplace(KronLaplace):
         Returns:
             As ``KronLaplace.__call__``.
         """
-        token = _GENERATOR.set(generator)
-        try:
-            prediction = super().__call__(
-                x,
-                pred_type,
-                joint,
-                link_approx,
-                n_samples,
-                diagonal_output,
-                generator,
-                fitting,
-                **model_kwargs,
-            )
-        finally:
-            _GENERATOR.reset(token)
+        # laplace-torch's `__call__` does not pass its generator on to where it samples
+        context = copy_context()
+        context.run(_GENERATOR.set, generator)
+        prediction = context.run(
+            super().__call__,
+            x,
+            pred_type,
+            joint,
+            link_approx,
+            n_samples,
+            diagonal_output,
+            generator,
+            fitting,
+            **model_kwargs,
+        )
         if isinstance(prediction, Tensor):
             check_finite_predictions(prediction)
             return prediction.to(self.mean.dtype)
@@ -510,6 +513,7 @@ class KronDebiasedLaplace(KronLaplace):
         )
         return samples.to(self.mean.dtype)
 
+    @thread_restored
     def _glm_predictive_distribution(
         self, X: Inputs, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -599,6 +603,7 @@ class KronDebiasedLaplace(KronLaplace):
         for output in outputs:
             yield output if self.enable_backprop else output.detach()
 
+    @thread_restored
     def _nn_functional_samples(
         self,
         X: Inputs,
@@ -610,6 +615,7 @@ class KronDebiasedLaplace(KronLaplace):
             outputs = self._sampled_outputs(X, n_samples, generator, **model_kwargs)
             return torch.stack(list(outputs))
 
+    @thread_restored
     def _nn_predictive_samples(
         self,
         X: Inputs,
@@ -623,6 +629,7 @@ class KronDebiasedLaplace(KronLaplace):
         return samples
 
     # the base class declares each further keyword as a dictionary
+    @thread_restored
     def _nn_predictive_classification(  # type: ignore[override]
         self,
         X: Inputs,
@@ -637,6 +644,7 @@ class KronDebiasedLaplace(KronLaplace):
                 total = total + output.softmax(-1)
             return total / n_samples
 
+    @thread_restored
     def optimize_prior_precision(  # type: ignore[override]
         self,
         pred_type: PredType | str = PredType.GLM,
@@ -755,6 +763,7 @@ class KronDebiasedLaplace(KronLaplace):
         """
         return state.state_dict(self)
 
+    @thread_restored
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a fitted posterior.
 
@@ -771,7 +780,7 @@ class KronDebiasedLaplace(KronLaplace):
         with unchanged_on_failure(self, *self.model.modules()):
             self._load(state_dict)
             if not state.is_at_parameters(self):
-                warn(state.OTHER_PARAMETERS, stacklevel=2)
+                warn(state.OTHER_PARAMETERS, stacklevel=3)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted posterior to a file, whole or not at all.
@@ -862,6 +871,7 @@ class KronDebiasedLaplace(KronLaplace):
         """
         return diagnostics.marginal_likelihood_error(self)
 
+    @thread_restored
     def bias_report(
         self,
         train_loader: DataLoader | None = None,
