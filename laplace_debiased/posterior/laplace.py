@@ -333,7 +333,8 @@ class KronDebiasedLaplace(KronLaplace):
         Curvature and loss are scaled from the points used to N, the size of
         ``train_loader.dataset``, also where a sampler visits a part of it, and without
         the points of ``magnitude_loader``. If anything fails, the last fitted posterior
-        and the model stay as they were.
+        and the model stay as they were. Predictions of the same posterior may run side
+        by side, but not while another thread fits it.
 
         A ``DataLoader`` over a map-style dataset is read by index, by loaders of its
         own: neither the global random numbers nor those of the loader are advanced,
@@ -485,6 +486,7 @@ class KronDebiasedLaplace(KronLaplace):
         check_finite_predictions(f_mu, f_var)
         return f_mu.to(self.mean.dtype), f_var.to(self.mean.dtype)
 
+    @thread_restored
     def sample(
         self, n_samples: int = 100, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -751,6 +753,7 @@ class KronDebiasedLaplace(KronLaplace):
             n_samples=n_samples,
         )
 
+    @thread_restored
     def state_dict(self) -> dict[str, Any]:
         """Return the fitted posterior.
 
