@@ -159,8 +159,8 @@ def faults_at_lines(call, num_faults, dense=True):
     Args:
         call: The call.
         num_faults: Number of faults that are spread over it, about.
-        dense: Whether to hit each line of what restores something, too, and of context
-            managers.
+        dense: Whether to hit a third of the lines of what restores something, too, and
+            of context managers: which third depends on the call.
 
     Yields:
         The number of the line, after each interrupted call, and while the interrupt is
@@ -169,7 +169,8 @@ def faults_at_lines(call, num_faults, dense=True):
     with InterruptedAtLine() as trace:
         call()
     spread = set(range(1, trace.count + 1, max(1, trace.count // num_faults)))
-    last = {line: at for at, line in enumerate(trace.lines, 1)}
+    third = trace.count % 3
+    last = {line: at for at, line in enumerate(trace.lines, 1) if line[1] % 3 == third}
     names = (*RESTORING, "contextlib") if dense else ()
     for at in sorted(spread | {at for (name, _), at in last.items() if name in names}):
         try:
