@@ -236,17 +236,19 @@ def run_seed(
         magnitudes=magnitudes,
         seed=seed + 1,
     )
-    last = KronDebiasedLLLaplace(problem.model, "classification")
+    last = None
     with torch.enable_grad():
         start = time.perf_counter()
         la.fit(problem.loader())
         fit_seconds = time.perf_counter() - start
-        last.fit(problem.loader())
+        if isinstance(list(problem.model.modules())[-1], nn.Linear):
+            last = KronDebiasedLLLaplace(problem.model, "classification")
+            last.fit(problem.loader())
+            last.optimize_prior_precision()
     loader = DataLoader(TensorDataset(X, y), BATCH_SIZE)
     start = time.perf_counter()
     chosen = la.calibrate(loader)
     calibrate_seconds = time.perf_counter() - start
-    last.optimize_prior_precision()
     la._calibration = None
     start = time.perf_counter()
     for part in X.split(BATCH_SIZE):
@@ -263,11 +265,12 @@ def run_seed(
         MAP: scores(of_map, MAP_OUTPUTS, images),
         SCALED: scores(of_map, scaled, images)
         | small_sets(of_map, (of_validation, y), images),
-        LAST: scores(partial(moments, last), UNCALIBRATED, images),
         DEFAULT: scores(predict, UNCALIBRATED, images),
         CALIBRATED: scores(predict, chosen, images)
         | small_sets(predict, (known, y), images),
     }
+    if last is not None:
+        rows[LAST] = scores(partial(moments, last), UNCALIBRATED, images)
     return {
         "rows": rows,
         "calibration": asdict(chosen),

@@ -145,5 +145,5 @@ def warn_if_untuned(la: KronDebiasedLaplace) -> None:
     warn(
         f"Predictions use the default {values}, which may be far from what fits the "
         f"data: call `{remedy}` after `fit`, or set it.",
-        stacklevel=3,
+        stacklevel=4,
     )

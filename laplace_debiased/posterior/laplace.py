@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import Any, cast
 from warnings import warn
 
@@ -57,10 +57,10 @@ from laplace_debiased.rows.inputs import (
 )
 from laplace_debiased.rows.model_state import evaluating, unchanged_on_failure
 from laplace_debiased.rows.selection import Selection
+from laplace_debiased.rows.sharing import thread_restored
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.sampling.loaders import loader_of_batch
 
-# laplace-torch's `__call__` does not pass its generator on to where it samples
 _GENERATOR: ContextVar[torch.Generator | None] = ContextVar("generator", default=None)
 FORGOTTEN = (
     "The calibration was for another prior precision, and is forgotten: call "
@@ -367,6 +367,7 @@ class KronDebiasedLaplace(KronLaplace):
         """
         return super().square_norm(value.to(self._dtype))
 
+    @thread_restored
     def fit(
         self,
         train_loader: DataLoader,
@@ -380,7 +381,8 @@ class KronDebiasedLaplace(KronLaplace):
         Curvature and loss are scaled from the points used to N, the size of
         ``train_loader.dataset``, also where a sampler visits a part of it, and without
         the points of ``magnitude_loader``. If anything fails, the last fitted posterior
-        and the model stay as they were.
+        and the model stay as they were. Predictions of the same posterior may run side
+        by side, but not while another thread fits it.
 
         A ``DataLoader`` over a map-style dataset is read by index, by loaders of its
         own: neither the global random numbers nor those of the loader are advanced,
@@ -422,9 +424,10 @@ class KronDebiasedLaplace(KronLaplace):
             folds = fitting.assign(self, train_loader, magnitude_loader, seen)
             fitting.update(self, folds, seen, progress_bar=progress_bar)
             for message in fitting.messages(self, seen, folds.explicit):
-                warn(message, stacklevel=2)
+                warn(message, stacklevel=3)
             self.model.eval()
 
+    @thread_restored
     def partial_fit(
         self,
         batch: Any,
@@ -476,12 +479,13 @@ class KronDebiasedLaplace(KronLaplace):
             folds = fitting.assign(self, loader, magnitude_loader, seen, is_batch=True)
             fitting.update(self, folds, seen, decay, num_data)
             for message in fitting.messages(self, seen, explicit=True):
-                warn(message, stacklevel=2)
+                warn(message, stacklevel=3)
 
     def _find_candidates(self, X: Inputs, batch_size: int) -> list[Tensor]:
         """Return the parameters that the posterior could be over."""
         return self._candidates
 
+    @thread_restored
     def __call__(
         self,
         x: Inputs,
@@ -511,21 +515,21 @@ class KronDebiasedLaplace(KronLaplace):
             As ``KronLaplace.__call__``.
         """
         calibrating.warn_if_untuned(self)
-        token = _GENERATOR.set(generator)
-        try:
-            prediction = super().__call__(
-                x,
-                pred_type,
-                joint,
-                link_approx,
-                n_samples,
-                diagonal_output,
-                generator,
-                fitting,
-                **model_kwargs,
-            )
-        finally:
-            _GENERATOR.reset(token)
+        # laplace-torch's `__call__` does not pass its generator on to where it samples
+        context = copy_context()
+        context.run(_GENERATOR.set, generator)
+        prediction = context.run(
+            super().__call__,
+            x,
+            pred_type,
+            joint,
+            link_approx,
+            n_samples,
+            diagonal_output,
+            generator,
+            fitting,
+            **model_kwargs,
+        )
         if isinstance(prediction, Tensor):
             check_finite_predictions(prediction)
             return prediction.to(self.mean.dtype)
@@ -533,6 +537,7 @@ class KronDebiasedLaplace(KronLaplace):
         check_finite_predictions(f_mu, f_var)
         return f_mu.to(self.mean.dtype), f_var.to(self.mean.dtype)
 
+    @thread_restored
     def sample(
         self, n_samples: int = 100, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -563,6 +568,7 @@ class KronDebiasedLaplace(KronLaplace):
         )
         return samples.to(self.mean.dtype)
 
+    @thread_restored
     def _glm_predictive_distribution(
         self, X: Inputs, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -689,6 +695,7 @@ class KronDebiasedLaplace(KronLaplace):
             own = output if self.enable_backprop else output.detach()
             yield own / temperature
 
+    @thread_restored
     def _nn_functional_samples(
         self,
         X: Inputs,
@@ -700,6 +707,7 @@ class KronDebiasedLaplace(KronLaplace):
             outputs = self._calibrated_outputs(X, n_samples, generator, **model_kwargs)
             return torch.stack(list(outputs))
 
+    @thread_restored
     def _nn_predictive_samples(
         self,
         X: Inputs,
@@ -713,6 +721,7 @@ class KronDebiasedLaplace(KronLaplace):
         return samples
 
     # the base class declares each further keyword as a dictionary
+    @thread_restored
     def _nn_predictive_classification(  # type: ignore[override]
         self,
         X: Inputs,
@@ -727,6 +736,7 @@ class KronDebiasedLaplace(KronLaplace):
                 total = total + output.softmax(-1)
             return total / n_samples
 
+    @thread_restored
     def optimize_prior_precision(  # type: ignore[override]
         self,
         pred_type: PredType | str = PredType.GLM,
@@ -789,7 +799,7 @@ class KronDebiasedLaplace(KronLaplace):
         climbs = method == TuningMethod.MARGLIK and not self.damping
         if climbs and prior_structure != PriorStructure.DIAG:
             if val_loader is not None:
-                warn("The marginal likelihood takes no `val_loader`.", stacklevel=2)
+                warn("The marginal likelihood takes no `val_loader`.", stacklevel=3)
             is_layerwise = prior_structure == PriorStructure.LAYERWISE
             self._climb((init_prior_prec, is_layerwise, n_steps), tune_sigma_noise)
             if verbose:
@@ -853,6 +863,7 @@ class KronDebiasedLaplace(KronLaplace):
             n_samples=n_samples,
         )
 
+    @thread_restored
     def calibrate(
         self,
         val_loader: DataLoader,
@@ -896,6 +907,7 @@ class KronDebiasedLaplace(KronLaplace):
             self._calibration, self._is_tuned = chosen, True
         return chosen
 
+    @thread_restored
     def uncertainty(self, x: Inputs) -> Uncertainty:
         """Tell how uncertain predictions are, and why, at the price of a prediction.
 
@@ -914,6 +926,7 @@ class KronDebiasedLaplace(KronLaplace):
         calibrating.warn_if_untuned(self)
         return calibrating.uncertainty(self, x)
 
+    @thread_restored
     def state_dict(self) -> dict[str, Any]:
         """Return the fitted posterior, with its calibration.
 
@@ -926,6 +939,7 @@ class KronDebiasedLaplace(KronLaplace):
         """
         return state.state_dict(self)
 
+    @thread_restored
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a fitted posterior.
 
@@ -942,7 +956,7 @@ class KronDebiasedLaplace(KronLaplace):
         with unchanged_on_failure(self, *self.model.modules()):
             self._load(state_dict)
             if not state.is_at_parameters(self):
-                warn(state.OTHER_PARAMETERS, stacklevel=2)
+                warn(state.OTHER_PARAMETERS, stacklevel=3)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted posterior to a file, whole or not at all.
@@ -1033,6 +1047,7 @@ class KronDebiasedLaplace(KronLaplace):
         """
         return diagnostics.marginal_likelihood_error(self)
 
+    @thread_restored
     def bias_report(
         self,
         train_loader: DataLoader | None = None,
