@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset, budget, out = arguments.dataset, arguments.budget, arguments.out
     try:
         from laplace_debiased.comparison.data import load_split
-        from laplace_debiased.comparison.experiment import compare
+        from laplace_debiased.comparison.experiment import compare, held_out
         from laplace_debiased.comparison.results import write_results
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith(_EXTRA_MODULES):
@@ -41,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         split = load_split(dataset, arguments.data_root)
     except OSError as error:
         parser.error(str(error))
-    if budget > len(split.train):
+    num_train = len(held_out(split.train)[0])
+    if budget > num_train:
         parser.error(
-            f"argument --budget: must be at most {len(split.train)}, the training "
+            f"argument --budget: must be at most {num_train}, the training "
             f"points of {dataset}, got {budget}"
         )
     runs = compare(split, RECIPES[dataset], budget, arguments.seeds)
@@ -54,9 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m laplace_debiased",
         description="Compare Laplace approximations at an equal budget of training "
-        "points with backward passes: MAP, K-FAC of all data, K-FAC of a single "
-        "mini-batch, debiased K-FAC of two mini-batches, and the defaults with "
-        "magnitudes of K-FAC and of the GGN.",
+        "points with backward passes: MAP, temperature scaling, K-FAC of all data, "
+        "K-FAC of a single mini-batch, debiased K-FAC of two mini-batches, the "
+        "defaults with magnitudes of K-FAC and of the GGN, and the default calibrated "
+        "by validation points.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

@@ -11,6 +11,7 @@ PAGES = [
     *sorted(ROOT.glob("benchmarks/results/*/README.md")),
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/*.md")),
 ]
 
 
@@ -20,14 +21,23 @@ def shown_tables(page):
     )
 
 
-def test_snippets_run_in_order():
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) >= 3
+def after_snippets(page):
+    """What the snippets of a page define, run in order."""
     namespace = {}
-    exec(snippets[0], namespace)
-    for snippet in snippets[1:]:
+    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(snippet, namespace)
-    assert namespace["probabilities"].shape == (5, 3)
+    return namespace
+
+
+def test_snippets_run_in_order():
+    assert after_snippets(README)["probabilities"].shape == (5, 3)
+
+
+def test_snippets_of_the_knobs_run_in_order():
+    found = after_snippets(ROOT / "docs" / "knobs.md")
+    assert found["worst"] < 0.2
+    low, high = found["interval"]
+    assert (low < high).all()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

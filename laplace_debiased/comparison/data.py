@@ -84,6 +84,24 @@ def _standardized(
     )
 
 
+def shuffled_rows(images: Tensor) -> Tensor:
+    """Bring the rows of images into another order, the same for all.
+
+    What comes out has the pixels of the images, but is none of what they show.
+
+    Args:
+        images: Images ``[points, ..., height, width]``, or square ones in one row
+            ``[points, pixels]``.
+
+    Returns:
+        Images of the same shape.
+    """
+    side = round(images[0].numel() ** 0.5)
+    pixels = images.unflatten(1, (side, side)) if images.ndim == 2 else images
+    order = torch.randperm(pixels.shape[-2], generator=torch.Generator().manual_seed(0))
+    return pixels[..., order, :].reshape(images.shape)
+
+
 def raw_images(dataset: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
     """Return all images of a torchvision dataset.
 

@@ -12,13 +12,21 @@ from scipy.stats import sem
 from torch import Tensor
 from tueplots.constants.color import palettes
 
-from laplace_debiased.comparison.experiment import MAP, PRIOR_PRECISIONS, Run
+from laplace_debiased.comparison.experiment import (
+    CALIBRATED,
+    MAP,
+    PRIOR_PRECISIONS,
+    SCALED,
+    Run,
+)
 from laplace_debiased.comparison.posteriors import FULL_DATA, POSTERIORS
 from laplace_debiased.comparison.report import group_by_estimator, reliabilities
 from laplace_debiased.comparison.style import figure_style
 
 _COLORS = {
     MAP: "grey",
+    SCALED: "black",
+    CALIBRATED: "black",
     **dict(zip(POSTERIORS, (f"#{c}" for c in palettes.paultol_bright), strict=False)),
 }
 
@@ -27,7 +35,8 @@ def write_figure(path: Path, runs: list[Run], labels: Tensor, title: str) -> Non
     """Draw the figure.
 
     Left: mean test NLL of each posterior, with its standard error shaded and a dot
-    where the marginal likelihood is largest. Middle: the NLL's difference to the
+    where the marginal likelihood is largest. Without a choice of the prior precision,
+    it is flat. Middle: the NLL's difference to the
     full-data posterior, which a seed shares network and test points with. Right:
     accuracy over confidence where the marginal likelihood is largest.
 
@@ -47,7 +56,7 @@ def write_figure(path: Path, runs: list[Run], labels: Tensor, title: str) -> Non
         _draw_reliability(reliability_axis, runs, labels)
         figure.suptitle(title)
         figure.legend(
-            *nll_axis.get_legend_handles_labels(), loc="outside lower center", ncols=5
+            *nll_axis.get_legend_handles_labels(), loc="outside lower center", ncols=4
         )
         figure.savefig(path, dpi=200)
 
@@ -55,8 +64,9 @@ def write_figure(path: Path, runs: list[Run], labels: Tensor, title: str) -> Non
 def _draw_nll(axis: Axes, runs: list[Run]) -> None:
     for estimator, group in group_by_estimator(runs).items():
         nll = [run.scores.nll for run in group]
-        if estimator == MAP:
-            _draw_band(axis, np.tile(nll, (len(PRIOR_PRECISIONS), 1)).T, MAP)
+        if group[0].curve is None:
+            flat = np.tile(nll, (len(PRIOR_PRECISIONS), 1)).T
+            _draw_band(axis, flat, estimator)
             continue
         _draw_band(axis, _curves(group), estimator)
         chosen = np.mean([run.prior_precision for run in group])
@@ -107,4 +117,4 @@ def _draw_band(axis: Axes, curves: np.ndarray, estimator: str) -> None:
 
 
 def _line_style(estimator: str) -> str:
-    return "--" if estimator == MAP else "-"
+    return {MAP: "--", SCALED: ":", CALIBRATED: "-."}.get(estimator, "-")

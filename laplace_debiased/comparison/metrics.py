@@ -10,8 +10,9 @@ from netcal.metrics import ECE
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 from torch import Tensor
-from torch.distributions import Categorical
 from torchmetrics.functional.classification import binary_auroc
+
+from laplace_debiased.predictive.uncertainty import entropy
 
 _ECE_BINS = 15
 _RELIABILITY_BINS = 10
@@ -79,10 +80,23 @@ def ood_auroc(inside: Tensor, outside: Tensor) -> float:
     Returns:
         The area under the ROC curve.
     """
-    entropy = Categorical(torch.cat([inside, outside])).entropy()
-    is_outside = torch.arange(len(entropy)) >= len(inside)
-    # the area needs ranks alone, but entropies beyond one would be taken for logits
-    return binary_auroc(entropy / entropy.max(), is_outside.long()).item()
+    return auroc(entropy(inside), entropy(outside))
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Measure how well an uncertainty tells points of another distribution.
+
+    Args:
+        inside: Uncertainties ``[points]`` of points like those trained on.
+        outside: Uncertainties of points of another distribution.
+
+    Returns:
+        The area under the ROC curve.
+    """
+    both = torch.cat([inside, outside]).double()
+    is_outside = torch.arange(len(both)) >= len(inside)
+    # the area needs ranks alone, but values beyond one would be taken for logits
+    return binary_auroc(both / both.max(), is_outside.long()).item()
 
 
 def reliability(

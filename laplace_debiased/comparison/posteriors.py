@@ -21,6 +21,7 @@ from laplace_debiased.curvature.operator import DebiasedKFACLinearOperator
 from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 
 FULL_DATA = "full data"
+DEFAULT = "default"
 
 _FIT_BATCH_SIZE = 256
 
@@ -176,6 +177,6 @@ POSTERIORS: dict[str, FitPosterior] = {
     FULL_DATA: full_data,
     "single batch": single_batch,
     "two batches": partial(debiased, estimator="two_batch", sampling="uniform"),
-    "default": debiased,
+    DEFAULT: debiased,
     "default, ggn": partial(debiased, magnitudes="ggn"),
 }

@@ -45,6 +45,7 @@ COLUMNS = {
     "NLL - full": Column(_excess_nll, "+.3f"),
     "Brier": Column(lambda run, _: run.scores.brier, ".3f"),
     "ECE": Column(lambda run, _: run.scores.ece, ".3f"),
+    "AUROC": Column(lambda run, _: run.foreign_auroc, ".3f"),
     "prior precision": Column(lambda run, _: run.prior_precision, ".2f"),
     "median fit s": Column(lambda run, _: run.fit_seconds, ".2f", robust=True),
     "points": Column(lambda run, _: run.num_points, ".0f", robust=True),

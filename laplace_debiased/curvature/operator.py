@@ -44,6 +44,7 @@ from laplace_debiased.rows.output_curvature import (
 )
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.selection import find_layers
+from laplace_debiased.rows.sharing import thread_restored
 from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
 
 MAGNITUDES = ("kfac", "ggn")
@@ -175,6 +176,7 @@ class DebiasedKFACLinearOperator(LinearOperator):
         shapes = [tuple(param.shape) for param in self._params]
         super().__init__(shapes, shapes)
 
+    @thread_restored
     def compute(self) -> None:
         """Compute eigenvectors and eigenvalues, by one pass over each source.
 
@@ -351,6 +353,7 @@ class DebiasedKFACLinearOperator(LinearOperator):
             )
         return self._with_spectra([[v.reciprocal() for v in own] for own in damped])
 
+    @thread_restored
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
         """Compute gradient and loss on the magnitude data, as curvlinops does.
 

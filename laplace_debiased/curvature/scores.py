@@ -15,9 +15,11 @@ from laplace_debiased.rows.output_curvature import (
     OutputCurvature,
 )
 from laplace_debiased.rows.separation import check_outputs
+from laplace_debiased.rows.sharing import thread_restored
 from laplace_debiased.rows.sweep import Nothing, sweep
 
 
+@thread_restored
 def curvature_scores(
     model_func: nn.Module, loss_func: Loss, data: Iterable[Batch]
 ) -> Tensor:
@@ -66,7 +68,7 @@ def curvature_scores(
         backward=False,
     )
     if summary.are_probabilities:
-        warn(ENDS_IN_SOFTMAX, stacklevel=2)
+        warn(ENDS_IN_SOFTMAX, stacklevel=3)
     assert summary.traces is not None
     return summary.traces
 

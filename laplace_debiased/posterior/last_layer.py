@@ -79,6 +79,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         ... )
         >>> la = KronDebiasedLLLaplace(model, "classification")
         >>> la.fit(train)
+        >>> la.optimize_prior_precision()
         >>> la(X[:3]).shape  # probabilities
         torch.Size([3, 2])
         >>> la.sample(5).shape  # of the parameters of the last layer
@@ -249,9 +250,8 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         if features is None:
             yield from super()._sampled_outputs(X, n_samples, generator, **model_kwargs)
             return
-        samples = self.sample(n_samples, generator)
-        outputs = last_layer_outputs(features, params, samples)
-        yield from outputs if self.enable_backprop else outputs.detach()
+        samples = self._calibrated_sample(n_samples, generator)
+        yield from last_layer_outputs(features, params, samples)
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`KronDebiasedLaplace.state_dict`."""

@@ -7,6 +7,7 @@ is checked as a whole before the posterior takes over any of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from laplace_debiased.posterior.fitting import Seen, set_params
 from laplace_debiased.posterior.measuring import Estimate
 from laplace_debiased.posterior.sampling_error import SamplingError
 from laplace_debiased.posterior.state_checks import UPSTREAM, check
+from laplace_debiased.predictive.calibration import Calibration
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.selection import Selection
 
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 
 # what version 0.1 saved before it had a format cannot be read: it does not tell layers;
-# format 2 does not tell the shapes of parameters, nor which there were
-FORMAT = 3
+# format 2 does not tell the shapes of parameters, nor which there were, and format 3
+# not the calibration
+FORMAT = 4
 OTHER_PARAMETERS = (
     "The model's parameters are not those that the saved posterior was fitted at: load "
     "the model's own checkpoint before you predict."
@@ -60,6 +63,7 @@ def state_dict(la: KronDebiasedLaplace) -> dict[str, Any]:
         "curvature": estimate.curvature.state_dict(),
         "sampling_error": estimate.error and estimate.error.state_dict(),
         "seen": dict(vars(la._seen)),
+        "calibration": la.calibration and asdict(la.calibration),
     }
     return dict(flat(saved))
 
@@ -107,6 +111,7 @@ def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
     set_params(la, [named[name] for name in saved["parameters"]])
     layers = [Layer.from_state_dict(own) for own in saved["layers"]]
     cls_name = type(la).__name__
+    la._calibration = None
     ParametricLaplace.load_state_dict(la, saved | {"cls_name": cls_name, "H": None})
     kind = CURVATURE_TYPES[la.settings.magnitudes]
     error = saved["sampling_error"]
@@ -119,6 +124,8 @@ def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
     )
     la._seen = Seen(**saved["seen"])
     la.H = la._estimate.curvature.decompose(la.damping)
+    calibration = saved["calibration"]
+    la._calibration = calibration and Calibration(**calibration)
     differing = la.state_dict().keys() ^ names
     if differing:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from laplace_debiased.curvature.streams import CURVATURE_TYPES
 from laplace_debiased.posterior.checkpoint import check_tensor, check_type
 from laplace_debiased.posterior.fitting import Seen
 from laplace_debiased.posterior.sampling_error import SamplingError
+from laplace_debiased.predictive.calibration import Calibration
 from laplace_debiased.rows.layers import Layer
 
 if TYPE_CHECKING:
@@ -41,8 +43,8 @@ _OWN = {
     "shapes": list[list[int]],
     "subset_of_weights": str,
 }
-# what is built from several entries; there may be no sampling error
-_PARTS = ("curvature", "sampling_error", "seen")
+# what is built from several entries; there may be no sampling error or calibration
+_PARTS = ("calibration", "curvature", "sampling_error", "seen")
 _POSITIVE = (
     "example_size",
     "n_data",
@@ -85,6 +87,7 @@ def check(
     _check_numbers(la, saved)
     _check_curvature(saved, la._dtype)
     _check_sampling_error(saved)
+    _check_calibration(saved["calibration"])
 
 
 def _check_parameters(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
@@ -206,3 +209,17 @@ def _check_sampling_error(saved: dict[str, Any]) -> None:
         fourth_powers = error[part]["fourth_powers"]
         name = f"sampling_error.{part}.fourth_powers"
         check_tensor(fourth_powers, name, [size], torch.float64)
+
+
+def _check_calibration(calibration: dict[str, Any] | None) -> None:
+    """Check that temperature and scale are some that can have been chosen."""
+    if calibration is None:
+        return
+    # where the points do not tell, the temperature's error is infinite
+    check_type(Calibration, calibration, "calibration", bounded=False)
+    temperature, scale = calibration["temperature"], calibration["scale"]
+    if not (0 < temperature < inf and 0 <= scale <= 1):
+        raise ValueError(
+            f"`state_dict` has a calibration of temperature {temperature} and scale "
+            f"{scale}."
+        )

@@ -11,14 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from math import inf, isfinite
+from math import exp, inf, isfinite, log
 from typing import TYPE_CHECKING, Any
 from warnings import warn
 
 import torch
 import torchmetrics
 from laplace.utils import validate
-from laplace.utils.enums import Likelihood, LinkApprox, PredType
+from laplace.utils.enums import (
+    Likelihood,
+    LinkApprox,
+    PredType,
+    PriorStructure,
+    TuningMethod,
+)
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.utils.data import DataLoader
@@ -108,11 +115,13 @@ def maximize_marginal_likelihood(
     params = la.fitted_params
     if len(starts) == 1 and layerwise:
         starts = starts * len(params)
-    parts = (la.mean - la.prior_mean).double().split([p.numel() for p in params])
+    parts = la.prior_offset.double().split([p.numel() for p in params])
     squared_norms = [own.square().sum().item() for own in parts]
     eigenvalues = la.posterior_precision.eigenvalues
-    every = range(len(params))
-    groups = [[k] for k in every] if len(starts) > 1 else [list(every)]
+    every = list(range(len(params)))
+    # at their prior's mean, normalizations tell no prior precision of their own
+    groups = [every if k in la._centred else [k] for k in every]
+    groups = groups if len(starts) > 1 else [every]
     found = [
         best_prior_precision(
             [eigenvalues[k] for k in group],
@@ -123,6 +132,66 @@ def maximize_marginal_likelihood(
         for group, own in zip(groups, starts, strict=True)
     ]
     return torch.tensor(_with_finite_maximum(la, found, starts), dtype=torch.float64)
+
+
+def check_noise_can_be_tuned(
+    la: KronDebiasedLaplace, method: str, prior_structure: str
+) -> None:
+    """Refuse to tune the noise where there is none, or no closed form.
+
+    Args:
+        la: The posterior.
+        method: How the prior precision is tuned.
+        prior_structure: Whether there is one for all parameters.
+
+    Raises:
+        ValueError: If one of them does not allow it, the likelihood or ``damping``.
+    """
+    is_regression = la.likelihood == Likelihood.REGRESSION
+    is_newton = method == TuningMethod.MARGLIK and not la.damping
+    if not is_regression or not is_newton or prior_structure == PriorStructure.DIAG:
+        raise ValueError(
+            "`tune_sigma_noise` is for regression, by the marginal likelihood, without "
+            "`damping` or a prior precision for each parameter."
+        )
+
+
+@torch.no_grad()
+def maximize_over_noise(
+    la: KronDebiasedLaplace, start: float | Tensor, layerwise: bool, max_steps: int
+) -> None:
+    """Set the noise to that with the highest marginal likelihood.
+
+    Each noise has its own best prior precision. The search is between that of the
+    residuals, which no posterior can be below, and a hundred times as much.
+
+    Args:
+        la: The posterior of a regression, whose prior precision and noise are changed.
+        start: As in :func:`maximize_marginal_likelihood`.
+        layerwise: As in :func:`maximize_marginal_likelihood`.
+        max_steps: As in :func:`maximize_marginal_likelihood`.
+
+    Raises:
+        ValueError: If there are no residuals, or no prior precision is the best.
+    """
+    # laplace-torch's loss is half of the sum of squared residuals
+    variance = 2 * float(la.loss) / (la.n_data * la.n_outputs)
+    if not variance > 0:
+        raise ValueError(
+            "The network fits its training data without residuals: set `sigma_noise`."
+        )
+
+    def objective(log_factor: float) -> float:
+        la.sigma_noise = exp(log_factor) * variance**0.5
+        la.prior_precision = maximize_marginal_likelihood(
+            la, start, layerwise, max_steps
+        )
+        return -la.log_marginal_likelihood().item()
+
+    found = minimize_scalar(
+        objective, bounds=(0.0, log(100)), method="bounded", options={"xatol": 1e-4}
+    )
+    la.sigma_noise = exp(found.x) * variance**0.5
 
 
 def _with_finite_maximum(

@@ -6,6 +6,9 @@ backends is used, and nowhere else.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -37,6 +40,22 @@ def is_empirical(backend: type[CurvatureInterface]) -> bool:
 def is_stochastic(backend_kwargs: dict[str, Any]) -> bool:
     """Whether a backend samples labels."""
     return bool(backend_kwargs.get("stochastic", False))
+
+
+@contextmanager
+def without_link_reminder() -> Iterator[None]:
+    """Silence a reminder to predict by the `link_approx` that a prior was tuned with.
+
+    laplace-torch gives it with each call, also where the argument was passed.
+
+    Yields:
+        Nothing.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="By default `link_approx` is `probit`"
+        )
+        yield
 
 
 def loss_of(backend: CurvatureInterface) -> Loss:

@@ -7,6 +7,10 @@ remove, and their difference, the mutual information of class and parameters, th
 arXiv 1710.07283). Of a regression, variances take the place of entropies: that of the
 noise is aleatoric, that of the network's output epistemic (Kendall and Gal, 2017, arXiv
 1703.04977).
+
+Entropies are those of the whole posterior, with the outputs' calibrated temperature:
+calibration may take variance out of the probabilities, since clean data need little of
+it, but it is what tells foreign examples.
 """
 
 from __future__ import annotations
@@ -27,15 +31,16 @@ class Uncertainty:
     """Predictions, and their uncertainty by its sources.
 
     Args:
-        probabilities: Class probabilities ``[batch, classes]``, those of the
-            posterior's own predictions; None for a regression.
-        mean: Mean of the network's outputs ``[batch, outputs]``.
+        probabilities: Class probabilities ``[batch, classes]``, those that ``la(x)``
+            returns; None for a regression.
+        mean: Mean of the network's outputs ``[batch, outputs]``, not calibrated.
         total: Predictive entropy ``[batch]`` in nats, or predictive variance with the
             noise ``[batch, outputs]``.
         aleatoric: Expected entropy, or variance of the noise, of the same shape.
         epistemic: Mutual information, or variance of the network's output, of the same
             shape: what is high for examples unlike the training data.
-        functional_variance: Variances of the network's outputs ``[batch, outputs]``.
+        functional_variance: Variances of the network's outputs ``[batch, outputs]``, by
+            the whole posterior, not calibrated.
     """
 
     probabilities: Tensor | None

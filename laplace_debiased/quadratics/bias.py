@@ -37,7 +37,7 @@ from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import Loss, is_counted
 from laplace_debiased.rows.selection import select
-from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere
+from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere, thread_restored
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.sampling.folds import Points, draw_uniformly
 from laplace_debiased.sampling.loaders import loader_over
@@ -46,6 +46,7 @@ DIRECTIONS = {"eigenvectors": "eigenvectors", "cg": "conjugate directions"}
 _NUM_RESAMPLES, _RESAMPLES_AT_ONCE = 1000, 50
 
 
+@thread_restored
 def bias_report(
     model_func: nn.Module,
     loss_func: Loss,

@@ -26,7 +26,6 @@ import torch
 from laplace.utils import select_rows
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from laplace_debiased.curvature.curvlinops_adapter import CURVATURES
@@ -54,7 +53,7 @@ from laplace_debiased.rows.output_curvature import (
 )
 from laplace_debiased.rows.selection import Selection, refusal, select
 from laplace_debiased.rows.separation import check_no_hidden_uses, check_outputs
-from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere
+from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere, thread_restored
 from laplace_debiased.rows.substitution import Substitution, run
 
 MODES = ("auto", "forward", "reverse")
@@ -94,6 +93,7 @@ class DirectionalDerivatives:
         return self.scale * self.curvatures.sum(0) + self.damping
 
 
+@thread_restored
 def directional_derivatives(
     model_func: nn.Module,
     loss_func: Loss,
@@ -187,7 +187,7 @@ def directional_derivatives(
     if not slopes:
         raise ValueError("The data source is empty: there is nothing to measure.")
     if probabilities:
-        warn(ENDS_IN_SOFTMAX, stacklevel=2)
+        warn(ENDS_IN_SOFTMAX, stacklevel=3)
     return DirectionalDerivatives(
         torch.cat(slopes),
         torch.cat(curvatures),
@@ -371,11 +371,11 @@ def _chunks(directions: Tensor, like: Parameters, size: int) -> Iterable[Paramet
         }
 
 
-class _LargestOutput(TorchFunctionMode):
+class _LargestOutput(Substitution):
     """Keeps the size of the largest tensor that a function returns, in bytes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__({})
         self.size = 1
 
     def __torch_function__(

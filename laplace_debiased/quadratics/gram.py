@@ -30,6 +30,7 @@ from laplace_debiased.rows.output_curvature import (
     loss_scale,
 )
 from laplace_debiased.rows.selection import Selection, find_layers
+from laplace_debiased.rows.sharing import thread_restored
 
 _MEMORY_LIMIT = 2**32
 # Lanczos iterations take about this many products for each eigenvector, and a product
@@ -108,6 +109,7 @@ def gram_eigenspace(
     return Eigenspace(roots.square(), basis @ turned.T)
 
 
+@thread_restored
 @torch.no_grad()
 def ggn_rows(
     model_func: nn.Module,

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from laplace_debiased.quadratics.cg import cg, rescale
 from laplace_debiased.rows.interrupts import on_failure
-from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere
+from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere, thread_restored
 
 Closure = Callable[[], tuple[Tensor, Tensor]]
 
@@ -244,6 +244,7 @@ class DebiasedCG(Optimizer):
         return [p for p in self.param_groups[0]["params"] if p.requires_grad]
 
     # torch's optimizers take one closure, which returns the loss alone
+    @thread_restored
     @torch.enable_grad()
     def step(  # type: ignore[override]
         self, direction_closure: Closure, magnitude_closure: Closure | None = None

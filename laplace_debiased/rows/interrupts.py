@@ -1,17 +1,18 @@
 """Undo what a block of code did, also if an interrupt comes in the midst of undoing it.
 
-An interrupt (Ctrl-C, or a signal whose handler raises) may come at any call, even in
-the first line of a context manager's ``__exit__``. It then undoes its block when the
-interrupt is dealt with and forgotten. Two interrupts at once are one too many.
+An interrupt (Ctrl-C, or a signal whose handler raises) may come at any line, even in
+the one that undoes something: what undoes it is called again then, and must not mind
+that. Two interrupts at once are one too many.
+
+A context manager, too, may be interrupted in the first line of its ``__exit__``. What
+it would have undone is undone by the function around it
+(:func:`~laplace_debiased.rows.sharing.thread_restored`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-
-import torch
-from torch._C import _len_torch_function_stack, _pop_torch_function_stack
+from contextlib import contextmanager
 
 
 @contextmanager
@@ -19,19 +20,20 @@ def afterwards(restore: Callable[[], object]) -> Iterator[None]:
     """Restore something after a block of code, whether that raises or not.
 
     Args:
-        restore: Restores it; called again if it is interrupted.
+        restore: Restores it; called again if anything raises.
 
     Yields:
         Nothing.
     """
+    # no line is between the two: the outer one is entered before anything happens
     try:
-        yield
-    finally:
         try:
+            yield
+        finally:
             restore()
-        except BaseException:
-            restore()
-            raise
+    except BaseException:
+        restore()
+        raise
 
 
 @contextmanager
@@ -45,31 +47,15 @@ def on_failure(undo: Callable[[], object]) -> Iterator[None]:
         Nothing.
     """
     try:
-        yield
-    except GeneratorExit:  # the block was done before the interrupt came
-        raise
-    except BaseException:
         try:
-            undo()
+            yield
+        except GeneratorExit:  # the block was done before the interrupt came
+            raise
         except BaseException:
             undo()
             raise
+    except GeneratorExit:
         raise
-
-
-def thread_restored() -> AbstractContextManager[None]:
-    """Restore what torch keeps for a thread: function modes, and whether to record.
-
-    They are restored by context managers, too, which an interrupt may hinder.
-
-    Returns:
-        The context manager.
-    """
-    num_modes, records = _len_torch_function_stack(), torch.is_grad_enabled()
-
-    def restore() -> None:
-        while _len_torch_function_stack() > num_modes:
-            _pop_torch_function_stack()
-        torch.set_grad_enabled(records)
-
-    return afterwards(restore)
+    except BaseException:
+        undo()
+        raise

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from laplace_debiased.rows.interrupts import afterwards, on_failure, thread_restored
+from laplace_debiased.rows.interrupts import on_failure
 from laplace_debiased.rows.sharing import shared
 
 
@@ -32,23 +32,16 @@ def measuring(model: nn.Module) -> Iterator[None]:
         Nothing.
     """
     with (
-        thread_restored(),  # last, since restoring tensors records nothing
-        afterwards(_Tensors(model).restore),
+        shared(_Tensors, [model]),
         unchanged_on_failure(*model.modules()),
         keeping_buffers(model),
         evaluating(model),
     ):
-        for parameter in model.parameters():
-            parameter.grad = None
         yield
 
 
 class _Tensors:
-    """What a model's tensors are like.
-
-    Args:
-        model: The model.
-    """
+    """A model's tensors, whose gradients are put aside."""
 
     def __init__(self, model: nn.Module):
         self._parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
@@ -58,9 +51,14 @@ class _Tensors:
             if is_plain(buffer)
         ]
 
+    def apply(self) -> None:
+        """Put the gradients aside."""
+        for parameter, _, _ in self._parameters:
+            parameter.grad = None
+
     @torch.no_grad()
     def restore(self) -> None:
-        """Make them so again."""
+        """Make the tensors again what they were like."""
         for parameter, gradient, flag in self._parameters:
             parameter.requires_grad_(flag)
             parameter.grad = gradient
@@ -116,8 +114,7 @@ def _varies(module: nn.Module) -> bool:
     )
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """Run a model in eval mode, and restore each module's own mode afterwards.
 
     Several threads may do so at once: the last one restores the modes.
@@ -125,11 +122,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Args:
         model: The model.
 
-    Yields:
-        Nothing.
+    Returns:
+        The context manager.
     """
-    with shared(_Evaluation, model.modules()), thread_restored():
-        yield
+    return shared(_Evaluation, model.modules())
 
 
 class _Evaluation:
@@ -218,8 +214,7 @@ def _replace(dictionary: dict, entries: dict) -> None:
 def unchanged_on_failure(*items: object) -> Iterator[None]:
     """Restore attributes of objects if a block of code raises.
 
-    Attributes that are dictionaries, such as a module's hooks, get their entries back;
-    what torch keeps for the thread is restored in any case.
+    Attributes that are dictionaries, such as a module's hooks, get their entries back.
 
     Args:
         *items: The objects.
@@ -233,5 +228,5 @@ def unchanged_on_failure(*items: object) -> Iterator[None]:
         for attributes in saved:
             attributes.restore()
 
-    with thread_restored(), on_failure(restore):
+    with on_failure(restore):
         yield

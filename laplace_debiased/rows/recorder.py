@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -36,11 +37,11 @@ def _opened(function: Any) -> FunctionType:
     Else it is given to the mode as a whole.
     """
     inner = function.__globals__ | {"has_torch_function": lambda _: False}
-    copy = FunctionType(
+    opened = FunctionType(
         function.__code__, inner, function.__name__, function.__defaults__
     )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
 
 
 _OPENED: dict[Callable, Callable] = {
@@ -78,8 +79,10 @@ class Recorder(Substitution):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call a function of torch."""
+        if not self.is_entered:
+            return func(*args, **(kwargs or {}))
         if func in _OPENED:
-            with self:
+            with copy(self):
                 return _OPENED[func](*args, **(kwargs or {}))
         args, kwargs = self._replaced(args), self._replaced(kwargs or {})
         output = func(*args, **kwargs)

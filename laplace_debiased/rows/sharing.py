@@ -8,23 +8,70 @@ had found, that could be the change of another one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from threading import RLock
-from typing import Any, Protocol
+from functools import wraps
+from itertools import count
+from threading import RLock, get_ident
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch._C import _len_torch_function_stack, _pop_torch_function_stack
+from torch.backends import cuda
 
 from laplace_debiased.rows.interrupts import afterwards
 
-Setting = Callable[[], AbstractContextManager[Any]]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class Setting(NamedTuple):
+    """A setting of the process, which may be written twice.
+
+    Args:
+        read: Returns its present value.
+        write: Sets it to a value.
+        value: The value that is needed.
+    """
+
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+    value: Any
+
+
+def _read_attention() -> list[bool]:
+    return [read() for read, _ in _ATTENTION]
+
+
+def _write_attention(values: list[bool]) -> None:
+    for (_, write), value in zip(_ATTENTION, values, strict=True):
+        write(value)
+
+
+def _read_stance() -> Any:
+    from torch._dynamo import eval_frame  # takes long
+
+    return eval_frame._stance
+
+
+def _write_stance(stance: Any) -> None:
+    from torch._dynamo import eval_frame
+
+    is_name = isinstance(stance, str)
+    eval_frame._set_stance(eval_frame.DynamoStance(stance) if is_name else stance)
+
+
+_ATTENTION = (
+    (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+)
 # fused attention can be differentiated once, and not in forward mode
-MATH_ATTENTION: Setting = partial(sdpa_kernel, SDPBackend.MATH)
+MATH_ATTENTION = Setting(_read_attention, _write_attention, [True, False, False, False])
 # whose recurrent layers have no backward pass in eval mode
-NO_CUDNN: Setting = partial(torch.backends.cudnn.flags, enabled=False)
-EAGERLY: Setting = partial(torch.compiler.set_stance, "force_eager")
+NO_CUDNN = Setting(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False)
+EAGERLY = Setting(_read_stance, _write_stance, "force_eager")
 
 
 class Change(Protocol):
@@ -39,17 +86,25 @@ class Change(Protocol):
         """Undo the change, also where it was not made, or is undone already."""
 
 
+class _User(NamedTuple):
+    """A block of code that needs changes."""
+
+    thread: int
+    number: int
+
+
 @dataclass(frozen=True, eq=False)
 class _Held:
     """A change, and who needs it; it keeps its item alive, and so its ``id``."""
 
     change: Change
-    users: set[object]
+    users: set[_User]
 
 
 # held for moments only: what needs the changes runs in parallel
 _LOCK = RLock()
 _HELD: dict[tuple[type[Change], int], _Held] = {}
+_NUMBERS = count()
 
 
 @contextmanager
@@ -63,8 +118,16 @@ def shared(kind: type[Change], items: Iterable[Any]) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    user = object()
-    with afterwards(partial(_release, user)):
+    restore_modes = _restoring_modes()
+    user = _User(get_ident(), next(_NUMBERS))
+
+    def end() -> None:
+        # else a function around this has done so, and this is late
+        if any(user in held.users for held in list(_HELD.values())):
+            restore_modes()
+            _release(user.__eq__)
+
+    with afterwards(end):
         with _LOCK:
             for item in items:
                 _hold(kind, item, user)
@@ -75,7 +138,7 @@ def everywhere(setting: Setting) -> AbstractContextManager[None]:
     """Change a setting of the process while a block of code runs, as :func:`shared`.
 
     Args:
-        setting: Makes the context manager that changes it; always the same object.
+        setting: The setting, always the same object.
 
     Returns:
         The context manager.
@@ -83,7 +146,66 @@ def everywhere(setting: Setting) -> AbstractContextManager[None]:
     return shared(_SettingChange, [setting])
 
 
-def _hold(kind: type[Change], item: Any, user: object) -> None:
+def thread_restored(
+    function: Callable[Arguments, Result],
+) -> Callable[Arguments, Result]:
+    """Let a function leave its thread as it was.
+
+    It ends what is :func:`shared`, and restores torch's function modes, and whether
+    gradients are recorded. Each has context managers, too, but an interrupt in the
+    first line of their ``__exit__`` hinders them; a function has no such line.
+
+    Args:
+        function: The function.
+
+    Returns:
+        The function.
+    """
+
+    @wraps(function)
+    def restored(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        restore = _restoring_thread()
+        try:
+            try:
+                return function(*args, **kwargs)
+            finally:
+                restore()
+        except BaseException:
+            restore()
+            raise
+
+    return restored
+
+
+def _restoring_thread() -> Callable[[], None]:
+    """Return what ends what this thread begins from now on."""
+    thread, start = get_ident(), next(_NUMBERS)
+    restore_modes = _restoring_modes()
+
+    def is_later(user: _User) -> bool:
+        return user.thread == thread and user.number > start
+
+    def restore() -> None:
+        restore_modes()  # first: else they would see what is undone
+        _release(is_later)
+        restore_modes()
+
+    return restore
+
+
+def _restoring_modes() -> Callable[[], None]:
+    """Return what restores torch's function modes, and whether it records."""
+    num_modes, records = _len_torch_function_stack(), torch.is_grad_enabled()
+
+    def restore() -> None:
+        while _len_torch_function_stack() > num_modes:
+            _pop_torch_function_stack()
+        torch.set_grad_enabled(records)
+
+    return restore
+
+
+def _hold(kind: type[Change], item: Any, user: _User) -> None:
     key = (kind, id(item))
     if key in _HELD:
         _HELD[key].users.add(user)
@@ -93,29 +215,27 @@ def _hold(kind: type[Change], item: Any, user: object) -> None:
     _HELD[key].change.apply()
 
 
-def _release(user: object) -> None:
+def _release(leaves: Callable[[_User], bool]) -> None:
     with _LOCK:
         for key, held in list(_HELD.items()):
-            if held.users == {user}:
+            staying = {user for user in held.users if not leaves(user)}
+            if staying:
+                held.users.intersection_update(staying)
+            else:
                 held.change.restore()
                 del _HELD[key]
-            else:
-                held.users.discard(user)
 
 
 class _SettingChange:
-    """A context manager that was entered."""
+    """A setting of the process that has another value."""
 
     def __init__(self, setting: Setting):
-        self._setting, self._stack = setting, ExitStack()
-        self._is_made = False
+        self._setting, self._saved = setting, setting.read()
 
     def apply(self) -> None:
         """See :class:`Change`."""
-        if not self._is_made:
-            self._is_made = True
-            self._stack.enter_context(self._setting())
+        self._setting.write(self._setting.value)
 
     def restore(self) -> None:
         """See :class:`Change`."""
-        self._stack.close()
+        self._setting.write(self._saved)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.overrides import (
-    BaseTorchFunctionMode,
     TorchFunctionMode,
     _get_current_function_mode,
     _get_current_function_mode_stack,
@@ -33,10 +32,22 @@ class Substitution(TorchFunctionMode):
 
     def __init__(self, values: Mapping[int, Tensor]):
         super().__init__()
-        self._values = values
+        self._values, self.is_entered = values, False
+
+    def __enter__(self) -> Self:
+        """Enter the stack of modes, in place of those that an interrupt left there."""
+        while is_left_over(_get_current_function_mode()):
+            _pop_mode()
+        self.is_entered = True
+        return super().__enter__()
 
     def __exit__(self, *_: object) -> None:
-        """Leave the stack of modes, with what an interrupt left on top."""
+        """Leave the stack of modes, with what an interrupt left on top.
+
+        Torch takes a mode from the stack while it asks it. If an interrupt comes then,
+        torch may put it back long after this: it does nothing any more.
+        """
+        self.is_entered = False
         while self in _get_current_function_mode_stack():
             if _pop_mode() is self:
                 return
@@ -49,6 +60,8 @@ class Substitution(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call a function of torch."""
+        if not self.is_entered:
+            return func(*args, **(kwargs or {}))
         return func(*self._replaced(args), **self._replaced(kwargs or {}))
 
     def _replaced(self, item: Any) -> Any:
@@ -60,6 +73,18 @@ class Substitution(TorchFunctionMode):
         if type(item) is dict:
             return {key: self._replaced(part) for key, part in item.items()}
         return item
+
+
+def is_left_over(mode: object) -> bool:
+    """Whether a mode is one of this library's that was left already.
+
+    Args:
+        mode: The mode, from torch's stack of them.
+
+    Returns:
+        Whether it does nothing.
+    """
+    return isinstance(mode, Substitution) and not mode.is_entered
 
 
 class Substituted(nn.Module):
@@ -141,7 +166,7 @@ def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
     has_compiler = "torch._dynamo" in sys.modules
     with (
         everywhere(EAGERLY) if has_compiler else nullcontext(),
-        nullcontext() if has_mode else BaseTorchFunctionMode(),
+        nullcontext() if has_mode else Substitution({}),
         keeping_buffers(original),
     ):
         # alive as long as their copies are known by their `id`

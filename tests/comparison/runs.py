@@ -2,7 +2,14 @@
 
 import torch
 
-from laplace_debiased.comparison.experiment import MAP, PRIOR_PRECISIONS, Run
+from laplace_debiased.comparison.experiment import (
+    CALIBRATED,
+    ESTIMATORS,
+    MAP,
+    PRIOR_PRECISIONS,
+    SCALED,
+    Run,
+)
 from laplace_debiased.comparison.metrics import Scores
 from laplace_debiased.comparison.posteriors import FULL_DATA
 
@@ -14,20 +21,22 @@ NLLS = {
     "default": [0.25, 0.4],
     "default, ggn": [0.25, 0.35],
 }
+FLAT = {MAP: 0.2, SCALED: 0.15, CALIBRATED: 0.15}
 
 
 def _run(estimator, seed, nll):
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
     scores = Scores(accuracy=2 / 3, nll=nll, brier=0.2, ece=0.1)
-    if estimator == MAP:
-        return Run(MAP, seed, scores, probabilities)
-    curve = [nll] * len(PRIOR_PRECISIONS)
-    return Run(estimator, seed, scores, probabilities, 40, 2.5, 0.01, curve)
+    if estimator in (MAP, SCALED):
+        return Run(estimator, seed, scores, probabilities, 0.7)
+    curve = None if estimator == CALIBRATED else [nll] * len(PRIOR_PRECISIONS)
+    return Run(estimator, seed, scores, probabilities, 0.9, 40, 2.5, 0.01, curve)
 
 
 def runs(num_seeds):
     return [
         _run(estimator, seed, nll)
         for seed in range(num_seeds)
-        for estimator, nll in [(MAP, 0.2), *((n, v[seed]) for n, v in NLLS.items())]
+        for estimator in ESTIMATORS
+        for nll in [FLAT[estimator] if estimator in FLAT else NLLS[estimator][seed]]
     ]

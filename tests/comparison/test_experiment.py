@@ -7,16 +7,20 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased.comparison.data import TrainTestSplit
 from laplace_debiased.comparison.experiment import (
-    MAP,
+    CALIBRATED,
+    ESTIMATORS,
     PRIOR_PRECISIONS,
+    SCALED,
     choose_prior_precision,
     compare,
+    held_out,
+    mutual_information,
     nll_curve,
     predict,
 )
 from laplace_debiased.comparison.metrics import score
 from laplace_debiased.comparison.networks import mlp
-from laplace_debiased.comparison.posteriors import FULL_DATA, POSTERIORS
+from laplace_debiased.comparison.posteriors import DEFAULT, FULL_DATA
 from laplace_debiased.comparison.training import Recipe, train
 
 RECIPE = Recipe(lambda: mlp((5,), 4), epochs=20, batch_size=16, learning_rate=1e-2)
@@ -43,17 +47,47 @@ def runs(data):
 
 
 def test_every_estimator_runs_on_every_seed(runs):
-    expected = [(seed, name) for seed in range(2) for name in [MAP, *POSTERIORS]]
+    expected = [(seed, name) for seed in range(2) for name in ESTIMATORS]
     assert [(run.seed, run.estimator) for run in runs] == expected
 
 
 def test_points_are_counted(runs):
     points = [run.num_points for run in runs]
-    assert points == 2 * [0, 60, 20, 20, 20, 20]
+    assert points == 2 * [0, 0, 48, 20, 20, 20, 20, 20]
 
 
 def test_map_has_no_posterior(runs):
-    assert runs[0].prior_precision is runs[0].fit_seconds is runs[0].curve is None
+    for run in runs[:2]:
+        assert run.prior_precision is run.fit_seconds is run.curve is None
+
+
+def test_validation_points_are_not_trained_on():
+    points = TensorDataset(torch.arange(50), torch.arange(50))
+    train, validation = held_out(points)
+    assert len(validation) == 10
+    together = torch.cat([train.tensors[0], validation.tensors[0]])
+    assert torch.equal(together.sort().values, torch.arange(50))
+    assert torch.equal(held_out(points)[1].tensors[0], validation.tensors[0])
+
+
+def test_calibration_makes_default_predictions_no_worse_than_scaled_ones(runs):
+    of_seed = {run.estimator: run for run in runs[: len(ESTIMATORS)]}
+    calibrated, default = of_seed[CALIBRATED], of_seed[DEFAULT]
+    assert calibrated.scores.nll < of_seed[SCALED].scores.nll + 0.05
+    assert calibrated.prior_precision == default.prior_precision
+    assert calibrated.foreign_auroc == pytest.approx(default.foreign_auroc, abs=0.05)
+
+
+def test_mutual_information_is_that_of_samples(laplace, data):
+    torch.manual_seed(0)
+    X = data.test_inputs
+    mean, covariance = laplace._glm_predictive_distribution(X)
+    spread = covariance.diagonal(dim1=1, dim2=2).sqrt()
+    p = (mean + spread * torch.randn(20_000, *mean.shape)).softmax(-1)
+    entropy = torch.special.entr
+    expected = entropy(p.mean(0)).sum(-1) - entropy(p).sum(-1).mean(0)
+    found = mutual_information(laplace, X)
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=2e-3)
 
 
 def test_scores_are_those_of_the_predictions(runs, data):
@@ -103,7 +137,7 @@ def test_predictions_do_not_depend_on_batches(laplace, data):
 def test_curve_tends_to_map_with_the_prior_precision(runs):
     for index, run in enumerate(runs):
         if run.estimator == FULL_DATA:
-            map_nll = runs[index - 1].scores.nll
+            map_nll = runs[index - 2].scores.nll
             distances = [abs(nll - map_nll) for nll in run.curve]
             assert distances[-1] < 0.1 * distances[0]
 

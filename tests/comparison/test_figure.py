@@ -1,10 +1,10 @@
 import pytest
 from matplotlib.figure import Figure
 
-from laplace_debiased.comparison.experiment import MAP, PRIOR_PRECISIONS
+from laplace_debiased.comparison.experiment import ESTIMATORS, PRIOR_PRECISIONS
 from laplace_debiased.comparison.figure import write_figure
 from laplace_debiased.comparison.posteriors import FULL_DATA
-from tests.comparison.runs import LABELS, NLLS, runs
+from tests.comparison.runs import FLAT, LABELS, NLLS, runs
 
 
 @pytest.fixture
@@ -39,11 +39,12 @@ def curves(axis):
 def test_left_axis_has_mean_nll(draw):
     nll_axis, _, _ = draw(2)
     lines = curves(nll_axis)
-    assert list(lines) == [MAP, *NLLS]
+    assert list(lines) == list(ESTIMATORS)
     for estimator, nlls in NLLS.items():
         expected = [sum(nlls) / 2] * len(PRIOR_PRECISIONS)
         assert lines[estimator] == pytest.approx(expected)
-    assert lines[MAP] == pytest.approx([0.2] * len(PRIOR_PRECISIONS))
+    for estimator, nll in FLAT.items():
+        assert lines[estimator] == pytest.approx([nll] * len(PRIOR_PRECISIONS))
 
 
 def test_middle_axis_has_differences_of_the_same_seed(draw):
@@ -57,11 +58,11 @@ def test_right_axis_has_a_diagram_for_each_estimator(draw):
     _, _, reliability_axis = draw(2)
     diagonal, *diagrams = reliability_axis.lines
     assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
-    assert len(diagrams) == 1 + len(NLLS)
+    assert len(diagrams) == len(ESTIMATORS)
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2])
 def test_bands_need_more_than_one_seed(draw, num_seeds):
     nll_axis, _, _ = draw(num_seeds)
     bands = len(nll_axis.collections)
-    assert bands == (0 if num_seeds == 1 else 1 + len(NLLS))
+    assert bands == (0 if num_seeds == 1 else len(ESTIMATORS))

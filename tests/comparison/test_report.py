@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from laplace_debiased.comparison.experiment import MAP, PRIOR_PRECISIONS
+from laplace_debiased.comparison.experiment import ESTIMATORS, MAP, PRIOR_PRECISIONS
 from laplace_debiased.comparison.posteriors import FULL_DATA
 from laplace_debiased.comparison.report import reliabilities, table, write_numbers
 from tests.comparison.runs import LABELS, NLLS, runs
@@ -19,9 +19,10 @@ def cells(text):
 
 def test_table_has_means_and_standard_errors():
     rows = cells(table(runs(2)))
-    assert list(rows) == [MAP, *NLLS]
+    assert list(rows) == list(ESTIMATORS)
     assert rows[FULL_DATA]["NLL"] == "0.400 ± 0.100"
     assert rows["single batch"]["NLL"] == "0.550 ± 0.150"
+    assert rows["single batch"]["AUROC"] == "0.900 ± 0.000"
     assert rows["single batch"]["accuracy %"] == "66.7 ± 0.0"
 
 
@@ -58,7 +59,7 @@ def test_numbers_are_written(tmp_path):
     numbers = json.loads(path.read_text())
     assert numbers["dataset"] == "digits"
     assert numbers["prior_precisions"] == list(PRIOR_PRECISIONS)
-    assert numbers["runs"][8]["scores"]["nll"] == NLLS["single batch"][1]
-    assert len(numbers["runs"][8]["curve"]) == len(PRIOR_PRECISIONS)
+    assert numbers["runs"][11]["scores"]["nll"] == NLLS["single batch"][1]
+    assert len(numbers["runs"][11]["curve"]) == len(PRIOR_PRECISIONS)
     assert numbers["reliability"][MAP]["accuracy"] == pytest.approx([0, 1, 1])
     assert "probabilities" not in numbers["runs"][0]

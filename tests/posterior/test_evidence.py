@@ -1,3 +1,4 @@
+import warnings
 from math import inf
 
 import pytest
@@ -111,3 +112,42 @@ def test_layers_without_a_maximum_are_named():
     with pytest.raises(ValueError, match="has no maximum"):
         la.optimize_prior_precision()
     assert la.prior_precision.isfinite().all()
+
+
+NORMS = ("1.weight", "1.bias", "3.body.1.weight", "3.body.1.bias")
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_the_prior_of_normalizations_has_trained_values_as_its_mean(magnitudes):
+    model = network("resnet")
+    others = [p for name, p in model.named_parameters() if name not in NORMS]
+    squared_norm = sum(p.detach().square().sum() for p in others)
+    la = debiased(model, magnitudes=magnitudes, prior_precision=2.0)
+    la.fit(loader("resnet"))
+    assert torch.allclose(la.scatter, 2 * squared_norm)
+    la.optimize_prior_precision()
+    best = la.log_marginal_likelihood()
+    for factor in (0.95, 1.05):
+        other = la.log_marginal_likelihood(factor * la.prior_precision)
+        assert other < best
+        la.prior_precision = la.prior_precision / factor
+
+
+def test_a_prior_mean_for_each_parameter_is_that_of_normalizations_too():
+    model = network("resnet")
+    size = sum(p.numel() for p in model.parameters())
+    la = debiased(model, prior_mean=torch.zeros(size).double())
+    la.fit(loader("resnet"))
+    assert torch.allclose(la.scatter, la.mean.square().sum())
+
+
+def test_layerwise_precisions_of_normalizations_are_those_of_all():
+    la = debiased(network("resnet"))
+    la.fit(loader("resnet"))
+    la.optimize_prior_precision()
+    scalar = la.prior_precision.item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        la.optimize_prior_precision(prior_structure="layerwise")
+    for k, precision in enumerate(la.prior_precision.tolist()):
+        assert (precision == pytest.approx(scalar)) == (k in la._centred)

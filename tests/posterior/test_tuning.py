@@ -61,7 +61,6 @@ def nll(la, val):
     return -MultivariateNormal(mean, covariance + noise).log_prob(y).mean().item()
 
 
-@pytest.mark.filterwarnings("ignore:By default")
 @pytest.mark.parametrize(
     ("likelihood", "outputs"),
     [("classification", 3), ("regression", 1), ("regression", 2)],
@@ -78,7 +77,6 @@ def test_choice_equals_the_best_of_all_grid_points(likelihood, outputs):
     assert torch.allclose(la.prior_precision, grid[best].double())
 
 
-@pytest.mark.filterwarnings("ignore:By default")
 def test_metrics_of_the_user_are_reset_for_each_grid_point():
     la, val = fitted("classification", 3, 0.3)
     metric = torchmetrics.classification.MulticlassCalibrationError(num_classes=3)
@@ -101,7 +99,6 @@ def test_metrics_of_the_user_are_reset_for_each_grid_point():
     assert torch.allclose(torch.cat(choices), best.double())
 
 
-@pytest.mark.filterwarnings("ignore:By default")
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
 def test_all_prior_precisions_take_one_pass(monkeypatch, likelihood):
     la, val = fitted(likelihood, 3 if likelihood == "classification" else 1, 0.3)
@@ -116,7 +113,6 @@ def test_all_prior_precisions_take_one_pass(monkeypatch, likelihood):
     assert calls == [50, 50, 20]
 
 
-@pytest.mark.filterwarnings("ignore:By default")
 @pytest.mark.parametrize(("bounds", "name"), [((-3, -2), "max"), ((2, 3), "min")])
 def test_a_choice_at_the_end_of_the_grid_warns(bounds, name):
     la, val = fitted("regression", 1, 0.3)
@@ -152,7 +148,6 @@ def test_gaussian_nll_equals_the_density(shape):
         metric.update(mean, covariance, y[:, 0])
 
 
-@pytest.mark.filterwarnings("ignore:By default")
 def test_losses_that_are_not_finite_are_not_chosen():
     la, val = fitted("classification", 3, 0.3)
     la.prior_precision = 7.0
@@ -179,3 +174,54 @@ def test_prior_precisions_that_are_none_are_refused(value):
     with pytest.raises(ValueError, match="must be finite and at least zero"):
         la.prior_precision = value
     assert la.prior_precision is before
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+@pytest.mark.parametrize("noise", [0.1, 0.5])
+def test_noise_and_prior_have_the_highest_marginal_likelihood(subset, noise):
+    la, _ = fitted("regression", 1, noise)
+    train, _ = splits("regression", 1, noise)
+    la = debiased(la.model, "regression", subset)
+    la.fit(train)
+    la.optimize_prior_precision(tune_sigma_noise=True)
+    sigma, prior = la.sigma_noise.clone(), la.prior_precision.clone()
+    highest = la.log_marginal_likelihood()
+    for factor in (0.9, 0.99, 1.01, 1.1):
+        for other in (
+            la.log_marginal_likelihood(prior, factor * sigma),
+            la.log_marginal_likelihood(factor * prior, sigma),
+            la.log_marginal_likelihood(factor * prior, factor * sigma),
+        ):
+            assert other < highest
+    residuals = (2 * la.loss / la.n_data).sqrt()
+    assert sigma > residuals  # which the network has fitted
+
+
+def test_noise_is_tuned_only_where_there_is_some():
+    la, val = fitted("classification", 3, 0.3)
+    with pytest.raises(ValueError, match="for regression"):
+        la.optimize_prior_precision(tune_sigma_noise=True)
+    la, val = fitted("regression", 1, 0.3)
+    with pytest.raises(ValueError, match="by the marginal likelihood"):
+        la.optimize_prior_precision(
+            method="gridsearch", val_loader=val, tune_sigma_noise=True
+        )
+    la.loss = torch.zeros(())
+    with pytest.raises(ValueError, match="without residuals"):
+        la.optimize_prior_precision(tune_sigma_noise=True)
+    assert la.sigma_noise == 0.3
+
+
+def test_a_link_that_was_passed_needs_no_reminder():
+    la, val = fitted("classification", 3, 0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        la.optimize_prior_precision(
+            method="gridsearch", val_loader=val, link_approx="probit", **GRID
+        )
+
+
+def test_the_marginal_likelihood_takes_no_validation_data():
+    la, val = fitted("classification", 3, 0.3)
+    with pytest.warns(UserWarning, match="takes no `val_loader`"):
+        la.optimize_prior_precision(val_loader=val)

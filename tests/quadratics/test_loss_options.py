@@ -130,8 +130,20 @@ def test_sampled_labels_are_not_smoothed(smoothing):
 
 def test_scores_of_ignored_examples_are_zero():
     model, _, X, y = problem(1)
-    scores = curvature_scores(model, nn.CrossEntropyLoss(ignore_index=1), [(X, y)])
-    assert torch.equal(scores == 0, y == 1)
+    loss, counted = nn.CrossEntropyLoss(ignore_index=1), y != 1
+    scores = curvature_scores(model, loss, split(X, y, 5, 15))
+    assert not scores[~counted].any()
+    others = curvature_scores(model, loss, [(X[counted], y[counted])])
+    assert torch.allclose(scores[counted], others)
+
+
+def test_a_number_beyond_the_classes_may_be_ignored():
+    model, _, X, y = problem(NUM_OUTPUTS)
+    loss = nn.CrossEntropyLoss(ignore_index=NUM_OUTPUTS)
+    assert not curvature_scores(model, loss, [(X, y)])[:7].any()
+    y[0] = NUM_OUTPUTS + 1
+    with pytest.raises(ValueError, match="must lie in"):
+        curvature_scores(model, loss, [(X, y)])
 
 
 @pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])

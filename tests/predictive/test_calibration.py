@@ -1,11 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from laplace_debiased.posterior.calibration import (
-    Calibration,
-    calibration_of,
-    probabilities,
-)
+from laplace_debiased.predictive.calibration import calibration_of
 
 
 def drawn(mean, variance, temperature=1.0):
@@ -23,7 +21,7 @@ def outputs(count, spread=3.0):
 def test_the_temperature_that_classes_were_drawn_with_is_found(temperature):
     mean = outputs(4000)
     y = drawn(mean, torch.zeros_like(mean), temperature)
-    found = calibration_of(mean, torch.rand_like(mean), y)
+    found = calibration_of(mean, 1e6 * torch.rand_like(mean), y)
     ratio = torch.tensor(found.temperature / temperature).log().abs()
     assert found.scale == 0
     assert ratio < 3 * found.temperature_error
@@ -31,12 +29,36 @@ def test_the_temperature_that_classes_were_drawn_with_is_found(temperature):
     assert "the posterior's variance did not help" in str(found)
 
 
+def test_as_much_variance_is_kept_as_the_tolerance_allows():
+    mean = outputs(4000)
+    variance = 5 * torch.rand_like(mean)
+    y = drawn(mean, torch.zeros_like(mean))
+    scales = []
+    for tolerance in (0, 1e-3, 1e-2, 10):
+        found = calibration_of(mean, variance, y, tolerance)
+        by_scale = dict(found.frontier)
+        assert by_scale[found.scale] <= min(by_scale.values()) + tolerance
+        assert all(
+            nll > min(by_scale.values()) + tolerance
+            for scale, nll in found.frontier
+            if scale > found.scale
+        )
+        scales.append(found.scale)
+    assert scales == sorted(set(scales))
+    assert scales[-1] == 1
+
+
+def test_negative_tolerances_are_refused():
+    with pytest.raises(ValueError, match="at least zero"):
+        calibration_of(outputs(5), outputs(5) ** 2, outputs(5).argmax(1), -1.0)
+
+
 def test_a_posterior_that_tells_the_truth_is_kept():
     """Some examples are uncertain, others not, which a temperature cannot tell."""
     mean = outputs(4000)
     variance = 30 * (torch.rand(4000, 1) < 0.5).double().expand_as(mean)
     y = drawn(mean, variance)
-    found = calibration_of(mean, variance, y)
+    found = calibration_of(mean, variance, y, tolerance=0)
     assert 0.3 < found.scale <= 1
     assert 0.8 < found.temperature < 1.2
     assert f"{found.scale:.3g} of the posterior's covariance" in str(found)
@@ -68,16 +90,14 @@ def test_errors_of_the_temperature_are_those_over_draws():
     assert told / logs.std() == pytest.approx(1, abs=0.3)
 
 
-def test_probabilities_at_the_ends():
-    torch.manual_seed(0)
-    mean, variance = torch.randn(6, 4), torch.rand(6, 4)
-    expected = (mean / 2).softmax(1)
-    assert torch.allclose(probabilities(mean, variance, 2.0, 0.0), expected)
-    wide = probabilities(mean, 1e9 * variance, 1.0, 1.0)
-    assert torch.allclose(wide, torch.full_like(wide, 0.25), atol=1e-3)
+def test_moments_are_those_of_the_divided_outputs():
+    found = calibration_of(outputs(50), torch.ones(50, 5), outputs(50).argmax(1))
+    found = replace(found, temperature=2.0, scale=0.5)
+    mean, covariance = found.outputs(torch.ones(3), torch.ones(3, 3))
+    assert mean.tolist() == [0.5] * 3
+    assert (covariance == 0.125).all()
 
 
 def test_there_must_be_points():
     with pytest.raises(ValueError, match="no validation points"):
         calibration_of(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0).long())
-    assert Calibration().scale == 1

@@ -8,13 +8,15 @@ outputs of an example are Gaussian with mean :math:`\mu / T` and covariance :mat
 the posterior as it was fitted.
 
 The marginal likelihood fits a posterior that tells foreign inputs best, but is too wide
-for clean data. So the scale is that of probabilities alone; the epistemic uncertainty
-is always that of the whole posterior.
+for clean data. Clean data hardly tell scales apart that have each their best
+temperature, while inputs that have changed since training are predicted the better, the
+more of the variance is left. So the scale is the largest one that costs next to nothing
+on validation data, and the epistemic uncertainty is always that of the whole posterior.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, inf, isfinite, log
 
 import numpy as np
@@ -25,6 +27,7 @@ from torch.nn.functional import nll_loss
 
 from laplace_debiased.predictive.links import probit_probabilities
 
+TOLERANCE = 1e-3
 SCALES = (0.0, *np.logspace(-3, 0, 19).tolist())
 # standard deviation of the temperature's logarithm, before any data were seen: without
 # it, a handful of validation points that are all right would have one of zero
@@ -40,18 +43,36 @@ class Calibration:
         temperature: Temperature T of the outputs.
         scale: Scale s of the posterior's covariance; zero for the trained network's own
             outputs.
-        temperature_error: Standard error of the temperature's logarithm.
+        temperature_error: Standard error of the temperature's logarithm; infinite where
+            the points do not tell.
         num_points: Number of validation points.
         nll: Their mean negative log likelihood, with this temperature and scale.
         frontier: That with the best temperature for each scale, by scale.
     """
 
-    temperature: float = 1.0
-    scale: float = 1.0
-    temperature_error: float = inf
-    num_points: int = 0
-    nll: float = inf
-    frontier: tuple[tuple[float, float], ...] = ()
+    temperature: float
+    scale: float
+    temperature_error: float
+    num_points: int
+    nll: float
+    frontier: tuple[tuple[float, float], ...]
+
+    def outputs(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        """Calibrate the moments of outputs.
+
+        Args:
+            mean: Means of any shape.
+            covariance: Variances or covariances of any shape.
+
+        Returns:
+            The calibrated moments, of the same shapes.
+        """
+        scale = self.scale / self.temperature**2
+        return mean / self.temperature, scale * covariance
+
+    def with_whole_posterior(self) -> Calibration:
+        """Return a calibration of the same temperature, which keeps all variance."""
+        return replace(self, scale=1.0)
 
     def __str__(self) -> str:
         """Say in a line what was chosen."""
@@ -67,72 +88,55 @@ class Calibration:
         )
 
 
-def probabilities(
-    mean: Tensor, variance: Tensor, temperature: float, scale: float
-) -> Tensor:
-    """Turn moments of the outputs into calibrated probabilities.
-
-    Args:
-        mean: Means of the outputs ``[batch, classes]``.
-        variance: Their variances, of the same shape.
-        temperature: Temperature of the outputs.
-        scale: Scale of the posterior's covariance.
-
-    Returns:
-        Probabilities ``[batch, classes]``.
-    """
-    return probit_probabilities(mean / temperature, scale * variance / temperature**2)
-
-
-def calibration_of(mean: Tensor, variance: Tensor, y: Tensor) -> Calibration:
+def calibration_of(
+    mean: Tensor, variance: Tensor, y: Tensor, tolerance: float = TOLERANCE
+) -> Calibration:
     """Choose temperature and scale by validation data.
 
     Each scale has its best temperature, with a prior of the spread ``0.25`` of its
-    logarithm around zero. The best scale is taken if its mean negative log likelihood
-    is lower than that of the trained network's own outputs by more than a standard
-    error of the difference; otherwise the scale is zero.
+    logarithm around zero. Of the scales, the largest is taken whose mean negative log
+    likelihood is that of the best but for the tolerance.
 
     Args:
         mean: Means of the outputs ``[points, classes]``.
         variance: Their variances, of the same shape.
         y: Classes ``[points]``.
+        tolerance: Negative log likelihood in nats that may be given up.
 
     Returns:
         The calibration.
 
     Raises:
-        ValueError: If there are no points.
+        ValueError: If there are no points, or the tolerance is negative.
     """
     if len(y) == 0:
         raise ValueError("There are no validation points to calibrate with.")
+    if not tolerance >= 0:
+        raise ValueError(f"`tolerance` must be at least zero, got {tolerance}.")
     mean, variance = mean.double().cpu(), variance.double().cpu()
     y = y.cpu()
     temperatures = [_best_temperature(mean, s * variance, y) for s in SCALES]
     losses = [
-        _losses(mean, s * variance, y, t)
+        _losses(mean, s * variance, y, t).mean().item()
         for s, t in zip(SCALES, temperatures, strict=True)
     ]
-    means = [own.mean().item() for own in losses]
-    best = int(np.argmin(means))
-    gain = losses[0] - losses[best]
-    if len(y) < 2 or gain.mean() <= gain.std() / len(y) ** 0.5:
-        best = 0
-    error = _temperature_error(mean, SCALES[best] * variance, y, temperatures[best])
+    chosen = max(k for k, own in enumerate(losses) if own <= min(losses) + tolerance)
+    scale, temperature = SCALES[chosen], temperatures[chosen]
     return Calibration(
-        temperatures[best],
-        SCALES[best],
-        error,
+        temperature,
+        scale,
+        _temperature_error(mean, scale * variance, y, temperature),
         len(y),
-        means[best],
-        tuple(zip(SCALES, means, strict=True)),
+        losses[chosen],
+        tuple(zip(SCALES, losses, strict=True)),
     )
 
 
 def _losses(mean: Tensor, variance: Tensor, y: Tensor, temperature: float) -> Tensor:
     """Negative log likelihood of each point ``[points]``."""
     tiny = torch.finfo(mean.dtype).tiny
-    p = probabilities(mean, variance, temperature, 1.0).clamp(min=tiny)
-    return nll_loss(p.log(), y, reduction="none")
+    p = probit_probabilities(mean / temperature, variance / temperature**2)
+    return nll_loss(p.clamp(min=tiny).log(), y, reduction="none")
 
 
 def _penalized(

@@ -1,0 +1,149 @@
+"""Probabilities that validation data agree with, and what is uncertain about them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from warnings import warn
+
+import torch
+from laplace.utils import batch_size
+from laplace.utils.enums import Likelihood
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
+from laplace_debiased.predictive.calibration import Calibration, calibration_of
+from laplace_debiased.predictive.links import probit_probabilities
+from laplace_debiased.predictive.uncertainty import Uncertainty, entropies
+from laplace_debiased.rows.inputs import (
+    Inputs,
+    at_least_single,
+    check_finite_predictions,
+    check_targets,
+    on_device,
+)
+from laplace_debiased.rows.model_state import evaluating
+from laplace_debiased.rows.output_curvature import is_counted
+
+if TYPE_CHECKING:
+    from laplace_debiased.posterior.laplace import KronDebiasedLaplace
+
+
+@torch.no_grad()
+def calibrate(
+    la: KronDebiasedLaplace,
+    val_loader: DataLoader,
+    tolerance: float,
+    progress_bar: bool,
+) -> Calibration:
+    """Choose temperature and scale of the posterior by one pass over validation data.
+
+    Args:
+        la: The posterior, of a classification.
+        val_loader: Yields the data.
+        tolerance: Negative log likelihood that may be given up.
+        progress_bar: Whether to show a progress bar.
+
+    Returns:
+        The calibration.
+
+    Raises:
+        ValueError: If it is no classification, targets are not class indices, or there
+            are none.
+    """
+    if la.likelihood != Likelihood.CLASSIFICATION:
+        raise ValueError(
+            f"`calibrate` is for classification, not {str(la.likelihood)!r}: for "
+            "regression, use `optimize_prior_precision(tune_sigma_noise=True)`."
+        )
+    loss = loss_of(la.backend)
+    parts: list[tuple[Tensor, ...]] = []
+    for batch in tqdm(val_loader, disable=not progress_bar, desc="[Calibration]"):
+        X, y = inputs_and_targets(batch, la.backend)
+        if y.is_floating_point():
+            raise ValueError("Validation targets must be class indices.")
+        mean, variance = output_variances(la, X)
+        y = check_targets(mean, y, loss)
+        counted = is_counted(loss, y)
+        parts.append((mean[counted], variance[counted], y[counted]))
+    if not parts:
+        raise ValueError("`val_loader` yields no data.")
+    mean, variance, y = (torch.cat(part) for part in zip(*parts, strict=True))
+    return calibration_of(mean, variance, y, tolerance)
+
+
+def output_variances(la: KronDebiasedLaplace, X: Inputs) -> tuple[Tensor, Tensor]:
+    """Compute means and variances of the outputs by the whole posterior.
+
+    Args:
+        la: The posterior.
+        X: Inputs, a tensor or a mapping.
+
+    Returns:
+        Both ``[batch, outputs]``, whatever the calibration.
+    """
+    with evaluating(la.model):
+        mean, variance = la._output_moments(on_device(X, la._device), "diagonal")
+    check_finite_predictions(mean, variance)
+    return at_least_single(mean), variance
+
+
+def uncertainty(la: KronDebiasedLaplace, X: Inputs) -> Uncertainty:
+    """Tell how uncertain predictions are, and why.
+
+    Args:
+        la: The posterior.
+        X: Inputs, a tensor or a mapping.
+
+    Returns:
+        The uncertainty.
+
+    Raises:
+        ValueError: If the posterior is that of a reward model.
+    """
+    if la.likelihood == Likelihood.REWARD_MODELING:
+        raise ValueError("There is no `uncertainty` of reward models.")
+    if batch_size(X, la.dict_key_x) == 0:
+        raise ValueError("There are no examples to be uncertain about.")
+    mean, variance = output_variances(la, X)
+    if la.likelihood == Likelihood.REGRESSION:
+        noise = (la.sigma_noise**2).to(variance).expand_as(variance)
+        return Uncertainty(None, mean, variance + noise, noise, variance, variance)
+    calibration = la.calibration
+    if calibration is None:
+        probabilities = probit_probabilities(mean, variance)
+        total, aleatoric = entropies(mean, variance)
+    else:
+        probabilities = probit_probabilities(*calibration.outputs(mean, variance))
+        wide = calibration.with_whole_posterior()
+        total, aleatoric = entropies(*wide.outputs(mean, variance))
+    epistemic = total - aleatoric
+    return Uncertainty(probabilities, mean, total, aleatoric, epistemic, variance)
+
+
+def warn_if_untuned(la: KronDebiasedLaplace) -> None:
+    """Say once that predictions use what nobody chose.
+
+    Args:
+        la: The posterior.
+    """
+    is_regression = la.likelihood == Likelihood.REGRESSION
+    untuned = [] if la._is_tuned else ["prior_precision"]
+    if is_regression and la.sigma_noise == 1:
+        untuned.append("sigma_noise")
+    if la._is_warned or not untuned:
+        return
+    la._is_warned = True
+    remedy = (
+        "optimize_prior_precision(tune_sigma_noise=True)"
+        if is_regression
+        else "calibrate(val_loader)`, or without validation data "
+        "`optimize_prior_precision()"
+    )
+    values = " and ".join(f"`{name}` 1" for name in untuned)
+    warn(
+        f"Predictions use the default {values}, which may be far from what fits the "
+        f"data: call `{remedy}` after `fit`, or set it.",
+        stacklevel=4,
+    )
