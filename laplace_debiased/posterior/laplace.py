@@ -127,8 +127,8 @@ class KronDebiasedLaplace(KronLaplace):
             instead of one for each output. None for all; needs ``CurvlinopsGGN``, not
             ``stochastic``.
         seed: Makes draw and assignment of the points reproducible.
-        memory_limit: Bytes that a GLM prediction may take for a chunk of examples; may
-            be changed at any time.
+        memory_limit: Bytes that a GLM prediction may take for a chunk of examples, and
+            rows that a fit with ``ggn`` magnitudes keeps; may be changed at any time.
         strict: Whether to refuse parameters whose uses are not supported.
 
     Raises:
