@@ -16,7 +16,8 @@ from laplace_debiased.curvature.factors import (
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.rows.layers import Layer, join_positions
 
-_CHUNK_ENTRIES = 2**24
+# what fits into a processor's cache
+_CHUNK_ENTRIES = 2**20
 
 
 class DirectionalCurvatures:
@@ -130,7 +131,7 @@ def _squared_gradients(
         products = (g.mT @ x).flatten(1, 2)  # [batch, d_out, d_in]
         if groups > 1:
             products = basis.T @ products
-        squares = products**2
+        squares = products.square_()
         total += squares.sum(0)
         of_examples.append(squares.sum((1, 2)))
     return total, torch.cat(of_examples)

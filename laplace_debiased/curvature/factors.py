@@ -150,22 +150,20 @@ class KroneckerFactors:
 
     def _add_covariance(self, layer: Layer, rows: Tensor) -> None:
         counted = self._weights > 0  # the others have no part in the mean
-        self.squared_inputs.add(layer, counted * rows.square().sum((1, 2)))
+        self.squared_inputs.add(layer, counted * _squared_norms(rows))
         self.num_rows.add(layer, counted * rows.shape[1])
         if is_joint(layer, self._joint):
             rows = with_bias_column(rows)
-        weights = self._weights[:, None].expand(rows.shape[:2]).to(rows.dtype)
-        weighted = rows * weights.unsqueeze(2)
-        # [batch * S, d_in] twice -> [d_in, d_in]
-        product = weighted.flatten(0, 1).T @ rows.flatten(0, 1)
-        _accumulate(self._inputs, layer.name, product)
+        weights = self._weights.to(rows.dtype)
+        weighted = (rows * weights[:, None, None].sqrt()).flatten(0, 1)
+        _accumulate(self._inputs, layer.name, weighted.T @ weighted)
         total = self._row_weights.get(layer.name, 0.0)
-        self._row_weights[layer.name] = total + weights.sum()
+        self._row_weights[layer.name] = total + rows.shape[1] * weights.sum()
 
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
         """Add a batch of gradient rows, which carry the square root of the weights."""
         rows = rows.to(accumulation_dtype(rows.dtype)).flatten(2)  # [batch, S, d_out]
-        self.contributions.add(layer, rows.square().sum((1, 2)))
+        self.contributions.add(layer, _squared_norms(rows))
         rows = rows.flatten(0, 1) if self._expand else rows.sum(1)
         _accumulate(self._gradients, layer.name, rows.T @ rows)
 
@@ -213,6 +211,11 @@ class KroneckerFactors:
         """The covariance of a layer that these examples do not use."""
         device = self._devices[layer.name]
         return torch.zeros(size, size, dtype=self._dtype, device=device)
+
+
+def _squared_norms(rows: Tensor) -> Tensor:
+    """Return the squared norm of each example's rows ``[batch, S, features]``."""
+    return torch.linalg.vector_norm(rows.flatten(1), dim=1).square()
 
 
 def is_joint(layer: Layer, joint: bool) -> bool:

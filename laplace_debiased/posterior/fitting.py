@@ -207,12 +207,15 @@ def _best_share(la: KronDebiasedLaplace, points: Points) -> float:
     return best_share(num_used, dimensions, effective_rank(total))
 
 
-def source(la: KronDebiasedLaplace, progress_bar: bool = False) -> Source:
+def source(
+    la: KronDebiasedLaplace, progress_bar: bool = False, room: int = 0
+) -> Source:
     """Return what measures the curvature of a posterior's backend.
 
     Args:
         la: The posterior, whose layers are known.
         progress_bar: Whether to show progress bars.
+        room: Bytes that rows may take which are needed again.
 
     Returns:
         The source.
@@ -226,7 +229,7 @@ def source(la: KronDebiasedLaplace, progress_bar: bool = False) -> Source:
         la._asdl_fisher_kwargs,
     )
     if is_curvlinops(la._backend_cls):
-        return RowSource(*common, la.settings.fisher_rank, progress_bar)
+        return RowSource(*common, la.settings.fisher_rank, progress_bar, room)
     return BackendSource(*common, progress_bar)
 
 
@@ -258,9 +261,10 @@ def update(
         earlier = la._estimate.scaled(remembered / la.n_data, decay)
         if isinstance(earlier.curvature, GGNCurvature):
             directions = Earlier(earlier.curvature.factors(), share)
+    room = la.memory_limit if la.settings.measures_again(folds) else 0
     with measuring(la.model):
         estimate = measure(
-            source(la, progress_bar),
+            source(la, progress_bar, room),
             folds,
             la.settings,
             seen.seed(la.settings.seed),

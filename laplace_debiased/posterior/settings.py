@@ -136,6 +136,17 @@ class Settings:
         """Whether each fold gives directions and magnitudes."""
         return self.estimator == "cross_fit"
 
+    def measures_again(self, folds: Folds) -> bool:
+        """Whether points that give directions are measured along others' directions.
+
+        Args:
+            folds: The points.
+
+        Returns:
+            Whether they are, so that they would need two passes.
+        """
+        return self.magnitudes == "ggn" and self.cross_fit and not folds.explicit
+
     @property
     def finds_share(self) -> bool:
         """Whether the share of the points that give directions is to be found."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,7 @@ from laplace_debiased.rows.inputs import (
     check_finite_inputs,
     check_targets,
 )
+from laplace_debiased.rows.kept import KeptRows
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import OutputCurvature
 from laplace_debiased.rows.substitution import run
@@ -32,7 +33,7 @@ from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
 from laplace_debiased.sampling.folds import Fold
 
 # neighbouring positions of a point tell much the same
-POOL_POSITIONS = 32
+POOL_POSITIONS = 8
 _OPTIONS = {"kfac_approx", "mc_samples"}
 
 
@@ -117,6 +118,8 @@ class RowSource:
         fisher_rank: As in
             :class:`~laplace_debiased.rows.output_curvature.OutputCurvature`.
         progress_bar: Whether to show progress bars.
+        room: Bytes that rows may take which are kept for :meth:`curvatures` of the same
+            folds, so that these need no passes.
 
     Raises:
         ValueError: If there is another option.
@@ -129,6 +132,10 @@ class RowSource:
     options: dict[str, Any]
     fisher_rank: int | None = None
     progress_bar: bool = False
+    room: int = 0
+    _kept: dict[Fold, tuple[KeptRows, SweepSummary]] = field(
+        default_factory=dict, init=False
+    )
 
     takes_weights = True
 
@@ -143,7 +150,7 @@ class RowSource:
     def factors(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
         """See :meth:`Source.factors`."""
         accumulator = self._kronecker_factors()
-        summary = self._sweep(fold, accumulator, seed)
+        summary = self._keeping_sweep(fold, accumulator, seed)
         factors = scale_gradients(accumulator.factors(), self.backend.factor)
         return factors, _with_inputs(
             self._with_contributions(summary, accumulator), accumulator
@@ -152,7 +159,7 @@ class RowSource:
     def gradients(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
         """See :meth:`Source.gradients`."""
         accumulator = self._kronecker_factors(takes_inputs=False)
-        summary = self._sweep(fold, accumulator, seed)
+        summary = self._keeping_sweep(fold, accumulator, seed)
         factors = scale_gradients(accumulator.gradients(), self.backend.factor)
         return factors, self._with_contributions(summary, accumulator)
 
@@ -167,7 +174,11 @@ class RowSource:
     ) -> tuple[list[Spectrum], SweepSummary]:
         """See :meth:`Source.curvatures`."""
         accumulator = DirectionalCurvatures(self.layers, directions)
-        summary = self._sweep(fold, accumulator, seed)
+        if fold in self._kept:
+            rows, summary = self._kept.pop(fold)
+            rows.replay(accumulator)
+        else:
+            summary = self._sweep(fold, accumulator, seed)
         factor = self.backend.factor
         spectra = [own.map(lambda v: factor * v) for own in accumulator.spectra()]
         return spectra, self._with_contributions(summary, accumulator)
@@ -185,6 +196,19 @@ class RowSource:
         return KroneckerFactors(
             self.layers, self.params, self._approximation, takes_inputs=takes_inputs
         )
+
+    def _keeping_sweep(
+        self, fold: Fold, accumulator: KroneckerFactors, seed: int
+    ) -> SweepSummary:
+        """Make a pass, and keep its rows if there is room."""
+        room = self.room - sum(rows.num_bytes for rows, _ in self._kept.values())
+        if room <= 0:
+            return self._sweep(fold, accumulator, seed)
+        rows = KeptRows(accumulator, room, fold.num_points)
+        summary = self._sweep(fold, rows, seed)
+        if rows.is_complete:
+            self._kept[fold] = rows, summary
+        return summary
 
     def _sweep(
         self, fold: Fold, accumulator: Accumulator, seed: int, backward: bool = True

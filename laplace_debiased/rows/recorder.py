@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.substitution import Substitution, stand_ins
-from laplace_debiased.rows.uses import USES, Layout, MatrixUse, Thinning, Use
+from laplace_debiased.rows.uses import USES, Choice, Layout, MatrixUse, Use
 
 
 def _opened(function: Any) -> FunctionType:
@@ -275,7 +275,7 @@ def record_rows(
     batch_size: int,
     on_input: Callable[[Layer, Tensor], None] | None,
     differentiable: bool = False,
-    thinning: Callable[[Layer], Thinning] | None = None,
+    choices: Callable[[Layer], Choice] | None = None,
 ) -> Iterator[Tape]:
     """Record the layers during one forward pass, made by :func:`run`.
 
@@ -288,7 +288,8 @@ def record_rows(
             its calls, as soon as they are known: a network may overwrite an activation
             later. None if input rows are not needed.
         differentiable: Whether the rows are to be differentiated.
-        thinning: Which positions of a layer give input rows; None for all.
+        choices: What chooses the positions of a layer that give input rows; None for
+            all of them.
 
     Yields:
         The tape to ask for gradient rows once the forward pass is done.
@@ -325,8 +326,8 @@ def record_rows(
             for layer, _ in own:
                 if layer.has_inputs and on_input is not None:
                     assert isinstance(kept, MatrixUse)
-                    some = None if thinning is None else thinning(layer)
-                    rows = kept.input_rows(layout, batch_size, some)
+                    choice = None if choices is None else choices(layer)
+                    rows = kept.input_rows(layout, batch_size, choice)
                     on_input(layer, tape.precise(layer, rows))
         probe, shifted = probed(output)
         tape.add(_Record(kept, probe, layout, own))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Protocol
@@ -28,7 +28,7 @@ from laplace_debiased.rows.output_curvature import (
 from laplace_debiased.rows.recorder import Tape, record_rows
 from laplace_debiased.rows.separation import SeparationCheck
 from laplace_debiased.rows.substitution import run
-from laplace_debiased.rows.uses import Thinning
+from laplace_debiased.rows.thinning import thinnings
 
 
 class Accumulator(Protocol):
@@ -129,8 +129,8 @@ def sweep(
         accumulator: Receives the rows.
         weights: A weight for each example, in the order of ``data``; None for ones.
         backward: Whether to make backward passes; if not, layers have input rows only.
-        positions: Number of positions of an example that give input rows, about; None
-            for all. They are drawn anew for each batch and layer.
+        positions: Number of positions of an example that give input rows of a layer, at
+            most (:func:`~laplace_debiased.rows.thinning.thinnings`); None for all.
         seed: Seed for sampled labels and positions.
         progress_bar: Whether to show a progress bar over the examples.
         description: The progress bar's label.
@@ -151,7 +151,7 @@ def sweep(
     totals = _Totals(parameter.dtype, parameter.device)
     check_examples_are_separate = SeparationCheck()
     add_inputs = accumulator.add_inputs if accumulator.takes_inputs else None
-    thinning = None if positions is None else _thinning(positions, seed)
+    random = Random(seed)
     weight_dtype = torch.promote_types(parameter.dtype, _SINGLE)
     with tqdm(
         desc=f"[{description}]", total=num_points, disable=not progress_bar
@@ -163,10 +163,11 @@ def sweep(
             own = own.to(parameter.device, weight_dtype)
             own = own * is_counted(output_curvature.loss_func, y)
             accumulator.start_batch(own)
+            choices = None if positions is None else thinnings(positions, random)
             with (
                 torch.set_grad_enabled(backward),
                 record_rows(
-                    model, params, layers, len(y), add_inputs, thinning=thinning
+                    model, params, layers, len(y), add_inputs, choices=choices
                 ) as tape,
             ):
                 output = run(model, X)
@@ -183,17 +184,6 @@ def sweep(
 
 
 _SINGLE = torch.float32
-
-
-def _thinning(positions: int, seed: int) -> Callable[[Layer], Thinning]:
-    """Return what draws some positions of a layer."""
-    random = Random(seed)
-
-    def thinning(layer: Layer) -> Thinning:
-        factor = max(1, layer.num_positions // positions)
-        return Thinning(factor, random.getrandbits(32))
-
-    return thinning
 
 
 def _gradient_rows(

@@ -7,7 +7,7 @@ kind of use, write a class here, and enter its functions into :data:`USES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -54,34 +54,9 @@ class Layout:
         return front.unflatten(0, (-1, batch_size)).transpose(0, 1)
 
 
-@dataclass(frozen=True)
-class Thinning:
-    """Some of the positions of an example, at equal distances along each axis.
-
-    Args:
-        factor: One of how many positions is taken, about.
-        start: Tells where they begin, by its digits: large random numbers make sums
-            over positions unbiased, but where an axis is shorter than the distance.
-    """
-
-    factor: int
-    start: int
-
-    def slices(self, sizes: Sequence[int]) -> list[slice]:
-        """Tell which positions are taken.
-
-        Args:
-            sizes: Number of positions along each axis.
-
-        Returns:
-            A slice for each axis.
-        """
-        every = max(1, round(self.factor ** (1 / len(sizes))))
-        digits = [self.start // every**k % every for k in range(len(sizes))]
-        return [
-            slice(digit % min(every, size), None, every)
-            for digit, size in zip(digits, sizes, strict=True)
-        ]
+# from numbers of examples and of their positions to numbers of positions ``[batch,
+# count]``
+Choice = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,14 +116,14 @@ class MatrixUse(Use):
     """The weight is a matrix that is multiplied by rows of inputs."""
 
     def input_rows(
-        self, layout: Layout, batch_size: int, thinning: Thinning | None = None
+        self, layout: Layout, batch_size: int, choice: Choice | None = None
     ) -> Tensor:
         """Rearrange the input.
 
         Args:
             layout: Where the input holds the examples.
             batch_size: Number of examples.
-            thinning: Which positions are asked for; None for all.
+            choice: Chooses the positions that are asked for; None for all.
 
         Returns:
             Rows ``[batch, S, groups, d_in / groups]``.
@@ -166,14 +141,14 @@ class LinearUse(MatrixUse):
         return range(self.input.ndim - 1)
 
     def input_rows(
-        self, layout: Layout, batch_size: int, thinning: Thinning | None = None
+        self, layout: Layout, batch_size: int, choice: Choice | None = None
     ) -> Tensor:
         """See :meth:`MatrixUse.input_rows`."""
         rows = _positions_of_vectors(self.input, layout, batch_size)
-        if thinning is None:
+        if choice is None:
             return rows
-        (positions,) = thinning.slices(rows.shape[1:2])
-        return rows[:, positions]
+        positions = choice(batch_size, rows.shape[1]).to(rows.device)
+        return rows.take_along_dim(positions[:, :, None, None], 1)
 
     def gradient_rows(
         self, gradient: Tensor, key: str, layout: Layout, batch_size: int
@@ -223,11 +198,19 @@ class ConvolutionUse(MatrixUse):
         return [end for pair in reversed(ends) for end in pair]
 
     def input_rows(
-        self, layout: Layout, batch_size: int, thinning: Thinning | None = None
+        self, layout: Layout, batch_size: int, choice: Choice | None = None
     ) -> Tensor:
         """See :meth:`MatrixUse.input_rows`."""
+        padded = F.pad(self.input, self._padding())
+        if choice is None:
+            rows = layout.split(self._patches(padded), batch_size).flatten(1, 2)
+        else:
+            rows = self._chosen(padded, layout, batch_size, choice)
+        return rows.unflatten(2, (self.groups, -1))
+
+    def _patches(self, padded: Tensor) -> Tensor:
+        """Unfold ``[images, channels, ...]`` into ``[images, S, d_in]``."""
         dims = len(self._kernel)
-        patches = F.pad(self.input, self._padding())
         sizes = zip(
             self._kernel,
             _of_each_axis(self.stride, dims),
@@ -235,16 +218,23 @@ class ConvolutionUse(MatrixUse):
             strict=True,
         )
         for axis, (size, stride, dilation) in enumerate(sizes, start=2):
-            patches = patches.unfold(axis, dilation * (size - 1) + 1, stride)
-            patches = patches[..., ::dilation]
-        if thinning is not None:
-            positions = thinning.slices(patches.shape[2 : 2 + dims])
-            patches = patches[(slice(None), slice(None), *positions)]
+            padded = padded.unfold(axis, dilation * (size - 1) + 1, stride)
+            padded = padded[..., ::dilation]
         # [images, channels, *positions, *kernel]
-        # -> [images, positions, channels and kernel]
-        patches = patches.movedim(1, 1 + dims).flatten(1, dims).flatten(2)
-        examples = layout.split(patches, batch_size).flatten(1, 2)
-        return examples.unflatten(2, (self.groups, -1))
+        return padded.movedim(1, 1 + dims).flatten(1, dims).flatten(2)
+
+    def _chosen(
+        self, padded: Tensor, layout: Layout, batch_size: int, choice: Choice
+    ) -> Tensor:
+        """Take some patches alone ``[batch, count, d_in]``."""
+        device, entries = padded.device, padded[0].numel()
+        numbers = torch.arange(entries, device=device).view_as(padded[:1])
+        (patch,) = self._patches(numbers)  # [S, d_in]
+        images = layout.split(torch.arange(len(padded), device=device), batch_size)
+        chosen = choice(batch_size, images.shape[1] * len(patch)).to(device)
+        firsts = entries * images.gather(1, chosen // len(patch))
+        indices = firsts[:, :, None] + patch[chosen % len(patch)]
+        return padded.flatten().index_select(0, indices.flatten()).view_as(indices)
 
     def gradient_rows(
         self, gradient: Tensor, key: str, layout: Layout, batch_size: int

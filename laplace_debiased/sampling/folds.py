@@ -26,7 +26,7 @@ from laplace_debiased.sampling.loaders import (
 MIN_POINTS = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fold:
     """Points that estimate the curvature of all data.
 

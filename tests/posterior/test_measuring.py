@@ -24,6 +24,12 @@ from tests.fits import SIZE, SUBSETS, TWO_BATCH, debiased, loader, posterior
 LOSS = nn.CrossEntropyLoss(reduction="sum")
 
 
+@pytest.fixture(autouse=True)
+def all_positions(monkeypatch):
+    """References know of no draw of positions."""
+    monkeypatch.setattr("laplace_debiased.posterior.sources.POOL_POSITIONS", None)
+
+
 def points(fold_loader):
     return [torch.cat(parts) for parts in zip(*fold_loader, strict=True)]
 

@@ -1,13 +1,18 @@
 """Some positions of an example in the place of all."""
 
+from collections import Counter
+from random import Random
+
 import pytest
 import torch
 
 from laplace_debiased.curvature.factors import KroneckerFactors
+from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import OutputCurvature
 from laplace_debiased.rows.selection import select
 from laplace_debiased.rows.sweep import sweep
-from laplace_debiased.rows.uses import ConvolutionUse, Layout, LinearUse, Thinning
+from laplace_debiased.rows.thinning import Thinning, num_taken, thinnings
+from laplace_debiased.rows.uses import ConvolutionUse, Layout, LinearUse
 from tests import dense
 
 USES = {
@@ -16,46 +21,76 @@ USES = {
     "convolution": ConvolutionUse(
         torch.randn(3, 2, 9, 7), torch.randn(4, 2, 3, 3), None, 1, 1
     ),
-    "strided, grouped": ConvolutionUse(
+    "strided, dilated, grouped": ConvolutionUse(
         torch.randn(3, 4, 11), torch.randn(4, 2, 2), None, 2, 0, 2, 2
     ),
+    "same": ConvolutionUse(
+        torch.randn(3, 2, 5, 4), torch.randn(4, 2, 2, 3), None, 1, "same"
+    ),
     "volume": ConvolutionUse(torch.randn(3, 1, 4, 5, 6), torch.randn(2, 1, 2, 2, 2)),
-    "a window each": ConvolutionUse(torch.randn(6, 2, 5, 5), torch.randn(4, 2, 3, 3)),
+    "windows": ConvolutionUse(torch.randn(6, 2, 5, 5), torch.randn(4, 2, 3, 3)),
+    "windows, apart": ConvolutionUse(torch.randn(6, 2, 5, 5), torch.randn(4, 2, 3, 3)),
+}
+LAYOUTS = {
+    "linear, sequence-first": Layout(1),
+    "windows, apart": Layout(0, neighbours=False),
 }
 
 
-def layout_of(name):
-    return Layout(1) if "sequence-first" in name else Layout()
-
-
-@pytest.mark.parametrize("factor", [1, 2, 4, 9, 100])
 @pytest.mark.parametrize("name", USES)
-def test_all_starts_together_take_each_position_equally_often(name, factor):
-    use, layout = USES[name], layout_of(name)
+def test_rows_are_those_of_the_chosen_positions(name):
+    use, layout = USES[name], LAYOUTS.get(name, Layout())
     rows = use.input_rows(layout, 3)
-    num_axes = 1 if isinstance(use, LinearUse) else use.weight.ndim - 2
-    num_starts = round(factor ** (1 / num_axes)) ** num_axes
-    taken = [
-        use.input_rows(layout, 3, Thinning(factor, start))
-        for start in range(num_starts)
-    ]
-    assert all(part.shape[1] >= 1 for part in taken)
-    assert all(part.shape[2:] == rows.shape[2:] for part in taken)
-    for example in range(3):
-        own = {tuple(row.flatten().tolist()) for row in rows[example]}
-        found = [tuple(r.flatten().tolist()) for part in taken for r in part[example]]
-        assert set(found) <= own
-        if factor <= 4:  # no axis is shorter than the distance
-            counts = {row: found.count(row) for row in own}
-            assert set(counts) == own and len(set(counts.values())) == 1
+    chosen = torch.tensor([[0, 2], [1, 1], [3, rows.shape[1] - 1]])
+
+    def choice(batch_size, num_positions):
+        assert (batch_size, num_positions) == rows.shape[:2]
+        return chosen
+
+    some = use.input_rows(layout, 3, choice)
+    expected = torch.stack([rows[n, own] for n, own in enumerate(chosen)])
+    assert torch.equal(some, expected)
 
 
-def test_sizes_fall_with_the_factor():
-    use = USES["convolution"]
-    sizes = [
-        use.input_rows(Layout(), 3, Thinning(f, 0)).shape[1] for f in (1, 4, 9, 16)
-    ]
-    assert sizes == [63, 20, 9, 6]
+@pytest.mark.parametrize(("taken", "positions"), [(1, 1), (3, 7), (8, 49), (49, 49)])
+def test_each_position_is_taken_equally_often(taken, positions):
+    counts = Counter()
+    for seed in range(300):
+        chosen = Thinning(taken, positions, Random(seed).getrandbits(32))(5, positions)
+        assert chosen.shape == (5, taken)
+        assert all(len(set(own)) == taken for own in chosen.tolist())
+        counts.update(chosen.flatten().tolist())
+    assert set(counts) == set(range(positions))
+    expected = 1500 * taken / positions
+    assert max(abs(count - expected) for count in counts.values()) < 0.15 * expected
+
+
+def test_calls_have_their_share_of_positions():
+    counts = Counter()
+    for seed in range(400):
+        draw = Thinning(4, 25, Random(seed).getrandbits(32))
+        sizes = [draw(2, num_positions).shape[1] for num_positions in (1, 20, 4)]
+        assert sum(sizes) == 4
+        counts.update(dict(enumerate(sizes)))
+    means = [counts[call] / 400 for call in range(3)]
+    expected = [4 * size / 25 for size in (1, 20, 4)]
+    assert means == pytest.approx(expected, abs=0.06)
+
+
+def test_calls_continue_in_a_pass():
+    layer = Layer("a", 0, None, 4, 2, num_positions=50)
+    of_layer = thinnings(4, Random(0))
+    assert of_layer(layer) is of_layer(layer)
+    assert sum(of_layer(layer)(3, 1).shape[1] for _ in range(50)) == 4
+
+
+def test_layers_of_many_inputs_have_fewer_positions():
+    def taken(d_in, num_positions):
+        layer = Layer("a", 0, None, 64, d_in, num_positions=num_positions)
+        return num_taken(layer, 32)
+
+    assert [taken(64, 1000), taken(64, 20), taken(64, 1)] == [32, 20, 1]
+    assert [taken(640, 100), taken(6400, 100), taken(6400, 2)] == [20, 4, 2]
 
 
 def test_covariances_of_some_positions_are_unbiased():
@@ -89,6 +124,6 @@ def test_covariances_of_some_positions_are_unbiased():
         return factors.inputs()[0].inputs
 
     expected = covariances(None)
-    some = torch.stack([covariances(16, seed) for seed in range(200)])
+    some = torch.stack([covariances(8, seed) for seed in range(200)])
     assert dense.relative_error(some[0], expected) > 1e-3
     assert dense.relative_error(some.mean(0), expected) < 0.02
