@@ -35,6 +35,13 @@ from shared.command_line import (
 )
 from shared.data import FOREIGN, scale_of, validation_data
 from shared.figures import legend_below, written_figure
+from shared.internals import (
+    calibration_of,
+    entropies,
+    entropy,
+    output_variances,
+    probit_probabilities,
+)
 from shared.problems import FIT_BATCH_SIZE, Problem
 from shared.reports import Progress, write_report
 from shared.training import CHECKPOINTS, trained
@@ -42,13 +49,9 @@ from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased import KronDebiasedLaplace, KronDebiasedLLLaplace
+from laplace_debiased import Calibration, KronDebiasedLaplace, KronDebiasedLLLaplace
 from laplace_debiased.comparison.data import raw_images
 from laplace_debiased.comparison.metrics import auroc, misclassification_auroc, score
-from laplace_debiased.posterior.calibrating import output_variances
-from laplace_debiased.predictive.calibration import Calibration, calibration_of
-from laplace_debiased.predictive.links import probit_probabilities
-from laplace_debiased.predictive.uncertainty import entropies, entropy
 
 STUDY = Path(__file__).stem
 BUDGET = 128

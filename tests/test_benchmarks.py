@@ -77,6 +77,7 @@ QUICK = [
     ("fit_time_against_full_data",),
     ("full_size_network_cost",),
     ("coverage_of_intervals",),
+    ("calibrated_predictions",),
 ]
 
 
