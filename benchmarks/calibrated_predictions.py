@@ -39,7 +39,6 @@ from shared.internals import (
     calibration_of,
     entropies,
     entropy,
-    output_variances,
     probit_probabilities,
 )
 from shared.problems import FIT_BATCH_SIZE, Problem
@@ -146,8 +145,11 @@ UNCALIBRATED = replace(MAP_OUTPUTS, scale=1.0)
 
 def moments(la: KronDebiasedLaplace, X: Tensor) -> Moments:
     """Compute the outputs' moments by the whole posterior, in batches."""
-    parts = [output_variances(la, part) for part in X.split(BATCH_SIZE)]
-    return Moments(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    parts = [la.uncertainty(part) for part in X.split(BATCH_SIZE)]
+    return Moments(
+        torch.cat([part.mean for part in parts]),
+        torch.cat([part.functional_variance for part in parts]),
+    )
 
 
 def certain(model: nn.Module, X: Tensor) -> Moments:
