@@ -76,6 +76,7 @@ QUICK = [
     ("gain_by_architecture_and_scale",),
     ("fit_time_against_full_data",),
     ("full_size_network_cost",),
+    ("limit",),
     ("coverage_of_intervals",),
     ("calibrated_predictions",),
 ]

@@ -7,7 +7,8 @@ library's insides leaves as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 
 import torch
@@ -19,6 +20,7 @@ from laplace_debiased import EigenbasisMatrix, KronDebiasedLaplace
 from laplace_debiased.curvature.debias import average, project
 from laplace_debiased.curvature.decomposition import eigenvectors
 from laplace_debiased.curvature.kronecker import Kronecker
+from laplace_debiased.posterior import sources
 from laplace_debiased.predictive.blocks import rotated_jacobians
 from laplace_debiased.predictive.calibration import calibration_of as calibration_of
 from laplace_debiased.predictive.links import (
@@ -215,3 +217,21 @@ def _block_variances(
         return torch.einsum("nco,pno->pnc", squares, weights)
     squares = rotated_jacobians(gradients, inputs, vectors[0]).flatten(2) ** 2
     return (squares @ inverses.flatten(1).T).movedim(2, 0)
+
+
+@contextmanager
+def pool_positions(count: int | None) -> Iterator[None]:
+    """Let pools give input covariances by another number of positions of an example.
+
+    Args:
+        count: The number, at most; None for all positions.
+
+    Yields:
+        Nothing.
+    """
+    default = sources.POOL_POSITIONS
+    sources.POOL_POSITIONS = count
+    try:
+        yield
+    finally:
+        sources.POOL_POSITIONS = default

@@ -25,8 +25,8 @@ from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
 from laplace_debiased.rows.linearization import contract_positions
 
 KINDS = ("full", "diagonal", "joint")
-# the memory allocator uses the same pages for all Jacobians that are no larger
-JACOBIAN_BYTES = 2**24
+# what fits into a processor's cache, and the memory allocator uses again
+JACOBIAN_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,13 @@ class BlockPosterior:
 
     def _with_sharing(self, gradients: Tensor, inputs: Tensor, kind: str) -> Tensor:
         """Contract the Jacobians of some examples."""
-        flat = self._scaled_jacobians(gradients, inputs).flatten(2)
         # [batch, C, d_out * d_in], contracted over the last
-        return flat.square().sum(2) if kind == "diagonal" else flat @ flat.mT
+        if kind == "diagonal":
+            jacobians = rotated_jacobians(gradients, inputs, self.eigenvectors[0])
+            variances = self.precisions.reciprocal().flatten()
+            return jacobians.square_().flatten(2) @ variances
+        flat = self._scaled_jacobians(gradients, inputs).flatten(2)
+        return flat @ flat.mT
 
     def _scaled_jacobians(self, gradients: Tensor, inputs: Tensor) -> Tensor:
         """Rotate the Jacobians, and divide by the root of the precision.
@@ -249,8 +253,9 @@ def rotated_jacobians(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tenso
     _, positions, num_groups, d_in = inputs.shape
     if num_groups > 1 or positions > d_in:
         return basis.T @ contract_positions(gradients, inputs)
-    rotated = gradients.flatten(0, 3) @ basis  # a single matrix product
-    return contract_positions(rotated.view(gradients.shape), inputs)
+    # [batch, C, d_out, S], the order in which convolutions have their gradients
+    rotated = basis.T @ gradients.squeeze(3).mT
+    return (rotated.flatten(1, 2) @ inputs.squeeze(2)).view(*rotated.shape[:3], d_in)
 
 
 def block_posteriors(posterior: EigenbasisMatrix) -> list[BlockPosterior]:
