@@ -35,6 +35,12 @@ from shared.command_line import (
 )
 from shared.data import FOREIGN, scale_of, validation_data
 from shared.figures import legend_below, written_figure
+from shared.internals import (
+    calibration_of,
+    entropies,
+    entropy,
+    probit_probabilities,
+)
 from shared.problems import FIT_BATCH_SIZE, Problem
 from shared.reports import Progress, write_report
 from shared.training import CHECKPOINTS, trained
@@ -42,13 +48,9 @@ from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased import KronDebiasedLaplace, KronDebiasedLLLaplace
+from laplace_debiased import Calibration, KronDebiasedLaplace, KronDebiasedLLLaplace
 from laplace_debiased.comparison.data import raw_images
 from laplace_debiased.comparison.metrics import auroc, misclassification_auroc, score
-from laplace_debiased.posterior.calibrating import output_variances
-from laplace_debiased.predictive.calibration import Calibration, calibration_of
-from laplace_debiased.predictive.links import probit_probabilities
-from laplace_debiased.predictive.uncertainty import entropies, entropy
 
 STUDY = Path(__file__).stem
 BUDGET = 128
@@ -143,8 +145,11 @@ UNCALIBRATED = replace(MAP_OUTPUTS, scale=1.0)
 
 def moments(la: KronDebiasedLaplace, X: Tensor) -> Moments:
     """Compute the outputs' moments by the whole posterior, in batches."""
-    parts = [output_variances(la, part) for part in X.split(BATCH_SIZE)]
-    return Moments(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    parts = [la.uncertainty(part) for part in X.split(BATCH_SIZE)]
+    return Moments(
+        torch.cat([part.mean for part in parts]),
+        torch.cat([part.functional_variance for part in parts]),
+    )
 
 
 def certain(model: nn.Module, X: Tensor) -> Moments:

@@ -50,6 +50,8 @@ from laplace_debiased.curvature.operator import DebiasedKFACLinearOperator
 from laplace_debiased.curvature.scores import curvature_scores
 from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 from laplace_debiased.posterior.last_layer import KronDebiasedLLLaplace
+from laplace_debiased.predictive.calibration import Calibration
+from laplace_debiased.predictive.uncertainty import Uncertainty
 from laplace_debiased.quadratics.bias import bias_report
 from laplace_debiased.quadratics.cg import CGResult, cg, debiased_cg
 from laplace_debiased.quadratics.derivatives import (
@@ -75,6 +77,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BiasReport",
     "CGResult",
+    "Calibration",
     "Comparison",
     "DebiasedCG",
     "DebiasedKFACLinearOperator",
@@ -85,6 +88,7 @@ __all__ = [
     "KronDebiasedLLLaplace",
     "KronDebiasedLaplace",
     "Laplace",
+    "Uncertainty",
     "__version__",
     "bias_report",
     "cg",

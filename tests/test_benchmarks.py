@@ -78,6 +78,7 @@ QUICK = [
     ("full_size_network_cost",),
     ("limit",),
     ("coverage_of_intervals",),
+    ("calibrated_predictions",),
 ]
 
 

@@ -22,6 +22,12 @@ from laplace_debiased.curvature.decomposition import eigenvectors
 from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.posterior import sources
 from laplace_debiased.predictive.blocks import rotated_jacobians
+from laplace_debiased.predictive.calibration import calibration_of as calibration_of
+from laplace_debiased.predictive.links import (
+    probit_probabilities as probit_probabilities,
+)
+from laplace_debiased.predictive.uncertainty import entropies as entropies
+from laplace_debiased.predictive.uncertainty import entropy as entropy
 from laplace_debiased.rows.linearization import linearize
 from laplace_debiased.rows.selection import find_layers, select
 

@@ -12,6 +12,7 @@ from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
+from laplace_debiased.predictive import scores
 from laplace_debiased.predictive.uncertainty import entropy
 
 _ECE_BINS = 15
@@ -93,10 +94,10 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     Returns:
         The area under the ROC curve.
     """
-    both = torch.cat([inside, outside]).double()
-    is_outside = torch.arange(len(both)) >= len(inside)
-    # the area needs ranks alone, but values beyond one would be taken for logits
-    return binary_auroc(both / both.max(), is_outside.long()).item()
+    both = torch.cat([inside, outside])
+    area = scores.auroc(both, torch.arange(len(both)) >= len(inside))
+    assert area is not None  # there are points of both kinds
+    return area
 
 
 def reliability(

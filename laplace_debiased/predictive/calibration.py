@@ -20,12 +20,11 @@ from dataclasses import dataclass, replace
 from math import exp, inf, isfinite, log
 
 import numpy as np
-import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torch.nn.functional import nll_loss
+from torch.nn.functional import cross_entropy
 
-from laplace_debiased.predictive.links import probit_probabilities
+from laplace_debiased.predictive.links import probit_logits
 
 TOLERANCE = 1e-3
 SCALES = (0.0, *np.logspace(-3, 0, 19).tolist())
@@ -33,6 +32,7 @@ SCALES = (0.0, *np.logspace(-3, 0, 19).tolist())
 # it, a handful of validation points that are all right would have one of zero
 _PRIOR_SPREAD = 0.25
 _BOUNDS = (-2.5, 2.5)
+_ACCURACY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def calibration_of(
     y = y.cpu()
     temperatures = [_best_temperature(mean, s * variance, y) for s in SCALES]
     losses = [
-        _losses(mean, s * variance, y, t).mean().item()
+        _loss(mean, s * variance, y, t)
         for s, t in zip(SCALES, temperatures, strict=True)
     ]
     chosen = max(k for k, own in enumerate(losses) if own <= min(losses) + tolerance)
@@ -132,24 +132,27 @@ def calibration_of(
     )
 
 
-def _losses(mean: Tensor, variance: Tensor, y: Tensor, temperature: float) -> Tensor:
-    """Negative log likelihood of each point ``[points]``."""
-    tiny = torch.finfo(mean.dtype).tiny
-    p = probit_probabilities(mean / temperature, variance / temperature**2)
-    return nll_loss(p.clamp(min=tiny).log(), y, reduction="none")
+def _loss(mean: Tensor, variance: Tensor, y: Tensor, temperature: float) -> float:
+    """Mean negative log likelihood of the points."""
+    logits = probit_logits(mean / temperature, variance / temperature**2)
+    return cross_entropy(logits, y).item()
 
 
 def _penalized(
     log_temperature: float, mean: Tensor, variance: Tensor, y: Tensor
 ) -> float:
     """Negative log posterior of the temperature's logarithm, over the points."""
-    loss = _losses(mean, variance, y, exp(log_temperature)).mean().item()
+    loss = _loss(mean, variance, y, exp(log_temperature))
     return loss + (log_temperature / _PRIOR_SPREAD) ** 2 / (2 * len(y))
 
 
 def _best_temperature(mean: Tensor, variance: Tensor, y: Tensor) -> float:
     found = minimize_scalar(
-        _penalized, bounds=_BOUNDS, args=(mean, variance, y), method="bounded"
+        _penalized,
+        bounds=_BOUNDS,
+        args=(mean, variance, y),
+        method="bounded",
+        options={"xatol": _ACCURACY},
     )
     return exp(found.x)
 

@@ -20,4 +20,17 @@ def probit_probabilities(mean: Tensor, variance: Tensor) -> Tensor:
     Returns:
         Probabilities ``[..., classes]``.
     """
-    return (mean / (1 + pi / 8 * variance).sqrt()).softmax(-1)
+    return probit_logits(mean, variance).softmax(-1)
+
+
+def probit_logits(mean: Tensor, variance: Tensor) -> Tensor:
+    """Return the logits of :func:`probit_probabilities`.
+
+    Args:
+        mean: Means of the outputs ``[..., classes]``.
+        variance: Their variances, of the same shape.
+
+    Returns:
+        Logits ``[..., classes]``.
+    """
+    return mean / (1 + pi / 8 * variance).sqrt()

@@ -1,0 +1,40 @@
+from itertools import permutations
+
+import pytest
+import torch
+
+from laplace_debiased.predictive.scores import auroc, risk_coverage
+
+
+def test_auroc_counts_pairs_also_of_scores_that_saturate_a_sigmoid():
+    scores = torch.tensor([50.0, 60.0, 70.0, 70.0, -3.0, 80.0])
+    positive = torch.tensor([False, True, False, True, False, True])
+    pairs = [
+        1.0 if a > b else 0.5 if a == b else 0.0
+        for a in scores[positive].tolist()
+        for b in scores[~positive].tolist()
+    ]
+    assert auroc(scores, positive) == pytest.approx(sum(pairs) / len(pairs))
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_there_is_no_auroc_of_one_kind_of_points(value):
+    assert auroc(torch.rand(4), torch.full((4,), value)) is None
+
+
+def test_equal_scores_tell_nothing():
+    assert auroc(torch.ones(4), torch.arange(4) > 1) == pytest.approx(0.5)
+
+
+def test_risks_are_means_over_the_orders_of_equal_confidences():
+    confidence = [0.9, 0.5, 0.5, 0.7, 0.5, 0.9]
+    mistaken = [False, True, False, True, True, True]
+    curves = []
+    for order in permutations(range(6)):
+        ranked = [confidence[k] for k in order]
+        if ranked == sorted(confidence, reverse=True):
+            wrong = [mistaken[k] for k in order]
+            curves.append([sum(wrong[: n + 1]) / (n + 1) for n in range(6)])
+    expected = torch.tensor(curves, dtype=torch.float64).mean(0)
+    found = risk_coverage(torch.tensor(confidence), torch.tensor(mistaken))
+    assert torch.allclose(found, expected)
