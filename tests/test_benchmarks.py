@@ -79,6 +79,7 @@ QUICK = [
     ("limit",),
     ("coverage_of_intervals",),
     ("calibrated_predictions",),
+    ("published_results",),
 ]
 
 

@@ -48,6 +48,26 @@ class Calibration:
         num_points: Number of validation points.
         nll: Their mean negative log likelihood, with this temperature and scale.
         frontier: That with the best temperature for each scale, by scale.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from laplace_debiased import Laplace
+        >>> _ = torch.manual_seed(0)
+        >>> X = torch.randn(300, 2)
+        >>> y = (X[:, 0] + torch.randn(300) > 0).long()
+        >>> train, val = (DataLoader(TensorDataset(X[s], y[s]), 50) for s in (
+        ...     slice(200), slice(200, 300)))
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        ... )
+        >>> la = Laplace(model, "classification", "all", "kron_debiased")
+        >>> la.fit(train)
+        >>> found = la.calibrate(val)
+        >>> found.num_points
+        100
+        >>> 0 <= found.scale <= 1 and found is la.calibration
+        True
     """
 
     temperature: float

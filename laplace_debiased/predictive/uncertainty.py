@@ -41,6 +41,21 @@ class Uncertainty:
             shape: what is high for examples unlike the training data.
         functional_variance: Variances of the network's outputs ``[batch, outputs]``, by
             the whole posterior, not calibrated.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from laplace_debiased import Laplace
+        >>> _ = torch.manual_seed(0)
+        >>> X, y = torch.randn(100, 2), torch.randint(3, (100,))
+        >>> la = Laplace(torch.nn.Linear(2, 3), "classification", "all", "kron_debiased")
+        >>> la.fit(DataLoader(TensorDataset(X, y), 50))
+        >>> la.optimize_prior_precision()
+        >>> found = la.uncertainty(torch.tensor([[0.0, 0.0], [50.0, 50.0]]))
+        >>> found.probabilities.shape
+        torch.Size([2, 3])
+        >>> bool(found.epistemic[1] > found.epistemic[0])  # far from the data
+        True
     """
 
     probabilities: Tensor | None
