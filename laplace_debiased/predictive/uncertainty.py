@@ -48,7 +48,8 @@ class Uncertainty:
         >>> from laplace_debiased import Laplace
         >>> _ = torch.manual_seed(0)
         >>> X, y = torch.randn(100, 2), torch.randint(3, (100,))
-        >>> la = Laplace(torch.nn.Linear(2, 3), "classification", "all", "kron_debiased")
+        >>> model = torch.nn.Linear(2, 3)
+        >>> la = Laplace(model, "classification", "all", "kron_debiased")
         >>> la.fit(DataLoader(TensorDataset(X, y), 50))
         >>> la.optimize_prior_precision()
         >>> found = la.uncertainty(torch.tensor([[0.0, 0.0], [50.0, 50.0]]))
