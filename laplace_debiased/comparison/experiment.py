@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, cast
 
+import numpy as np
 import torch
 from laplace import KronLaplace
 from netcal.scaling import TemperatureScaling
@@ -167,11 +168,15 @@ def _map_run(trial: Trial) -> Run:
 
 @torch.no_grad()
 def _scaled_run(trial: Trial) -> Run:
+    def probabilities(X: Tensor) -> np.ndarray:
+        # netcal differentiates numerically: in single precision it sees no slope
+        return trial.model(X).double().softmax(-1).numpy()
+
     X, y = trial.validation.tensors
     scaling = TemperatureScaling()
-    scaling.fit(trial.model(X).softmax(-1).numpy(), y.numpy(), tensorboard=False)
+    scaling.fit(probabilities(X), y.numpy(), tensorboard=False)
     p, foreign = (
-        torch.as_tensor(scaling.transform(trial.model(inputs).softmax(-1).numpy()))
+        torch.as_tensor(scaling.transform(probabilities(inputs)))
         for inputs in (trial.test_inputs, trial.foreign)
     )
     return trial.run(SCALED, p, entropy(p), entropy(foreign))

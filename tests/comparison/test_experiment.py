@@ -78,6 +78,12 @@ def test_calibration_makes_default_predictions_no_worse_than_scaled_ones(runs):
     assert calibrated.foreign_auroc == pytest.approx(default.foreign_auroc, abs=0.05)
 
 
+def test_temperature_scaling_changes_probabilities_and_no_class(runs):
+    unscaled, scaled = (run.probabilities for run in runs[:2])
+    assert torch.equal(unscaled.argmax(1), scaled.argmax(1))
+    assert (unscaled - scaled).abs().max() > 1e-3
+
+
 def test_mutual_information_is_that_of_samples(laplace, data):
     torch.manual_seed(0)
     X = data.test_inputs
