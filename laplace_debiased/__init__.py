@@ -51,6 +51,7 @@ from laplace_debiased.curvature.scores import curvature_scores
 from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 from laplace_debiased.posterior.last_layer import KronDebiasedLLLaplace
 from laplace_debiased.predictive.calibration import Calibration
+from laplace_debiased.predictive.report import PredictionReport
 from laplace_debiased.predictive.uncertainty import Uncertainty
 from laplace_debiased.quadratics.bias import bias_report
 from laplace_debiased.quadratics.cg import CGResult, cg, debiased_cg
@@ -88,6 +89,7 @@ __all__ = [
     "KronDebiasedLLLaplace",
     "KronDebiasedLaplace",
     "Laplace",
+    "PredictionReport",
     "Uncertainty",
     "__version__",
     "bias_report",

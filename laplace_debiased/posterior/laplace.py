@@ -9,7 +9,7 @@ eigenvectors from some of the training points and eigenvalues measured on others
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar, copy_context
 from typing import Any, cast
 from warnings import warn
@@ -34,6 +34,7 @@ from laplace_debiased.posterior import (
     calibrating,
     checkpoint,
     diagnostics,
+    evaluation,
     fitting,
     state,
     tuning,
@@ -46,6 +47,7 @@ from laplace_debiased.predictive.blocks import Covariance
 from laplace_debiased.predictive.calibration import TOLERANCE, Calibration
 from laplace_debiased.predictive.links import probit_probabilities
 from laplace_debiased.predictive.moments import LinearizedPredictive
+from laplace_debiased.predictive.report import PredictionReport
 from laplace_debiased.predictive.samples import sampled_outputs
 from laplace_debiased.predictive.uncertainty import Uncertainty
 from laplace_debiased.quadratics.bias import BiasReport
@@ -86,8 +88,11 @@ class KronDebiasedLaplace(KronLaplace):
         model: The trained network.
         likelihood: ``"classification"`` (of logits: a softmax at the network's end is
             warned of), ``"regression"`` or ``"reward_modeling"``.
-        sigma_noise: As in ``KronLaplace``, like all that follow until ``magnitudes``.
-        prior_precision: A scalar, or one for each parameter tensor.
+        sigma_noise: Standard deviation of a regression's noise, as in ``KronLaplace``,
+            like all that follow until ``magnitudes``. It is one unless it is given or
+            tuned (:meth:`optimize_prior_precision`).
+        prior_precision: A scalar, or one for each parameter tensor; to be tuned by
+            :meth:`calibrate` or :meth:`optimize_prior_precision`.
         prior_mean: Mean of the prior. A number is that of all parameters but those of
             normalizations, which have their trained values; a vector that of each.
         temperature: Temperature of the likelihood.
@@ -512,7 +517,9 @@ class KronDebiasedLaplace(KronLaplace):
             **model_kwargs: Further keywords of the network.
 
         Returns:
-            As ``KronLaplace.__call__``.
+            As ``KronLaplace.__call__``: calibrated probabilities, or mean and variance
+            of the network's output, in which the noise of a regression is not
+            (:meth:`uncertainty` has both).
         """
         calibrating.warn_if_untuned(self)
         # laplace-torch's `__call__` does not pass its generator on to where it samples
@@ -925,6 +932,32 @@ class KronDebiasedLaplace(KronLaplace):
         self._check_H_init()
         calibrating.warn_if_untuned(self)
         return calibrating.uncertainty(self, x)
+
+    @thread_restored
+    def report(
+        self,
+        test_loader: Iterable,
+        foreign_loader: Iterable | None = None,
+        *,
+        progress_bar: bool = False,
+    ) -> PredictionReport:
+        """Tell what predictions of test data are worth, beside the network alone.
+
+        Args:
+            test_loader: Yields test data that nothing was chosen by.
+            foreign_loader: Yields data that the network was not trained for, or their
+                inputs alone.
+            progress_bar: Whether to show progress bars.
+
+        Returns:
+            Scores, as text and table, and a figure.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+            ValueError: If data are not valid, there are none, or it is a reward model.
+        """
+        self._check_H_init()
+        return evaluation.report(self, test_loader, foreign_loader, progress_bar)
 
     @thread_restored
     def state_dict(self) -> dict[str, Any]:
