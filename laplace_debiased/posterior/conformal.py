@@ -62,6 +62,9 @@ class Conformal:
         parts = []
         for batch in loader:
             X, y = inputs_and_targets(batch, self._la.backend)
+            is_regression = self.likelihood == Likelihood.REGRESSION
+            if y.is_floating_point() and not is_regression:
+                raise ValueError("Targets of `loader` must be class indices.")
             found = uncertainty(self._la, X)
             y = check_targets(found.mean, y, loss)
             counted = is_counted(loss, y)

@@ -77,3 +77,21 @@ def test_what_is_not_valid_is_refused():
         la.conformal_sets(data(X, Y), 1.0)
     with pytest.raises(ValueError, match="no data"):
         la.conformal_sets([])
+    with pytest.raises(ValueError, match="class indices"):
+        la.conformal_sets(data(X, la(X)))
+
+
+def test_ignored_targets_are_left_out():
+    la = fitted()
+    y = Y.clone()
+    y[::4] = -100
+    kept = y >= 0
+    sets = la.conformal_sets(data(X, y), 0.8)
+    assert sets.num_points == 30
+    expected = la.conformal_sets(data(X[kept], Y[kept]), 0.8)
+    assert sets.thresholds == pytest.approx(expected.thresholds, rel=1e-12)
+
+
+def test_too_few_points_give_all_classes():
+    la = fitted()
+    assert la.conformal_sets(data(X[:3], Y[:3]), 0.9)(X).all()
