@@ -62,6 +62,8 @@ def test_changed_posteriors_are_refused():
         lambda: setattr(la, "prior_precision", 7.0),
         lambda: la.calibrate(data(X, Y)),
         lambda: la.fit(loader()),
+        lambda: la.fit(loader(), override=False),
+        lambda: la.load_state_dict(la.state_dict()),
     ):
         sets = la.conformal_sets(data(X, Y))
         change()
