@@ -94,8 +94,9 @@ def _on_cpu(found: Uncertainty, rows: Tensor | None = None) -> Uncertainty:
 
 
 def _joined(parts: list[Uncertainty]) -> Uncertainty:
+    """Join what several batches have."""
     columns = {name: [vars(part)[name] for part in parts] for name in vars(parts[0])}
-    values = {
+    values: dict[str, Any] = {
         k: None if own[0] is None else torch.cat(own) for k, own in columns.items()
     }
     return Uncertainty(**values)

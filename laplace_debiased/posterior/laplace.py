@@ -33,6 +33,7 @@ from laplace_debiased.curvature.streams import Curvature
 from laplace_debiased.posterior import (
     calibrating,
     checkpoint,
+    conformal,
     diagnostics,
     evaluation,
     fitting,
@@ -958,6 +959,54 @@ class KronDebiasedLaplace(KronLaplace):
         """
         self._check_H_init()
         return evaluation.report(self, test_loader, foreign_loader, progress_bar)
+
+    @thread_restored
+    def conformal_sets(
+        self, loader: DataLoader, coverage: float = 0.9
+    ) -> conformal.ConformalSets:
+        """Find sets of classes that hold the true one with a given probability.
+
+        The probability is over data and new example, which must be exchangeable: it
+        holds on average, not for each class or kind of example, and not for foreign
+        ones. Compute the sets after :meth:`calibrate`.
+
+        Args:
+            loader: Yields data that neither training nor :meth:`calibrate` has used.
+            coverage: The probability, in (0, 1).
+
+        Returns:
+            Called on inputs, it returns whether each class is in the set, bool
+            ``[batch, classes]``; raises RuntimeError once the posterior has changed.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+            ValueError: If it is no classification, or arguments are not valid.
+        """
+        self._check_H_init()
+        return conformal.ConformalSets(self, loader, coverage)
+
+    @thread_restored
+    def conformal_intervals(
+        self, loader: DataLoader, coverage: float = 0.9
+    ) -> conformal.ConformalIntervals:
+        """Find intervals that hold the target with a given probability.
+
+        As :meth:`conformal_sets`, for a regression, and for each output by itself.
+
+        Args:
+            loader: Yields data that neither training nor tuning has used.
+            coverage: The probability, in (0, 1).
+
+        Returns:
+            Called on inputs, it returns lower and upper ends ``[batch, outputs]``;
+            raises RuntimeError once the posterior has changed.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+            ValueError: If it is no regression, or arguments are not valid.
+        """
+        self._check_H_init()
+        return conformal.ConformalIntervals(self, loader, coverage)
 
     @thread_restored
     def state_dict(self) -> dict[str, Any]:

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import nll_loss, one_hot
-from torchmetrics.functional.classification import (
-    binary_calibration_error,
-    multiclass_calibration_error,
-)
 
-from laplace_debiased.predictive.scores import auroc, risk_coverage
+from laplace_debiased.predictive.scores import (
+    NUM_BINS,
+    auroc,
+    brier,
+    calibration_errors,
+    nll,
+    risk_coverage,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NUM_BINS = 15
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 
@@ -235,23 +236,15 @@ def classification_scores(
         The scores.
     """
     p = probabilities.double()
-    count = p.shape[1]
     confidence, predicted = p.max(1)
     mistaken = predicted != y
-    targets = one_hot(y, count)
-    # those of single precision may be zero
-    logs = p.clamp(min=torch.finfo(torch.float32).tiny).log()
-    of_classes = [
-        binary_calibration_error(p[:, k], targets[:, k], n_bins=NUM_BINS)
-        for k in range(count)
-    ]
-    ece = multiclass_calibration_error(p, y, num_classes=count, n_bins=NUM_BINS)
+    ece, classwise_ece = calibration_errors(p, y)
     return ClassificationScores(
         accuracy=1 - mistaken.double().mean().item(),
-        nll=nll_loss(logs, y).item(),
-        brier=(p - targets).square().sum(1).mean().item(),
-        ece=ece.item(),
-        classwise_ece=torch.stack(of_classes).mean().item(),
+        nll=nll(p, y),
+        brier=brier(p, y),
+        ece=ece,
+        classwise_ece=classwise_ece,
         aurc=risk_coverage(confidence, mistaken).mean().item(),
         mistakes=auroc(-confidence, mistaken),
         foreign=_foreign(*total),

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_auroc
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_calibration_error,
+    multiclass_calibration_error,
+)
+
+NUM_BINS = 15
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float | None:
@@ -42,3 +48,50 @@ def risk_coverage(confidence: Tensor, mistaken: Tensor) -> Tensor:
     wrong.scatter_add_(0, group, mistaken.double())
     expected = (wrong / counts).flip(0).repeat_interleave(counts.flip(0))
     return expected.cumsum(0) / torch.arange(1, len(expected) + 1)
+
+
+def nll(probabilities: Tensor, y: Tensor) -> float:
+    """Compute the mean negative log likelihood, of at most 87.3 nats a point.
+
+    Args:
+        probabilities: Class probabilities ``[points, classes]``.
+        y: Classes ``[points]``.
+
+    Returns:
+        The mean.
+    """
+    likelihood = probabilities.gather(1, y[:, None])
+    return -likelihood.clamp(min=torch.finfo(torch.float32).tiny).log().mean().item()
+
+
+def brier(probabilities: Tensor, y: Tensor) -> float:
+    """Compute the mean squared distance from the true classes' indicators.
+
+    Args:
+        probabilities: Class probabilities ``[points, classes]``.
+        y: Classes ``[points]``.
+
+    Returns:
+        The mean, summed over classes: between zero and two.
+    """
+    truth = torch.nn.functional.one_hot(y, probabilities.shape[1])
+    return (probabilities - truth).square().sum(1).mean().item()
+
+
+def calibration_errors(probabilities: Tensor, y: Tensor) -> tuple[float, float]:
+    """Compute expected calibration errors, in 15 bins of equal width.
+
+    Args:
+        probabilities: Class probabilities ``[points, classes]``.
+        y: Classes ``[points]``.
+
+    Returns:
+        That of the most probable class, and the mean of those of each class.
+    """
+    count = probabilities.shape[1]
+    top = multiclass_calibration_error(probabilities, y, count, NUM_BINS)
+    classes = [
+        binary_calibration_error(p, (y == k).long(), NUM_BINS)
+        for k, p in enumerate(probabilities.T.contiguous())
+    ]
+    return top.item(), torch.stack(classes).mean().item()

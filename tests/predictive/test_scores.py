@@ -1,8 +1,10 @@
+import math
 from itertools import permutations
 
 import pytest
 import torch
 
+from laplace_debiased.predictive import scores
 from laplace_debiased.predictive.scores import auroc, risk_coverage
 
 
@@ -38,3 +40,32 @@ def test_risks_are_means_over_the_orders_of_equal_confidences():
     expected = torch.tensor(curves, dtype=torch.float64).mean(0)
     found = risk_coverage(torch.tensor(confidence), torch.tensor(mistaken))
     assert torch.allclose(found, expected)
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_scores_of_probabilities_are_those_of_their_definitions(count):
+    g = torch.Generator().manual_seed(0)
+    p = torch.randn(count, 5, generator=g).double().softmax(1)
+    y = torch.randint(4, (count,), generator=g)  # the last class is missing
+    own = [p[i, k].item() for i, k in enumerate(y)]
+    assert scores.nll(p, y) == pytest.approx(-sum(map(math.log, own)) / count)
+    squares = sum(
+        (p[i, k].item() - (y[i].item() == k)) ** 2
+        for i in range(count)
+        for k in range(5)
+    )
+    assert scores.brier(p, y) == pytest.approx(squares / count)
+
+    def error(confidence, right):
+        bins = (confidence * 15).floor()
+        gaps = [(confidence - right)[bins == b].sum().abs() for b in bins.unique()]
+        return sum(gaps).item() / count
+
+    top, classwise = scores.calibration_errors(p, y)
+    assert top == pytest.approx(error(p.amax(1), (p.argmax(1) == y).double()))
+    each = [error(p[:, k], (y == k).double()) for k in range(5)]
+    assert classwise == pytest.approx(sum(each) / 5)
+
+
+def test_impossible_targets_have_a_finite_likelihood():
+    assert scores.nll(torch.eye(2), torch.tensor([1, 1])) == pytest.approx(87.3365 / 2)
