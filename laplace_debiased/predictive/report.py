@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_SMALLEST = 1e-5
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 
@@ -204,13 +205,16 @@ class PredictionReport:
         parts = {"test": self.epistemic}
         if self.epistemic_of_foreign is not None:
             parts["foreign"] = self.epistemic_of_foreign
-        logs = {k: v.clamp(min=1e-12).log10() for k, v in parts.items()}
+        # what is smaller is rounding
+        logs = {k: v.clamp(min=_SMALLEST).log10() for k, v in parts.items()}
         together = torch.cat(list(logs.values()))
         edges = torch.linspace(together.min().item(), together.max().item() + 1e-6, 40)
         for label, values in logs.items():
             ends = (10**edges).tolist()
-            axis.hist((10**values).numpy(), ends, density=True, alpha=0.6, label=label)
-        axis.set(xscale="log", xlabel="epistemic uncertainty", yticks=[])
+            shares = torch.full_like(values, 1 / len(values)).numpy()
+            x = (10**values).numpy()
+            axis.hist(x, ends, weights=shares, alpha=0.6, label=label)
+        axis.set(xscale="log", xlabel="epistemic uncertainty", ylabel="share")
         axis.legend()
 
 
