@@ -8,6 +8,7 @@ deviations.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 
 
-class Conformal:
+class Conformal(ABC):
     """What predictions of a posterior must have, to hold the truth.
 
     Args:
@@ -73,8 +74,9 @@ class Conformal:
             raise ValueError("`loader` yields no data.")
         return torch.cat(parts)
 
+    @abstractmethod
     def _score(self, found: Uncertainty, y: Tensor, counted: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return the scores of those that are counted ``[points, outputs or 1]``."""
 
     def _current(self) -> tuple[object, ...]:
         """Return what predictions depend on, besides the network."""
