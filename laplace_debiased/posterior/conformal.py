@@ -16,12 +16,10 @@ from laplace.utils.enums import Likelihood
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from laplace_debiased.posterior.calibrating import uncertainty
-from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
+from laplace_debiased.posterior.evaluation import predictions
 from laplace_debiased.predictive.conformal import conformal_threshold
 from laplace_debiased.predictive.uncertainty import Uncertainty
-from laplace_debiased.rows.inputs import Inputs, check_targets
-from laplace_debiased.rows.output_curvature import is_counted
+from laplace_debiased.rows.inputs import Inputs
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
@@ -52,31 +50,15 @@ class Conformal(ABC):
         self._la = la
         self._state = self._current()
         self.coverage = coverage
-        scores = self._scores(loader)
+        found, y = predictions(la, loader)
+        assert y is not None
+        scores = self._score(found, y)
         self.num_points = len(scores)
         self.thresholds = [conformal_threshold(s, coverage) for s in scores.T]
 
-    @torch.no_grad()
-    def _scores(self, loader: DataLoader) -> Tensor:
-        """Return the scores of the targets ``[points, outputs or 1]``."""
-        loss = loss_of(self._la.backend)
-        parts = []
-        for batch in loader:
-            X, y = inputs_and_targets(batch, self._la.backend)
-            is_regression = self.likelihood == Likelihood.REGRESSION
-            if y.is_floating_point() and not is_regression:
-                raise ValueError("Targets of `loader` must be class indices.")
-            found = uncertainty(self._la, X)
-            y = check_targets(found.mean, y, loss)
-            counted = is_counted(loss, y)
-            parts.append(self._score(found, y, counted).double().cpu())
-        if not parts:
-            raise ValueError("`loader` yields no data.")
-        return torch.cat(parts)
-
     @abstractmethod
-    def _score(self, found: Uncertainty, y: Tensor, counted: Tensor) -> Tensor:
-        """Return the scores of those that are counted ``[points, outputs or 1]``."""
+    def _score(self, found: Uncertainty, y: Tensor) -> Tensor:
+        """Return the scores of targets ``[points, outputs or 1]``."""
 
     def _current(self) -> tuple[object, ...]:
         """Return what predictions depend on, besides the network."""
@@ -103,15 +85,25 @@ class ConformalSets(Conformal):
 
     likelihood = Likelihood.CLASSIFICATION
 
-    def _score(self, found: Uncertainty, y: Tensor, counted: Tensor) -> Tensor:
+    def _score(self, found: Uncertainty, y: Tensor) -> Tensor:
         assert found.probabilities is not None
-        return 1 - found.probabilities[counted].gather(1, y[counted][:, None])
+        return 1 - found.probabilities.gather(1, y[:, None])
 
     def __call__(self, x: Inputs) -> Tensor:
-        """Return whether each class is in the set, bool ``[batch, classes]``."""
+        """Tell which classes are in the sets of examples.
+
+        Args:
+            x: Inputs, a tensor or a mapping.
+
+        Returns:
+            Whether each class is ``[batch, classes]``; a set may have none.
+
+        Raises:
+            RuntimeError: If the posterior has changed.
+        """
         probabilities = self._predict(x).probabilities
         assert probabilities is not None
-        return (1 - probabilities).double() <= self.thresholds[0]
+        return 1 - probabilities.double() <= self.thresholds[0]
 
 
 class ConformalIntervals(Conformal):
@@ -119,11 +111,21 @@ class ConformalIntervals(Conformal):
 
     likelihood = Likelihood.REGRESSION
 
-    def _score(self, found: Uncertainty, y: Tensor, counted: Tensor) -> Tensor:
-        return ((y - found.mean).abs() / found.total.sqrt())[counted]
+    def _score(self, found: Uncertainty, y: Tensor) -> Tensor:
+        return (y - found.mean).abs() / found.total.sqrt()
 
     def __call__(self, x: Inputs) -> tuple[Tensor, Tensor]:
-        """Return lower and upper ends, each ``[batch, outputs]``."""
+        """Compute the intervals of examples.
+
+        Args:
+            x: Inputs, a tensor or a mapping.
+
+        Returns:
+            Lower and upper ends, each ``[batch, outputs]``.
+
+        Raises:
+            RuntimeError: If the posterior has changed.
+        """
         found = self._predict(x)
         thresholds = torch.tensor(self.thresholds, dtype=torch.float64)
         width = found.total.sqrt() * thresholds.to(found.total)

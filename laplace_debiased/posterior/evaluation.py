@@ -32,8 +32,7 @@ class Predictions(NamedTuple):
     """Predictions of a loader's points, on the CPU.
 
     Args:
-        uncertainty: Uncertainty of all points; total and epistemic are ``[points]``,
-            means over the outputs of a regression.
+        uncertainty: Uncertainty of all points, in double precision.
         y: Their targets; None if they are not needed.
     """
 
@@ -75,7 +74,7 @@ def predictions(
         loss = loss_of(la.backend)
         y = check_targets(found.mean, y, loss)
         if la.likelihood == Likelihood.CLASSIFICATION and y.is_floating_point():
-            raise ValueError("Test targets must be class indices.")
+            raise ValueError("Targets must be class indices.")
         counted = is_counted(loss, y)
         parts.append(_on_cpu(found, counted))
         targets.append(y[counted].cpu())

@@ -88,3 +88,18 @@ def test_missing_data_are_named_with_their_folder(tmp_path, monkeypatch, error):
     with pytest.raises(FileNotFoundError, match="FashionMNIST is not in") as caught:
         data.load_split("fashion-mnist", tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 28, 28), (3, 32, 32)])
+def test_rows_come_in_another_order_which_is_the_same_for_all(shape):
+    images = torch.randn(5, *shape)
+    shuffled = data.shuffled_rows(images)
+    assert shuffled.shape == images.shape
+    side = 8 if len(shape) == 1 else shape[-1]
+    before, after = (part.reshape(5, -1, side, side) for part in (images, shuffled))
+    # the place of each row, in each image and channel
+    same = (before[:, :, :, None] == after[:, :, None]).all(-1)
+    order = same.long().argmax(2)
+    assert same.sum(2).eq(1).all()
+    assert (order == order[0, 0]).all()
+    assert not torch.equal(order[0, 0], torch.arange(side))

@@ -75,7 +75,6 @@ def test_calibrated_predictions_are_better_than_those_of_the_network(runs):
     calibrated, default = of_seed[CALIBRATED], of_seed[DEFAULT]
     assert calibrated.scores.nll < of_seed[MAP].scores.nll
     assert calibrated.prior_precision == default.prior_precision
-    assert calibrated.foreign_auroc == pytest.approx(default.foreign_auroc, abs=0.05)
 
 
 def test_temperature_scaling_changes_probabilities_and_no_class(runs):

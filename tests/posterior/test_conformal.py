@@ -77,7 +77,7 @@ def test_what_is_not_valid_is_refused():
         la.conformal_intervals(data(X, Y))
     with pytest.raises(ValueError, match="coverage"):
         la.conformal_sets(data(X, Y), 1.0)
-    with pytest.raises(ValueError, match="no data"):
+    with pytest.raises(ValueError, match="no points"):
         la.conformal_sets([])
     with pytest.raises(ValueError, match="class indices"):
         la.conformal_sets(data(X, la(X)))
