@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
 from laplace_debiased.predictive.blocks import block_posteriors
 from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.matrix_uses import LinearUse
 from laplace_debiased.rows.recorder import Recorder
 from laplace_debiased.rows.substitution import run, stand_ins
-from laplace_debiased.rows.uses import LinearUse, Use
+from laplace_debiased.rows.uses import Use
 
 
 class Features(NamedTuple):

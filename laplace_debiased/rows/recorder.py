@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from laplace_debiased.rows.functions import USES
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.substitution import Substitution, stand_ins
-from laplace_debiased.rows.uses import USES, Choice, Layout, MatrixUse, Use
+from laplace_debiased.rows.uses import Choice, Layout, MatrixUse, Use
 
 
 def _opened(function: Any) -> FunctionType:

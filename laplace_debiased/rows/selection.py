@@ -19,6 +19,7 @@ from laplace_debiased.rows.layouts import (
     rows_of_others,
     rows_tell_gradient,
 )
+from laplace_debiased.rows.normalization_uses import NormalizationUse
 from laplace_debiased.rows.recorder import batch_statistics
 from laplace_debiased.rows.separation import (
     PAIR,
@@ -28,7 +29,7 @@ from laplace_debiased.rows.separation import (
     num_traced,
 )
 from laplace_debiased.rows.tracing import Trace, trace
-from laplace_debiased.rows.uses import Layout, MatrixUse, NormalizationUse
+from laplace_debiased.rows.uses import Layout, MatrixUse
 
 _SUPPORTED = (
     "weights and biases of `F.linear`, `F.conv1d`, `F.conv2d` and `F.conv3d`, and of "

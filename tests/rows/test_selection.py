@@ -232,13 +232,13 @@ def test_reentrant_checkpointing_is_refused_with_a_remedy():
 
 
 def test_gradients_that_rows_do_not_tell_leave_a_parameter_out(monkeypatch):
-    from laplace_debiased.rows import uses
+    from laplace_debiased.rows import matrix_uses
 
     def wrong(self, gradient, key, layout, batch_size):
-        rows = uses._positions_of_vectors(gradient, layout, batch_size)
+        rows = matrix_uses._positions_of_vectors(gradient, layout, batch_size)
         return rows * (2 if key == "weight" else 1)
 
-    monkeypatch.setattr(uses.LinearUse, "gradient_rows", wrong)
+    monkeypatch.setattr(matrix_uses.LinearUse, "gradient_rows", wrong)
     reasons = names_and_reasons(network("mlp"), torch.randn(SIZE, 4).double())
     assert reasons == {
         ("0.weight", "is also used in ways that its calls do not tell"),

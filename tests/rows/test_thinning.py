@@ -8,11 +8,12 @@ import torch
 
 from laplace_debiased.curvature.factors import KroneckerFactors
 from laplace_debiased.rows.layers import Layer
+from laplace_debiased.rows.matrix_uses import ConvolutionUse, LinearUse
 from laplace_debiased.rows.output_curvature import OutputCurvature
 from laplace_debiased.rows.selection import select
 from laplace_debiased.rows.sweep import sweep
 from laplace_debiased.rows.thinning import Thinning, num_taken, thinnings
-from laplace_debiased.rows.uses import ConvolutionUse, Layout, LinearUse
+from laplace_debiased.rows.uses import Layout
 from tests import dense
 
 USES = {
