@@ -94,14 +94,6 @@ NETWORKS = {
     "bert": _bert,
     "bert-lora": _lora,
 }
-# part of the names of parameters that stay at their trained values
-LEFT_OUT = {
-    "convnext": ["layer_scale"],
-    "vit": ["class_token", "pos_embedding"],
-    "swin": ["relative_position_bias_table"],
-    "hugging-face-vit": ["cls_token", "position_embeddings"],
-    "bert": ["embeddings.word", "embeddings.position", "embeddings.token_type"],
-}
 
 
 def network(name, dtype=torch.float64):

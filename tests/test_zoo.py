@@ -14,6 +14,7 @@ from laplace_debiased import (
     curvature_scores,
     directional_derivatives,
 )
+from laplace_debiased.curvature.bases import as_matrix
 from laplace_debiased.curvature.directional import DirectionalCurvatures
 from laplace_debiased.curvature.factors import KroneckerFactors
 from laplace_debiased.curvature.kronecker import Kronecker
@@ -94,13 +95,14 @@ def fit(model, X, y, **options):
 @pytest.mark.parametrize("name", FITTED)
 def test_what_is_left_out_is_named(name):
     model, (X, y) = zoo.build(name), zoo.data(name, SIZE)
-    expected = {
-        key: ZOO[name].reason(key) for key, _ in free(model) if ZOO[name].reason(key)
-    }
-    _, _, left_out = supported(model, X, [param for _, param in free(model)], len(y))
-    assert {entry.name for entry in left_out} == set(expected)
-    for entry in left_out:
-        assert expected[entry.name] in entry.reason
+    for dense_rows in (True, False):
+        reasons = {key: ZOO[name].reason(key, dense_rows) for key, _ in free(model)}
+        expected = {key: reason for key, reason in reasons.items() if reason}
+        own = [param for _, param in free(model)]
+        _, _, left_out = supported(model, X, own, len(y), dense_rows)
+        assert {entry.name for entry in left_out} == set(expected)
+        for entry in left_out:
+            assert expected[entry.name] in entry.reason
     _, message = fit(model, X, y)
     for key in expected:
         module, _, leaf = key.rpartition(".")
@@ -133,38 +135,57 @@ def test_factors_and_directional_curvature_are_exact(name):
         return accumulator
 
     factors = measured(KroneckerFactors(layers, params)).factors()
-    options = {"weights": weights, "params": params}
+    blocks = dense.ggn_blocks(plain(model), X, y, LOSS, weights=weights, params=params)
+    own = [p for layer in layers if has_rows(layer) for p in layer.parameters]
+    options = {"weights": weights, "params": [params[k] for k in own]}
     expected = dense.kronecker_factors(plain(model), X, y, LOSS, **options)
     actual = {
         id(params[layer.parameters[0]]): own.tensors()
         for layer, own in zip(layers, factors, strict=True)
+        if has_rows(layer)
     }
     assert len(actual) == len(expected)
     for owner, reference in expected.items():
         key = id(owner.weight if isinstance(owner, dense.Owner) else owner)
         for computed, exact in zip(actual[key], reference, strict=True):
             assert (computed - exact).norm() <= 1e-8 * exact.norm() + 1e-12
+    for layer, own in zip(layers, factors, strict=True):
+        if layer.calls:
+            exact = blocks[layer.vector]
+            exact = exact.diagonal() if layer.is_diagonal else exact
+            assert (own.gradients - exact).norm() <= 1e-8 * exact.norm() + 1e-12
 
-    directions = [own.map(lambda f: orthogonal(len(f), generator)) for own in factors]
+    directions = [own.map(lambda f: basis_of(f, generator)) for own in factors]
     spectra = measured(DirectionalCurvatures(layers, directions)).spectra()
-    blocks = dense.ggn_blocks(plain(model), X, y, LOSS, **options)
     for layer, basis, spectrum in zip(layers, directions, spectra, strict=True):
         for position, values, vectors in along(layer, basis, spectrum):
             exact = (vectors.T @ blocks[position] @ vectors).diagonal()
-            error = (values.flatten() - exact).norm()
+            error = (values.reshape(-1) - exact).norm()
             assert error <= 1e-8 * exact.norm() + 1e-12
+
+
+def has_rows(layer):
+    """Whether the layer has dense rows."""
+    return not (layer.calls or layer.is_embedding)
+
+
+def basis_of(factor, generator):
+    """Some basis: of a diagonal factor, the unit vectors."""
+    if factor.ndim == 1:
+        return torch.ones_like(factor)
+    return orthogonal(len(factor), generator)
 
 
 def along(layer, basis: Kronecker, spectrum):
     """Each parameter of a layer, with its curvatures and directions."""
-    if layer.matrix is not None:
-        yield (
-            layer.matrix,
-            spectrum.matrix,
-            torch.kron(basis.gradients, basis.inputs),
-        )
+    outer = as_matrix(basis.gradients)
+    if layer.is_embedding:  # which is stored as [d_in, d_out]
+        inner = as_matrix(basis.inputs)
+        yield layer.matrix, spectrum.matrix.T, torch.kron(inner, outer.contiguous())
+    elif layer.matrix is not None:
+        yield layer.matrix, spectrum.matrix, torch.kron(outer, basis.inputs)
     if layer.vector is not None:
-        yield layer.vector, spectrum.vector, basis.gradients
+        yield layer.vector, spectrum.vector, outer
 
 
 @pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])

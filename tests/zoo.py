@@ -67,19 +67,22 @@ class Member:
     Args:
         build: Returns the network.
         inputs: From a number of examples and a generator to inputs.
-        left_out: Patterns of the names of parameters that are left out, with a part of
-            the reason.
+        no_rows: Patterns of names of parameters that have no dense rows, with a part
+            of the reason: a posterior has blocks of their own for them.
+        left_out: Those of parameters that a posterior leaves out, too.
         refused: What the message says, if all is refused.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable = _VECTORS
+    no_rows: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     refused: str | None = None
 
-    def reason(self, name):
+    def reason(self, name, dense=False):
         """Why a parameter is left out; None if it is not."""
-        found = [why for part, why in self.left_out.items() if fnmatch(name, part)]
+        patterns = (self.no_rows if dense else {}) | self.left_out
+        found = [why for part, why in patterns.items() if fnmatch(name, part)]
         return found[0] if found else None
 
 
@@ -839,7 +842,7 @@ ZOO = {
         {"token": "is used by `", "positions": "is used by `add`"},
     ),
     "encoder, padded": Member(
-        _padded_encoder, mapping(5), {"tokens.weight": "is used by `embedding`"}
+        _padded_encoder, mapping(5), {"tokens.weight": "is a table of embeddings"}
     ),
     "encoder": Member(
         lambda: nn.Sequential(_encoder(), MeanOverSequence(), _head()), _SEQUENCE
@@ -848,7 +851,7 @@ ZOO = {
         _decoder,
         tokens(5),
         {
-            "tokens.weight": "is used by `embedding`",
+            "tokens.weight": "is a table of embeddings",
             "positions.weight": "is used by `add`",
         },
     ),
@@ -856,9 +859,9 @@ ZOO = {
         _encoder_decoder, _SEQUENCE, {"*multihead_attn.in_proj_*": "used by `linear`"}
     ),
     "tied language model": Member(
-        _tied_language_model, tokens(3), {"tokens.weight": "also used by `embedding`"}
+        _tied_language_model, tokens(3), {"tokens.weight": "in different ways"}
     ),
-    "gpt-2's matrices": Member(_gpt_2, left_out={"0.*": "is used by `addmm`"}),
+    "gpt-2's matrices": Member(_gpt_2, no_rows={"0.*": "is used by `addmm`"}),
     "mixer": Member(_mixer, _SEQUENCE),
     "windows": Member(_windows, reals(4, WIDTH)),
     "latent queries": Member(
@@ -867,10 +870,10 @@ ZOO = {
         {"latents": "is used by `linear`", "query.*": "is used by `linear`"},
     ),
     "lstm": Member(
-        lambda: _recurrent(nn.LSTM), _SEQUENCE, {"body.*": "is used by `lstm`"}
+        lambda: _recurrent(nn.LSTM), _SEQUENCE, left_out={"body.*": "is used by `lstm`"}
     ),
     "gru": Member(
-        lambda: _recurrent(nn.GRU), _SEQUENCE, {"body.*": "is used by `gru`"}
+        lambda: _recurrent(nn.GRU), _SEQUENCE, left_out={"body.*": "is used by `gru`"}
     ),
     "recurrent cells": Member(_cells, _SEQUENCE, {"cell.*": "is used by `gru_cell`"}),
     "unrolled": Member(_unrolled, _SEQUENCE),
@@ -884,33 +887,33 @@ ZOO = {
     "lora": Member(_lora),
     "dora": Member(
         _dora,
-        left_out={"down.*": _SHARED, "up.*": _SHARED, "magnitude": "is used by `div`"},
+        no_rows={"down.*": _SHARED, "up.*": _SHARED, "magnitude": "is used by `div`"},
     ),
     "soft mixture": Member(_soft_mixture),
     "top-1 mixture": Member(_top_1_mixture, left_out={"experts.*": _ROUTED}),
     "top-1 mixture of tokens": Member(
-        _top_1_mixture_of_tokens, _SEQUENCE, {"experts.*": _ROUTED}
+        _top_1_mixture_of_tokens, _SEQUENCE, left_out={"experts.*": _ROUTED}
     ),
     "weight norm": Member(
         lambda: _normed(nn.utils.parametrizations.weight_norm),
-        left_out={"0.parametrizations.*": "is used by `_weight_norm`"},
+        no_rows={"0.parametrizations.*": "is used by `_weight_norm`"},
     ),
     "weight norm, by a hook": Member(
-        _hooked_weight_norm, left_out={"0.weight_*": "is used by `_weight_norm`"}
+        _hooked_weight_norm, no_rows={"0.weight_*": "is used by `_weight_norm`"}
     ),
     "spectral norm": Member(
         lambda: _normed(nn.utils.parametrizations.spectral_norm),
-        left_out={"0.parametrizations.*": "is used by `"},
+        no_rows={"0.parametrizations.*": "is used by `"},
     ),
-    "pruned": Member(_pruned, left_out={"0.weight_orig": "is used by `mul`"}),
+    "pruned": Member(_pruned, no_rows={"0.weight_orig": "is used by `mul`"}),
     "hypernetwork": Member(_hypernetwork),
     "norm by 1 + w": Member(
         lambda: nn.Sequential(_layer(), OnePlusNorm(WIDTH), _head()),
-        left_out={"1.weight": "is used by `add`"},
+        no_rows={"1.weight": "is used by `add`"},
     ),
     "norm by a square": Member(
         lambda: nn.Sequential(_layer(), SquaredNorm(WIDTH), _head()),
-        left_out={"1.weight": "is used by `pow`"},
+        no_rows={"1.weight": "is used by `pow`"},
     ),
     "hook on a layer": Member(lambda: _tripled(0)),
     "hook on the last layer": Member(lambda: _tripled(2)),
@@ -934,7 +937,7 @@ ZOO = {
         _scripted_function, left_out={"body.*": "where no gradients are recorded"}
     ),
     "called functionally": Member(
-        _called_functionally, left_out={"scaled.weight": "is used by `mul`"}
+        _called_functionally, no_rows={"scaled.weight": "is used by `mul`"}
     ),
     "watched weights": Member(
         _watched_weights, left_out={"body.weight": "also used by `detach`"}
@@ -969,7 +972,7 @@ ZOO = {
     "graph": Member(_graph, _SEQUENCE),
     "learned activation": Member(
         lambda: nn.Sequential(_layer(), nn.PReLU(), _head()),
-        left_out={"1.weight": "is used by `prelu`"},
+        no_rows={"1.weight": "is used by `prelu`"},
     ),
     "bilinear": Member(
         lambda: Model(
@@ -977,7 +980,7 @@ ZOO = {
             pairs=nn.Bilinear(WIDTH, WIDTH, WIDTH),
             head=_head(),
         ),
-        left_out={"pairs.*": "is used by `bilinear`"},
+        no_rows={"pairs.*": "is used by `bilinear`"},
     ),
     "constant inputs": Member(_positions, _SEQUENCE, {"positions.*": _SHARED}),
     "size zero": Member(
@@ -1002,7 +1005,7 @@ ZOO = {
 
 REFUSED = [name for name, member in ZOO.items() if member.refused]
 FITTED = [name for name, member in ZOO.items() if not member.refused]
-EXACT = [name for name in FITTED if not ZOO[name].left_out]
+EXACT = [name for name in FITTED if not (ZOO[name].no_rows or ZOO[name].left_out)]
 
 
 def build(name):

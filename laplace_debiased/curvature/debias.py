@@ -59,7 +59,8 @@ def two_batch(factors: Factors, measure: Measure[Magnitudes]) -> Debiased[Magnit
         Directions and magnitudes.
     """
     directions, own = decompose(factors)
-    return Debiased(directions, with_common_magnitudes(measure(directions), own), own)
+    magnitudes = with_common_magnitudes(measure(directions), own, directions)
+    return Debiased(directions, magnitudes, own)
 
 
 def cross_fit(
@@ -90,8 +91,8 @@ def cross_fit(
             vectors, values = (joined(*pair) for pair in pairs)
         else:
             vectors, values = decompose(others)
-        measured.append(with_common_magnitudes(measure(vectors), values))
-    magnitudes = with_common_magnitudes(average(measured, shares), own)
+        measured.append(with_common_magnitudes(measure(vectors), values, vectors))
+    magnitudes = with_common_magnitudes(average(measured, shares), own, directions)
     return Debiased(directions, magnitudes, own)
 
 
@@ -156,6 +157,8 @@ def project(factors: Factors, directions: Directions) -> list[Kronecker]:
 
 
 def _squared_lengths(matrix: Tensor, vectors: Tensor) -> Tensor:
+    if matrix.ndim == 1:  # diagonal, and so are the vectors
+        return matrix
     # [d, d] @ [d, k] -> [k], of each column u the form u^T M u
     return ((matrix @ vectors) * vectors).sum(0).clamp(min=0)
 

@@ -18,12 +18,15 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     before: a unit vector is the eigenvector of each.
 
     Args:
-        matrix: Symmetric matrix ``[d, d]``.
+        matrix: Symmetric matrix ``[d, d]``, or the diagonal ``[d]`` of one.
 
     Returns:
         Eigenvalues ``[d]`` in ascending order, and eigenvectors ``[d, d]`` as columns,
-        in the matrix's dtype.
+        in the matrix's dtype; of a diagonal, its entries in their own order, and a
+        basis ``[d]`` (:mod:`~laplace_debiased.curvature.bases`).
     """
+    if matrix.ndim == 1:
+        return matrix, torch.ones_like(matrix)
     used = matrix.any(0)
     if used.all():
         return _eigh(matrix)

@@ -59,27 +59,64 @@ def mean_over(values: Tensor, subspaces: Tensor, axis: int) -> Tensor:
 
 
 def with_common_magnitudes(
-    magnitudes: Sequence[Magnitudes], eigenvalues: Sequence[Kronecker]
+    magnitudes: Sequence[Magnitudes],
+    eigenvalues: Sequence[Kronecker],
+    directions: Sequence[Kronecker],
 ) -> list[Magnitudes]:
     """Average magnitudes over the degenerate subspaces of their directions.
 
     Args:
         magnitudes: Magnitudes of each layer, along the eigenvectors of factors.
         eigenvalues: Eigenvalues of these factors.
+        directions: The eigenvectors.
 
     Returns:
         The magnitudes.
     """
-    return [_averaged(*own) for own in zip(magnitudes, eigenvalues, strict=True)]
+    return [
+        _averaged(*own) for own in zip(magnitudes, eigenvalues, directions, strict=True)
+    ]
 
 
-def _averaged(own: Magnitudes, eigenvalues: Kronecker) -> Magnitudes:
-    groups = eigenvalues.map(eigenspaces)
+def _averaged(
+    own: Magnitudes, eigenvalues: Kronecker, directions: Kronecker
+) -> Magnitudes:
+    groups = eigenvalues.map(_subspaces, directions)
     if isinstance(own, Kronecker):
         return own.map(lambda values, group: mean_over(values, group, 0), groups)
     assert groups.gradients is not None
     rows, matrix, vector = groups.gradients, own.matrix, own.vector
     if matrix is not None:
-        assert groups.inputs is not None
-        matrix = mean_over(mean_over(matrix, rows, 0), groups.inputs, 1)
+        assert groups.inputs is not None and directions.inputs is not None
+        matrix = mean_over(matrix, rows, 0)
+        if directions.inputs.ndim == 1:
+            assert eigenvalues.inputs is not None
+            matrix = _spread(matrix, eigenvalues.inputs)
+        else:
+            matrix = mean_over(matrix, groups.inputs, 1)
     return Spectrum(matrix, None if vector is None else mean_over(vector, rows, 0))
+
+
+def _spread(matrix: Tensor, frequencies: Tensor) -> Tensor:
+    """Spread the curvature of a table of embeddings by how frequent its entries are.
+
+    Few points have few of the entries. The curvature of the others is not zero: it is
+    what their frequency in the pool, or else in the points, makes likely.
+
+    Args:
+        matrix: Curvatures ``[d_out, d_in]``.
+        frequencies: Diagonal of the input covariance ``[d_in]``.
+
+    Returns:
+        Curvatures of the same sums over inputs.
+    """
+    tiny = torch.finfo(matrix.dtype).tiny
+    shares = frequencies / frequencies.sum().clamp(min=tiny)
+    return torch.outer(matrix.sum(1), shares)
+
+
+def _subspaces(eigenvalues: Tensor, basis: Tensor) -> Tensor:
+    """Number the subspaces; the unit vectors are a basis that nothing turns."""
+    if basis.ndim == 1:
+        return torch.arange(len(basis), device=basis.device)
+    return eigenspaces(eigenvalues)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from laplace_debiased.curvature.bases import rotated
 from laplace_debiased.curvature.factors import (
     Contributions,
     accumulation_dtype,
@@ -15,6 +16,7 @@ from laplace_debiased.curvature.factors import (
 )
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.rows.layers import Layer, join_positions
+from laplace_debiased.rows.one_hot import OneHotRows
 
 # what fits into a processor's cache
 _CHUNK_ENTRIES = 2**20
@@ -50,7 +52,7 @@ class DirectionalCurvatures:
         self._directions = {
             layer.name: own for layer, own in zip(layers, directions, strict=True)
         }
-        self._inputs: dict[str, list[Tensor]] = {}
+        self._inputs: dict[str, list[Tensor | OneHotRows]] = {}
         self._spectra = {layer.name: self._zeros(layer) for layer in layers}
         self.contributions = Contributions(layers)
 
@@ -70,8 +72,12 @@ class DirectionalCurvatures:
         self._inputs.clear()
         self.contributions.start_batch(weights)
 
-    def add_inputs(self, layer: Layer, rows: Tensor) -> None:
+    def add_inputs(self, layer: Layer, rows: Tensor | OneHotRows) -> None:
         """Rotate and keep a batch of input rows ``[batch, S, groups, features]``."""
+        if isinstance(rows, OneHotRows):
+            kept = rows.to(accumulation_dtype(rows.values.dtype))
+            self._inputs.setdefault(layer.name, []).append(kept)
+            return
         rows = rows.to(accumulation_dtype(rows.dtype))
         if is_joint(layer, self._joint):
             rows = with_bias_column(rows)
@@ -87,12 +93,15 @@ class DirectionalCurvatures:
         if spectrum.matrix is not None:
             inputs = join_positions(self._inputs[layer.name])
             self._inputs[layer.name] = [inputs]  # the next column's too
-            curvature, squares = _squared_gradients(rows, inputs, basis)
-            spectrum.matrix.add_(curvature)
+            if isinstance(inputs, OneHotRows):
+                squares = _add_one_hot(spectrum.matrix, rows, inputs, basis)
+            else:
+                curvature, squares = _squared_gradients(rows, inputs, basis)
+                spectrum.matrix.add_(curvature)
             self.contributions.add(layer, squares)
         if spectrum.vector is not None:
             # [batch, S, d_out] -> [batch, d_out]
-            squared = (rows.flatten(2).sum(1) @ basis) ** 2
+            squared = rotated(rows.flatten(2).sum(1), basis) ** 2
             spectrum.vector.add_(squared.sum(0))
             self.contributions.add(layer, squared.sum(1))
 
@@ -135,3 +144,27 @@ def _squared_gradients(
         total += squares.sum(0)
         of_examples.append(squares.sum((1, 2)))
     return total, torch.cat(of_examples)
+
+
+def _add_one_hot(
+    total: Tensor, gradients: Tensor, inputs: OneHotRows, basis: Tensor
+) -> Tensor:
+    """Add the squares of rotated per-example gradients where inputs are one-hot.
+
+    Args:
+        total: What to add to ``[d_out, d_in]``.
+        gradients: Gradient rows ``[batch, S, 1, d_out]``.
+        inputs: Input rows.
+        basis: Eigenvectors ``[d_out, d_out]`` for the gradients.
+
+    Returns:
+        The squares' sums over the gradient ``[batch]``.
+    """
+    of_examples = []
+    size = max(1, _CHUNK_ENTRIES // (len(total) * inputs.shape[1]))
+    for g, own in zip(gradients.split(size), inputs.split(size), strict=True):
+        rows, numbers = own.compressed()
+        curvature, squares = _squared_gradients(g, rows, basis)
+        total.index_add_(1, numbers, curvature)
+        of_examples.append(squares)
+    return torch.cat(of_examples)

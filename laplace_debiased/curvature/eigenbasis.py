@@ -6,8 +6,9 @@ A layer's curvature is :math:`(U_G \otimes U_A) \mathrm{diag}(\lambda)
 :math:`\lambda_{ij}`, as in EKFAC (George et al., 2018, arXiv 1806.03884). A bias has
 one factor. laplace-torch's matrices are over parameters, one block for each, while
 weight and bias of a layer share :math:`U_G`: here, and here alone, layers are split.
-A block's eigenvectors are lists ``[U_G, U_A]`` or ``[U_G]``; its eigenvalues ``[l, m]``
-(factored), ``[matrix]`` or ``[vector]``.
+A block's eigenvectors are lists ``[U_G, U_A]`` or ``[U_G]``, each a basis as in
+:mod:`~laplace_debiased.curvature.bases`; its eigenvalues ``[l, m]`` (factored),
+``[matrix]`` or ``[vector]``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ from laplace.utils import block_diag, kron
 from laplace.utils.matrix import Kron, KronDecomposed
 from torch import Tensor
 
+from laplace_debiased.curvature.bases import (
+    as_matrix,
+    columns_rotated,
+    composed,
+    inverse,
+    rotated,
+)
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.rows.layers import Layer
 
@@ -58,14 +66,14 @@ def to_eigenbasis(block: Tensor, eigenvectors: Sequence[Tensor]) -> Tensor:
         Coordinates in the eigenbasis, of the same shape.
     """
     if len(eigenvectors) == 1:
-        return block @ eigenvectors[0]
+        return rotated(block, eigenvectors[0])
     gradient_vectors, input_vectors = eigenvectors
-    return gradient_vectors.T @ block @ input_vectors
+    return rotated(columns_rotated(block, gradient_vectors), input_vectors)
 
 
 def from_eigenbasis(coordinates: Tensor, eigenvectors: Sequence[Tensor]) -> Tensor:
     """Invert :func:`to_eigenbasis`."""
-    return to_eigenbasis(coordinates, [vectors.T for vectors in eigenvectors])
+    return to_eigenbasis(coordinates, [inverse(vectors) for vectors in eigenvectors])
 
 
 class EigenbasisMatrix(KronDecomposed):
@@ -213,7 +221,7 @@ class EigenbasisMatrix(KronDecomposed):
         if any(len(vectors) != len(values) for vectors, values in blocks):
             return None
         kfacs = [
-            [(U * values) @ U.T for U, values in zip(*block, strict=True)]
+            [composed(values, U) for U, values in zip(*block, strict=True)]
             for block in blocks
         ]
         return Kron(cast("list[tuple[Tensor] | Tensor]", kfacs))
@@ -273,7 +281,7 @@ class EigenbasisMatrix(KronDecomposed):
         Returns:
             The diagonal ``[params]``.
         """
-        squares = [[v.T**2 for v in vectors] for vectors in self.eigenvectors]
+        squares = [[inverse(v) ** 2 for v in own] for own in self.eigenvectors]
         return torch.cat(
             [
                 to_eigenbasis(values**exponent, vectors).flatten()
@@ -292,7 +300,8 @@ class EigenbasisMatrix(KronDecomposed):
         """
         blocks = []
         for vectors, values in zip(self.eigenvectors, self.spectra(), strict=True):
-            basis = vectors[0] if len(vectors) == 1 else kron(*vectors)
+            matrices = [as_matrix(own) for own in vectors]
+            basis = matrices[0] if len(matrices) == 1 else kron(*matrices)
             blocks.append((basis * values.flatten() ** exponent) @ basis.T)
         return block_diag(blocks)
 
@@ -323,7 +332,11 @@ def by_parameter(
     for layer, vectors, values in zip(layers, directions, magnitudes, strict=True):
         if layer.matrix is not None:
             own = [values.matrix] if isinstance(values, Spectrum) else values.tensors()
-            blocks[layer.matrix] = vectors.tensors(), _present(own)
+            bases, own = vectors.tensors(), _present(own)
+            if layer.is_embedding:  # which is stored as [d_in, d_out]
+                turned = [values.mT if values.ndim > 1 else values for values in own]
+                bases, own = bases[::-1], turned[::-1]
+            blocks[layer.matrix] = bases, own
         if layer.vector is not None:
             first = values.vector if isinstance(values, Spectrum) else values.gradients
             blocks[layer.vector] = _present([vectors.gradients]), _present([first])

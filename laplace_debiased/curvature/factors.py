@@ -13,6 +13,7 @@ from torch import Tensor
 
 from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.rows.layers import Layer, join_positions
+from laplace_debiased.rows.one_hot import OneHotRows
 
 # curvlinops' names of what is done with rows of several positions
 EXPAND, REDUCE = APPROXIMATIONS = ("expand", "reduce")
@@ -132,8 +133,11 @@ class KroneckerFactors:
             own.start_batch(weights)
         self._weights = weights
 
-    def add_inputs(self, layer: Layer, rows: Tensor) -> None:
+    def add_inputs(self, layer: Layer, rows: Tensor | OneHotRows) -> None:
         """Add a batch of input rows ``[batch, S, groups, features]``."""
+        if isinstance(rows, OneHotRows):
+            self._add_counts(layer, rows.to(accumulation_dtype(rows.values.dtype)))
+            return
         rows = rows.to(accumulation_dtype(rows.dtype))
         rows = rows.squeeze(2) if rows.shape[2] == 1 else rows.mean(2)
         if self._expand:
@@ -160,10 +164,25 @@ class KroneckerFactors:
         total = self._row_weights.get(layer.name, 0.0)
         self._row_weights[layer.name] = total + rows.shape[1] * weights.sum()
 
+    def _add_counts(self, layer: Layer, rows: OneHotRows) -> None:
+        """Add one-hot rows, whose covariance is diagonal, each as a row of its own."""
+        counted = self._weights > 0
+        lengths = rows.squared_lengths()  # number of rows that are not padding
+        self.squared_inputs.add(layer, counted * lengths)
+        self.num_rows.add(layer, counted * rows.shape[1])
+        weights = self._weights.to(lengths.dtype)
+        _accumulate(self._inputs, layer.name, rows.covariance(weights))
+        total = self._row_weights.get(layer.name, 0.0)
+        self._row_weights[layer.name] = total + rows.shape[1] * weights.sum()
+
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
         """Add a batch of gradient rows, which carry the square root of the weights."""
         rows = rows.to(accumulation_dtype(rows.dtype)).flatten(2)  # [batch, S, d_out]
         self.contributions.add(layer, _squared_norms(rows))
+        if layer.is_diagonal:
+            squares = rows.sum(1).square().sum(0)
+            _accumulate(self._gradients, layer.name, squares)
+            return
         rows = rows.flatten(0, 1) if self._expand else rows.sum(1)
         _accumulate(self._gradients, layer.name, rows.T @ rows)
 
@@ -198,19 +217,21 @@ class KroneckerFactors:
     def _gradient_covariance(self, layer: Layer) -> Tensor:
         if layer.name in self._gradients:
             return self._gradients[layer.name].to(self._dtype)
-        return self._zeros(layer, layer.d_out)
+        sides = 1 if layer.is_diagonal else 2
+        return self._zeros(layer, *sides * [layer.d_out])
 
     def _input_covariance(self, layer: Layer) -> Tensor:
         if layer.name in self._inputs:
             total = self._row_weights[layer.name]
             mean = self._inputs[layer.name] / (total if total > 0 else 1.0)
             return mean.to(self._dtype)
-        return self._zeros(layer, layer.d_in + is_joint(layer, self._joint))
+        size = layer.d_in + is_joint(layer, self._joint)
+        return self._zeros(layer, *([size] if layer.is_embedding else [size, size]))
 
-    def _zeros(self, layer: Layer, size: int) -> Tensor:
+    def _zeros(self, layer: Layer, *shape: int) -> Tensor:
         """The covariance of a layer that these examples do not use."""
         device = self._devices[layer.name]
-        return torch.zeros(size, size, dtype=self._dtype, device=device)
+        return torch.zeros(shape, dtype=self._dtype, device=device)
 
 
 def _squared_norms(rows: Tensor) -> Tensor:

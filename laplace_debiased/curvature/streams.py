@@ -14,6 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
+from laplace_debiased.curvature.bases import (
+    columns_rotated,
+    composed,
+    rotated,
+    squared_overlaps,
+)
 from laplace_debiased.curvature.debias import (
     Debiased,
     Factors,
@@ -146,7 +152,7 @@ class GGNCurvature:
     def factors(self) -> Factors:
         """Compute the Kronecker factors that gave the directions."""
         pairs = zip(self.directions, self.factor_eigenvalues, strict=True)
-        return [U.map(lambda u, v: (u * v) @ u.T, values) for U, values in pairs]
+        return [values.map(composed, U) for U, values in pairs]
 
     def along(self, directions: Sequence[Kronecker]) -> list[Spectrum]:
         r"""Measure the curvature along other directions.
@@ -161,7 +167,7 @@ class GGNCurvature:
             Curvatures of each layer.
         """
         return [
-            _along(values, own.map(lambda u, v: (u.T @ v) ** 2, new))
+            _along(values, own.map(squared_overlaps, new))
             for values, own, new in zip(
                 self.spectra, self.directions, directions, strict=True
             )
@@ -243,8 +249,8 @@ def _along(values: Spectrum, overlaps: Kronecker) -> Spectrum:
     matrix, vector = values.matrix, values.vector
     if matrix is not None:
         assert inner is not None
-        matrix = outer.T @ matrix @ inner  # [d_out, d_in]
-    return Spectrum(matrix, None if vector is None else vector @ outer)
+        matrix = rotated(columns_rotated(matrix, outer), inner)  # [d_out, d_in]
+    return Spectrum(matrix, None if vector is None else rotated(vector, outer))
 
 
 def _plain(layers: Sequence[Kronecker] | Sequence[Spectrum]) -> list[dict[str, Any]]:

@@ -31,7 +31,13 @@ from laplace_debiased.rows.inputs import (
 from laplace_debiased.rows.model_state import check_repeatable, measuring
 from laplace_debiased.rows.output_curvature import ENDS_IN_SOFTMAX
 from laplace_debiased.rows.seeds import mixed_seed
-from laplace_debiased.rows.selection import Selection, refusal, select, warning
+from laplace_debiased.rows.selection import (
+    Selection,
+    refusal,
+    refusal_of_diagonals,
+    select,
+    warning,
+)
 from laplace_debiased.sampling.folds import (
     Folds,
     Points,
@@ -149,9 +155,14 @@ def choose_parameters(la: KronDebiasedLaplace, batch: Any) -> None:
     with measuring(la.model):
         candidates = la._find_candidates(X, len(y))
     with measuring(la.model):  # if this fails, a last layer that was found stays so
-        selection = select(la.model, candidates, X, len(y))
+        # other backends give factors of matrices and vectors alone
+        dense = not is_curvlinops(la._backend_cls)
+        selection = select(la.model, candidates, X, len(y), dense)
     if selection.left_out and la.strict:
         raise ValueError(refusal(selection.left_out))
+    diagonals = refusal_of_diagonals(selection.layers) if la.strict else None
+    if diagonals is not None:
+        raise ValueError(diagonals)
     _fit_selected(la, candidates, selection)
 
 

@@ -300,6 +300,25 @@ class KronDebiasedLaplace(KronLaplace):
         """The parameters that the posterior is over."""
         return self.params
 
+    @property
+    def parameter_kinds(self) -> dict[str, str]:
+        """What is known of each parameter's curvature, by its name.
+
+        It is ``"kronecker"`` for matrices and their biases, ``"exact"`` for small
+        parameters by themselves, as scales of normalizations and class tokens are,
+        ``"diagonal"`` for large ones that are used in other ways, as position
+        embeddings are, and ``"left out"`` for those that stay at their trained values.
+        """
+        self._check_H_init()
+        assert self._selection is not None
+        kinds = self._selection.kinds()
+        own = {id(param): kinds[k] for k, param in enumerate(self.fitted_params)}
+        return {
+            name: own.get(id(param), "left out")
+            for name, param in self.model.named_parameters()
+            if param.requires_grad
+        }
+
     # a tensor in laplace-torch's base class, a matrix of another class in its K-FAC's
     @property
     def posterior_precision(self) -> EigenbasisMatrix:  # type: ignore[override]

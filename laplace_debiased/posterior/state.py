@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # what version 0.1 saved before it had a format cannot be read: it does not tell layers;
 # format 2 does not tell the shapes of parameters, nor which there were, and format 3
 # not the calibration
-FORMAT = 4
+FORMAT = 5
 OTHER_PARAMETERS = (
     "The model's parameters are not those that the saved posterior was fitted at: load "
     "the model's own checkpoint before you predict."

@@ -180,9 +180,11 @@ def _shapes(layer: dict[str, Any], name: str) -> dict[str, list[int] | None]:
             "vector": vector if has_vector else None,
         }
     sides = 1 if name == "curvature.factor_eigenvalues" else 2
+    of_inputs = 1 if layer["is_embedding"] else sides
+    of_gradients = 1 if layer["is_diagonal"] else sides
     return {
-        "gradients": sides * [d_out],
-        "inputs": sides * [d_in] if has_matrix else None,
+        "gradients": of_gradients * [d_out],
+        "inputs": of_inputs * [d_in] if has_matrix else None,
     }
 
 

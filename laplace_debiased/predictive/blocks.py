@@ -21,8 +21,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from laplace_debiased.curvature.bases import columns_rotated, rotated
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
+from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.linearization import contract_positions
+from laplace_debiased.rows.one_hot import OneHotRows
 
 KINDS = ("full", "diagonal", "joint")
 # what fits into a processor's cache, and the memory allocator uses again
@@ -41,15 +44,27 @@ class BlockPosterior:
     eigenvectors: Sequence[Tensor]
     precisions: Tensor
 
-    def rotate_inputs(self, rows: Tensor) -> Tensor:
+    def of(self, layer: Layer) -> BlockPosterior:
+        """Return the block of ``[d_out, d_in]``, however the layer's matrix is stored.
+
+        Args:
+            layer: The layer.
+        """
+        if not layer.is_embedding or self.precisions.ndim == 1:
+            return self
+        return BlockPosterior(self.eigenvectors[::-1], self.precisions.mT)
+
+    def rotate_inputs(self, rows: Tensor | OneHotRows) -> Tensor | OneHotRows:
         """Rotate input rows ``[batch, S, groups, d_in]``."""
         basis = self.eigenvectors[1]
-        return rows.to(basis.dtype) @ basis
+        if isinstance(rows, OneHotRows):
+            return rows.to(basis.dtype)
+        return rotated(rows.to(basis.dtype), basis)
 
     def covariance(
         self,
         gradients: Tensor,
-        inputs: Tensor | None,
+        inputs: Tensor | OneHotRows | None,
         kind: str,
         jacobian_bytes: int = JACOBIAN_BYTES,
     ) -> Tensor:
@@ -69,18 +84,21 @@ class BlockPosterior:
         """
         gradients, inputs = self._with_inputs(gradients, inputs)
         if kind == "joint":
-            jacobians = self._scaled_jacobians(gradients, inputs)
+            block, rows = self._dense(inputs)
+            jacobians = block._scaled_jacobians(gradients, rows)
             flat = jacobians.flatten(0, 1).flatten(1)
             return flat @ flat.T
-        if gradients.shape[2:4] == (1, 1):
+        if gradients.shape[2:4] == (1, 1) and isinstance(inputs, Tensor):
             return self._without_sharing(gradients, inputs, kind, jacobian_bytes)
         parts = self._parts(gradients, inputs, jacobian_bytes)
-        return torch.cat([self._with_sharing(*part, kind) for part in parts])
+        return torch.cat(
+            [block._with_sharing(some, rows, kind) for block, some, rows in parts]
+        )
 
     def variances(
         self,
         gradients: Tensor,
-        inputs: Tensor | None,
+        inputs: Tensor | OneHotRows | None,
         shifts: Sequence[float],
         jacobian_bytes: int = JACOBIAN_BYTES,
     ) -> Tensor:
@@ -97,9 +115,9 @@ class BlockPosterior:
         """
         gradients, inputs = self._with_inputs(gradients, inputs)
         basis = self.eigenvectors[0]
-        precisions = self.precisions.reshape(len(basis), -1)
-        if gradients.shape[2:4] == (1, 1):
-            squares = (gradients.flatten(2) @ basis) ** 2  # [batch, C, d_out]
+        if gradients.shape[2:4] == (1, 1) and isinstance(inputs, Tensor):
+            precisions = self.precisions.reshape(len(basis), -1)
+            squares = rotated(gradients.flatten(2), basis) ** 2  # [batch, C, d_out]
             lengths = inputs.flatten(1) ** 2  # [batch, d_in]
             of_shifts = [
                 squares @ (lengths @ (precisions + shift).reciprocal().T)[:, :, None]
@@ -107,18 +125,18 @@ class BlockPosterior:
             ]
             return torch.cat(of_shifts, 2)
         parts = []
-        for some, rows in self._parts(gradients, inputs, jacobian_bytes):
+        for block, some, rows in self._parts(gradients, inputs, jacobian_bytes):
             squares = rotated_jacobians(some, rows, basis).square_().flatten(2)
             of_shifts = [
-                squares @ (precisions + shift).reciprocal_().flatten()
+                squares @ (block.precisions + shift).reciprocal_().flatten()
                 for shift in shifts
             ]
             parts.append(torch.stack(of_shifts, 2))
         return torch.cat(parts)
 
     def _with_inputs(
-        self, gradients: Tensor, inputs: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, gradients: Tensor, inputs: Tensor | OneHotRows | None
+    ) -> tuple[Tensor, Tensor | OneHotRows]:
         """Give a vector its only input, one, and sum its rows."""
         gradients = gradients.to(self.precisions.dtype)
         if inputs is None:
@@ -126,27 +144,37 @@ class BlockPosterior:
             inputs = gradients.new_ones(len(gradients), 1, 1, 1)
         return gradients, inputs
 
+    def _dense(self, inputs: Tensor | OneHotRows) -> tuple[BlockPosterior, Tensor]:
+        """Return dense input rows, and the part of the block that they have."""
+        if isinstance(inputs, Tensor):
+            return self, inputs
+        rows, numbers = inputs.compressed()
+        return BlockPosterior(self.eigenvectors, self.precisions[:, numbers]), rows
+
     def _parts(
-        self, gradients: Tensor, inputs: Tensor, jacobian_bytes: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self, gradients: Tensor, inputs: Tensor | OneHotRows, jacobian_bytes: int
+    ) -> Iterator[tuple[BlockPosterior, Tensor, Tensor]]:
         """Yield as many examples as have no larger Jacobians."""
-        entries = gradients.shape[1] * self.precisions.numel()
+        num_inputs = inputs.shape[3] if isinstance(inputs, Tensor) else inputs.shape[1]
+        entries = gradients.shape[1] * len(self.eigenvectors[0]) * num_inputs
         size = max(1, jacobian_bytes // (entries * gradients.element_size()))
-        return zip(gradients.split(size), inputs.split(size), strict=True)
+        for some, rows in zip(gradients.split(size), inputs.split(size), strict=True):
+            block, dense = self._dense(rows)
+            yield block, some, dense
 
     def _without_sharing(
         self, gradients: Tensor, inputs: Tensor, kind: str, some_bytes: int
     ) -> Tensor:
         """Contract Jacobians of rank one, which are never formed."""
-        rotated = gradients.flatten(2) @ self.eigenvectors[0]
-        precisions = self.precisions.reshape(rotated.shape[2], -1)
+        turned = rotated(gradients.flatten(2), self.eigenvectors[0])
+        precisions = self.precisions.reshape(turned.shape[2], -1)
         variances = (inputs.flatten(1) ** 2 @ precisions.reciprocal().T)[:, None]
-        if len(rotated) > 1:
+        if len(turned) > 1:
             if kind == "diagonal":
-                return (variances @ rotated.mT**2).squeeze(1)
-            return (rotated * variances) @ rotated.mT
+                return (variances @ turned.mT**2).squeeze(1)
+            return (turned * variances) @ turned.mT
         # the same gradients for all examples make one product for many of them
-        (rows,) = rotated
+        (rows,) = turned
         if kind == "diagonal":
             return variances.squeeze(1) @ rows.T**2
         covariance = variances.new_empty(len(inputs), len(rows), len(rows))
@@ -187,7 +215,7 @@ class Moment(Protocol):
         self,
         block: BlockPosterior,
         gradients: Tensor,
-        inputs: Tensor | None,
+        inputs: Tensor | OneHotRows | None,
         jacobian_bytes: int,
     ) -> Tensor:
         """A block's share."""
@@ -211,7 +239,7 @@ class Covariance:
         self,
         block: BlockPosterior,
         gradients: Tensor,
-        inputs: Tensor | None,
+        inputs: Tensor | OneHotRows | None,
         jacobian_bytes: int,
     ) -> Tensor:
         """See :meth:`Moment.of_block`."""
@@ -232,7 +260,7 @@ class Variances:
         self,
         block: BlockPosterior,
         gradients: Tensor,
-        inputs: Tensor | None,
+        inputs: Tensor | OneHotRows | None,
         jacobian_bytes: int,
     ) -> Tensor:
         """See :meth:`Moment.of_block`."""
@@ -252,10 +280,10 @@ def rotated_jacobians(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tenso
     """
     _, positions, num_groups, d_in = inputs.shape
     if num_groups > 1 or positions > d_in:
-        return basis.T @ contract_positions(gradients, inputs)
+        return columns_rotated(contract_positions(gradients, inputs), basis)
     # [batch, C, d_out, S], the order in which convolutions have their gradients
-    rotated = basis.T @ gradients.squeeze(3).mT
-    return (rotated.flatten(1, 2) @ inputs.squeeze(2)).view(*rotated.shape[:3], d_in)
+    turned = columns_rotated(gradients.squeeze(3).mT, basis)
+    return (turned.flatten(1, 2) @ inputs.squeeze(2)).view(*turned.shape[:3], d_in)
 
 
 def block_posteriors(posterior: EigenbasisMatrix) -> list[BlockPosterior]:

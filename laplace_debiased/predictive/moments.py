@@ -58,7 +58,7 @@ class LinearizedPredictive:
         self._model, self._params, self._layers = model, params, layers
         posteriors = block_posteriors(posterior)
         self._blocks = [
-            (layer, position == layer.matrix, posteriors[position])
+            (layer, position == layer.matrix, posteriors[position].of(layer))
             for layer in layers
             for position in layer.parameters
         ]
@@ -170,8 +170,8 @@ class LinearizedPredictive:
         entries = scale * (rows_per_example(self._layers, count) + count**2)
         # with a single position, Jacobians are never formed
         shared = [
-            posterior.precisions.numel()
-            for layer, is_matrix, posterior in self._blocks
+            layer.d_out * (layer.num_positions if layer.is_embedding else layer.d_in)
+            for layer, is_matrix, _ in self._blocks
             if is_matrix and layer.num_positions * layer.groups > 1
         ]
         largest = max(shared, default=0)

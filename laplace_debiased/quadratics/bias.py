@@ -226,7 +226,7 @@ def _eigenvectors(
     if quadratic.curvature == "ggn":
         X, y = batches[0]
         X = on_device(X, params[0].device)
-        selection = select(quadratic.model, params, X, len(y))
+        selection = select(quadratic.model, params, X, len(y), dense=True)
         if gram_is_cheaper(selection, params, quadratic.num_points, count):
             space = gram_eigenspace(
                 quadratic.model,

@@ -215,7 +215,7 @@ def _measure(
         check_outputs(quadratic.model, X, batch_size)
         check_no_hidden_uses(quadratic.model, quadratic.params, X, batch_size)
         return (_forward_hessian if curvature == "hessian" else _forward_ggn)(quadratic)
-    selection = select(quadratic.model, quadratic.params, X, batch_size)
+    selection = select(quadratic.model, quadratic.params, X, batch_size, dense=True)
     if mode == "reverse" and selection.left_out:
         raise ValueError(refusal(selection.left_out))
     fewer = selection.num_outputs < quadratic.directions.shape[1]
@@ -259,7 +259,7 @@ def _reverse_ggn(quadratic: _Quadratic, selection: Selection) -> Measure:
             if layer.matrix is not None:
                 changes += changes_by_matrix(
                     gradients,
-                    linear.inputs[layer.name],
+                    linear.dense_inputs(layer),
                     parts[layer.matrix],
                     quadratic.memory_limit,
                 )

@@ -184,7 +184,7 @@ def _parameter_rows(
     gradients = torch.einsum("knc,nc...->nk...", columns, linear.gradients[layer.name])
     if position != layer.matrix:
         return gradients.flatten(3).sum(2)
-    return contract_positions(gradients, linear.inputs[layer.name]).flatten(2)
+    return contract_positions(gradients, linear.dense_inputs(layer)).flatten(2)
 
 
 def _gram(rows: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from laplace_debiased.rows.layers import Layer
+from laplace_debiased.rows.one_hot import OneHotRows
 from laplace_debiased.rows.sweep import Accumulator
 
 Rows = list[tuple[Layer, Tensor]]
+InputRows = list[tuple[Layer, Tensor | OneHotRows]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +19,7 @@ class _Batch:
     """Rows of a batch of examples with weights."""
 
     weights: Tensor
-    inputs: Rows = field(default_factory=list)
+    inputs: InputRows = field(default_factory=list)
     gradients: Rows = field(default_factory=list)
 
 
@@ -45,7 +47,7 @@ class KeptRows:
         if self.is_complete:
             self._batches.append(_Batch(weights))
 
-    def add_inputs(self, layer: Layer, rows: Tensor) -> None:
+    def add_inputs(self, layer: Layer, rows: Tensor | OneHotRows) -> None:
         """See :meth:`~laplace_debiased.rows.sweep.Accumulator.add_inputs`."""
         if self._accumulator.takes_inputs:
             self._accumulator.add_inputs(layer, rows)
@@ -58,9 +60,12 @@ class KeptRows:
         if self._has_room(rows):
             self._batches[-1].gradients.append((layer, rows))
 
-    def _has_room(self, rows: Tensor) -> bool:
+    def _has_room(self, rows: Tensor | OneHotRows) -> bool:
         """Count rows, and give all up if those to come will not fit, either."""
-        self.num_bytes += rows.numel() * rows.element_size()
+        if isinstance(rows, OneHotRows):
+            self.num_bytes += rows.num_bytes
+        else:
+            self.num_bytes += rows.numel() * rows.element_size()
         # what the examples so far may take
         room = self._room * self._num_seen / max(self._num_points, self._num_seen)
         if self.is_complete and self.num_bytes > room:

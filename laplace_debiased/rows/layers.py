@@ -14,12 +14,16 @@ layer of its own that has gradient rows, the per-example gradients, and no input
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from laplace_debiased.rows.calls import Call
+from laplace_debiased.rows.one_hot import OneHotRows
 from laplace_debiased.rows.uses import Layout
+
+Rows = TypeVar("Rows", bound=Tensor | OneHotRows)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,13 @@ class Layer:
         groups: Number of groups.
         num_positions: Number of positions, S, of the example that the layer was found
             with.
+        is_embedding: Whether the matrix is a table of embeddings, which is stored as
+            ``[d_in, d_out]`` and has one-hot inputs.
+        calls: Calls of a parameter that is used in any way, whose gradient rows are the
+            per-example gradients (:mod:`~laplace_debiased.rows.copies`); none for those
+            that a row type tells of.
+        is_diagonal: Whether the vector is so large that no more than the diagonal of
+            its curvature is kept.
         is_recomputed: Whether a backward pass calls its function again, as
             checkpointing does.
         num_entries: Number of entries of that example on the axes of examples, of all
@@ -56,6 +67,9 @@ class Layer:
     layouts: tuple[Layout, ...] = (Layout(),)
     groups: int = 1
     num_positions: int = 1
+    is_embedding: bool = False
+    calls: tuple[Call, ...] = ()
+    is_diagonal: bool = False
     is_recomputed: bool = False
     num_entries: int = 0
 
@@ -94,13 +108,18 @@ class Layer:
     def state_dict(self) -> dict[str, Any]:
         """Return the layer as a dictionary of plain values."""
         layouts = [(layout.axis, layout.neighbours) for layout in self.layouts]
-        return vars(self) | {"layouts": layouts}
+        calls = [(own.function, own.inputs, own.outputs) for own in self.calls]
+        return vars(self) | {"layouts": layouts, "calls": calls}
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Any]) -> Layer:
         """Build a layer from :meth:`state_dict`."""
         layouts = tuple(Layout(*own) for own in state_dict["layouts"])
-        return cls(**state_dict | {"layouts": layouts})
+        calls = tuple(
+            Call(function, tuple(inputs), tuple(outputs))
+            for function, inputs, outputs in state_dict["calls"]
+        )
+        return cls(**state_dict | {"layouts": layouts, "calls": calls})
 
     def join_calls(self, rows: list[Tensor]) -> Tensor:
         """Join the gradient rows of several calls.
@@ -114,6 +133,11 @@ class Layer:
         return sum(rows[1:], rows[0]) if self.is_normalization else join_positions(rows)
 
 
-def join_positions(rows: list[Tensor]) -> Tensor:
+def join_positions(rows: list[Rows]) -> Rows:
     """Concatenate rows ``[batch, S, ...]`` along the positions."""
-    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+    first, *others = rows
+    if not others:
+        return first
+    if isinstance(first, OneHotRows):
+        return cast("Rows", first.joined(cast("list[OneHotRows]", others)))
+    return cast("Rows", torch.cat(cast("list[Tensor]", rows), 1))

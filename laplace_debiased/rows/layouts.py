@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from laplace_debiased.rows.one_hot import OneHotRows
 from laplace_debiased.rows.separation import PAIR
 from laplace_debiased.rows.tracing import Trace, TracedUse
 from laplace_debiased.rows.uses import Layout, MatrixUse
@@ -140,11 +141,20 @@ def _gradient_of_rows(
         g = use.gradient_rows(gradient, traced.key, layout, PAIR)
         norms = g.norm(dim=-1)  # [batch, S, groups]
         if isinstance(use, MatrixUse) and traced.key == "weight":
-            x = use.input_rows(layout, PAIR).to(g.dtype)
-            # [batch, S, groups, d_out], [batch, S, groups, d_in] -> [d_out, d_in]
-            part = torch.einsum("nsgo,nsgi->goi", g, x).flatten(0, 1)
-            norms = norms * x.norm(dim=-1)
+            part, lengths = _contracted(g, use.input_rows(layout, PAIR).to(g.dtype))
+            norms = norms * lengths
         else:
             part = g.flatten(2).sum((0, 1))
         total, size = total.to(part.device) + part, size.to(part.device) + norms.sum()
     return total, size
+
+
+def _contracted(g: Tensor, x: Tensor | OneHotRows) -> tuple[Tensor, Tensor]:
+    """Sum the rows' outer products, as the matrix is stored; return x's lengths."""
+    if isinstance(x, OneHotRows):
+        rows = (g.squeeze(2) * x.values[:, :, None]).flatten(0, 1)
+        part = g.new_zeros(x.size, g.shape[-1])
+        part = part.index_add_(0, x.numbers.flatten(), rows)
+        return part, x.values[:, :, None]
+    # [batch, S, groups, d_out], [batch, S, groups, d_in] -> [d_out, d_in]
+    return torch.einsum("nsgo,nsgi->goi", g, x).flatten(0, 1), x.norm(dim=-1)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.layers import Layer, join_positions
-from laplace_debiased.rows.recorder import record_rows
+from laplace_debiased.rows.one_hot import OneHotRows
 from laplace_debiased.rows.separation import check_examples_are_separate
 from laplace_debiased.rows.substitution import run
+from laplace_debiased.rows.tape import record_rows
 
 
 @dataclass(frozen=True)
@@ -25,15 +27,21 @@ class Linearization:
 
     Args:
         output: The network's output ``[batch, C]``.
-        inputs: Input rows ``[batch, S, groups, d_in]`` of each layer that has inputs,
-            by its name.
+        inputs: Input rows ``[batch, S, groups, d_in]``, dense or one-hot, of each layer
+            that has inputs, by its name.
         gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]`` of each layer
             that influences the output.
     """
 
     output: Tensor
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Tensor | OneHotRows]
     gradients: dict[str, Tensor]
+
+    def dense_inputs(self, layer: Layer) -> Tensor:
+        """Return a layer's input rows ``[batch, S, groups, d_in]``, if not one-hot."""
+        rows = self.inputs[layer.name]
+        assert isinstance(rows, Tensor)
+        return rows
 
 
 @torch.enable_grad()
@@ -65,9 +73,9 @@ def linearize(
         ValueError: If the network's output is not a matrix, a layer cannot be recorded,
             or the network mixes examples.
     """
-    calls: dict[str, list[Tensor]] = {}
+    calls: dict[str, list[Any]] = {}
 
-    def keep(layer: Layer, rows: Tensor) -> None:
+    def keep(layer: Layer, rows: Tensor | OneHotRows) -> None:
         calls.setdefault(layer.name, []).append(rows)
 
     with record_rows(model, params, layers, batch_size, keep, differentiable) as tape:
@@ -104,7 +112,10 @@ def rows_per_example(layers: Sequence[Layer], num_outputs: int) -> int:
         Number of entries in all rows, with the gradient rows twice: they are stacked,
         and both they and the stack are there at once.
     """
-    inputs = sum(layer.num_positions * layer.groups * layer.d_in for layer in layers)
+    inputs = sum(
+        layer.num_positions * layer.groups * (1 if layer.is_embedding else layer.d_in)
+        for layer in layers
+    )
     gradients = sum(layer.num_positions * layer.d_out for layer in layers)
     return inputs + 2 * num_outputs * gradients
 

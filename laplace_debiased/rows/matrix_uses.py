@@ -24,7 +24,7 @@ class LinearUse(MatrixUse):
         self, layout: Layout, batch_size: int, choice: Choice | None = None
     ) -> Tensor:
         """See :meth:`MatrixUse.input_rows`."""
-        rows = _positions_of_vectors(self.input, layout, batch_size)
+        rows = positions_of_vectors(self.input, layout, batch_size)
         if choice is None:
             return rows
         positions = choice(batch_size, rows.shape[1]).to(rows.device)
@@ -34,11 +34,20 @@ class LinearUse(MatrixUse):
         self, gradient: Tensor, key: str, layout: Layout, batch_size: int
     ) -> Tensor:
         """See :meth:`Use.gradient_rows`."""
-        return _positions_of_vectors(gradient, layout, batch_size)
+        return positions_of_vectors(gradient, layout, batch_size)
 
 
-def _positions_of_vectors(tensor: Tensor, layout: Layout, batch_size: int) -> Tensor:
-    """Turn ``[..., features]`` into ``[batch, S, 1, features]``."""
+def positions_of_vectors(tensor: Tensor, layout: Layout, batch_size: int) -> Tensor:
+    """Turn vectors into rows.
+
+    Args:
+        tensor: Vectors ``[..., features]``.
+        layout: Where they hold the examples.
+        batch_size: Number of examples.
+
+    Returns:
+        Rows ``[batch, S, 1, features]``.
+    """
     examples = layout.split(tensor, batch_size)
     return examples.flatten(1, -2).unsqueeze(2)
 

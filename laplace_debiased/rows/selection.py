@@ -7,11 +7,13 @@ out by name.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from laplace_debiased.rows.embedding_uses import EmbeddingUse
+from laplace_debiased.rows.fallback import Network, fallback_layers
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.layers import Layer, join_positions
 from laplace_debiased.rows.layouts import (
@@ -20,7 +22,7 @@ from laplace_debiased.rows.layouts import (
     rows_tell_gradient,
 )
 from laplace_debiased.rows.normalization_uses import NormalizationUse
-from laplace_debiased.rows.recorder import batch_statistics
+from laplace_debiased.rows.one_hot import OneHotRows
 from laplace_debiased.rows.separation import (
     PAIR,
     check_batch_does_not_matter,
@@ -28,6 +30,7 @@ from laplace_debiased.rows.separation import (
     check_rows_are_separate,
     num_traced,
 )
+from laplace_debiased.rows.tape import batch_statistics
 from laplace_debiased.rows.tracing import Trace, trace
 from laplace_debiased.rows.uses import Layout, MatrixUse
 
@@ -73,6 +76,20 @@ class Selection:
     example_size: int
     num_outputs: int
 
+    def kinds(self) -> dict[int, str]:
+        """Say what kind of curvature each parameter has, by its position.
+
+        Returns:
+            ``"kronecker"`` for matrices and their biases, ``"exact"`` for vectors by
+            themselves, ``"diagonal"`` for large ones.
+        """
+        found: dict[int, str] = {}
+        for layer in self.layers:
+            kind = "exact" if layer.matrix is None else "kronecker"
+            kind = "diagonal" if layer.is_diagonal else kind
+            found |= dict.fromkeys(layer.parameters, kind)
+        return found
+
     def without_left_out(self, count: int) -> Selection:
         """Renumber the parameters to those that take part.
 
@@ -113,14 +130,18 @@ def find_layers(
     Raises:
         ValueError: As :func:`select`, and if a parameter is not supported.
     """
-    selection = select(model, params, X, batch_size)
+    selection = select(model, params, X, batch_size, dense=True)
     if selection.left_out:
         raise ValueError(refusal(selection.left_out))
     return selection.layers
 
 
 def select(
-    model: nn.Module, params: Sequence[Tensor], X: Inputs, batch_size: int
+    model: nn.Module,
+    params: Sequence[Tensor],
+    X: Inputs,
+    batch_size: int,
+    dense: bool = False,
 ) -> Selection:
     """Find the layers that parameters belong to, and what is in none.
 
@@ -129,6 +150,7 @@ def select(
         params: Its parameters.
         X: Inputs of some examples.
         batch_size: Their number.
+        dense: Whether to leave out what has no dense rows, as embeddings have none.
 
     Returns:
         The layers, and what is left out.
@@ -150,6 +172,8 @@ def select(
     layouts: dict[int, list[Layout]] = {}
     for k, param in enumerate(params):
         found: str | list[Layout] | None = _reason(k, param, pair, many)
+        if dense and any(isinstance(own.use, EmbeddingUse) for own in pair.uses[k]):
+            found = found or "is a table of embeddings"
         found = found or find_layouts(pair.uses[k], many.uses[k], count)
         if isinstance(found, str):
             reasons[k] = found
@@ -157,10 +181,14 @@ def select(
             reasons[k] = "is also used in ways that its calls do not tell"
         else:
             layouts[k] = found
-    layers = _named(
-        [_layer(group, pair, names, layouts) for group in _groups(pair, layouts)]
-    )
-    _check_examples_are_separate(pair, layers)
+    own = [_layer(group, pair, names, layouts) for group in _groups(pair, layouts)]
+    _check_examples_are_separate(pair, _named(own))
+    if not dense:
+        network = Network(model, params, names, X, batch_size)
+        others = fallback_layers(network, _candidates(params, reasons, pair), pair)
+        own += others.values()
+        reasons = {k: reason for k, reason in reasons.items() if k not in others}
+    layers = _named(own)
     check_batch_does_not_matter(pair.output, many.output)
     left_out = [
         LeftOut(names[k], _kind(model, names[k]), k, params[k].numel(), reason)
@@ -168,6 +196,20 @@ def select(
     ]
     num_outputs = pair.output.shape[1]
     return Selection(layers, left_out, pair.example_size, num_outputs)
+
+
+def _candidates(
+    params: Sequence[Tensor], reasons: Mapping[int, str], pair: Trace
+) -> list[int]:
+    """Return the parameters whose uses no row type tells, but that can be copied."""
+    return [
+        k
+        for k in reasons
+        if params[k].numel() > 0
+        and k not in pair.hidden
+        and k not in pair.recomputed
+        and any(gradients[k] is not None for gradients in pair.gradients)
+    ]
 
 
 def _names(model: nn.Module, params: Sequence[Tensor]) -> list[str]:
@@ -258,11 +300,13 @@ def _layer(
         ]
     )
     _, num_positions, num_groups, d_in = rows.shape
+    is_embedding = isinstance(rows, OneHotRows)
     return replace(
         layer,
         matrix=keys.get("weight"),
+        is_embedding=is_embedding,
         vector=keys.get("bias"),
-        d_out=len(parameter),
+        d_out=len(parameter.mT if is_embedding else parameter),
         d_in=d_in if "weight" in keys else 0,
         groups=num_groups,
         num_positions=num_positions,
@@ -274,7 +318,8 @@ def _named(layers: list[Layer]) -> list[Layer]:
 
     def short(layer: Layer) -> str:
         module, _, leaf = layer.name.rpartition(".")
-        is_module = leaf in ("weight", "bias") and not layer.is_normalization
+        is_whole = not (layer.is_normalization or layer.calls)
+        is_module = leaf in ("weight", "bias") and is_whole
         return module if is_module else layer.name
 
     names = [short(layer) for layer in layers]
@@ -291,6 +336,25 @@ def refusal(left_out: list[LeftOut]) -> str:
         f"Parameters found that are not supported: {_listed(left_out)}. Supported are "
         f"{_SUPPORTED}. Exclude the others by `requires_grad_(False)`, which keeps "
         "them at their trained values."
+    )
+
+
+def refusal_of_diagonals(layers: Sequence[Layer]) -> str | None:
+    """Say which parameters have a diagonal alone; None if there are none.
+
+    Args:
+        layers: The layers.
+
+    Returns:
+        The message.
+    """
+    names = [layer.name for layer in layers if layer.is_diagonal]
+    if not names:
+        return None
+    return (
+        f"Of the curvature of {', '.join(names)}, no more than the diagonal would be "
+        f"kept, because their uses are not supported. Supported are {_SUPPORTED}. "
+        "Exclude them by `requires_grad_(False)`, or pass `strict=False`."
     )
 
 

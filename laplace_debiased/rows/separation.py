@@ -10,8 +10,8 @@ from laplace.utils import select_rows
 from torch import Tensor, nn
 
 from laplace_debiased.rows.inputs import Inputs, at_least_single
-from laplace_debiased.rows.recorder import Tape
 from laplace_debiased.rows.substitution import Substitution, run, stand_ins
+from laplace_debiased.rows.tape import Tape
 
 PAIR, MANY = 2, 16
 _SHRINKING = 0.9

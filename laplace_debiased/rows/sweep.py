@@ -8,6 +8,7 @@ from random import Random
 from typing import Protocol
 
 import torch
+from laplace.utils import select_rows
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
@@ -19,15 +20,16 @@ from laplace_debiased.rows.inputs import (
     on_device,
 )
 from laplace_debiased.rows.layers import Layer
+from laplace_debiased.rows.one_hot import OneHotRows
 from laplace_debiased.rows.output_curvature import (
     OutputCurvature,
     are_probabilities,
     example_losses,
     is_counted,
 )
-from laplace_debiased.rows.recorder import Tape, record_rows
 from laplace_debiased.rows.separation import SeparationCheck
 from laplace_debiased.rows.substitution import run
+from laplace_debiased.rows.tape import Tape, record_rows
 from laplace_debiased.rows.thinning import thinnings
 
 
@@ -41,7 +43,7 @@ class Accumulator(Protocol):
     def start_batch(self, weights: Tensor) -> None:
         """Begin a batch of examples with weights ``[batch]``."""
 
-    def add_inputs(self, layer: Layer, rows: Tensor) -> None:
+    def add_inputs(self, layer: Layer, rows: Tensor | OneHotRows) -> None:
         """Take input rows ``[batch, S, groups, d_in / groups]``."""
 
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
@@ -56,7 +58,7 @@ class Nothing:
     def start_batch(self, weights: Tensor) -> None:
         """See :meth:`Accumulator.start_batch`."""
 
-    def add_inputs(self, layer: Layer, rows: Tensor) -> None:
+    def add_inputs(self, layer: Layer, rows: Tensor | OneHotRows) -> None:
         """See :meth:`Accumulator.add_inputs`."""
 
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
@@ -156,7 +158,7 @@ def sweep(
     with tqdm(
         desc=f"[{description}]", total=num_points, disable=not progress_bar
     ) as bar:
-        for X, y in data:
+        for X, y in _parts(data, layers if backward else []):
             X, y = on_device(X, parameter.device), y.to(parameter.device)
             check_finite_inputs(X)
             own = _weights_of_batch(weights, totals.num_data, len(y))
@@ -184,6 +186,20 @@ def sweep(
 
 
 _SINGLE = torch.float32
+# of the gradients in copies that examples have of a parameter
+_COPIED_ENTRIES = 2**27
+
+
+def _parts(data: Iterable[Batch], layers: Sequence[Layer]) -> Iterator[Batch]:
+    """Split batches whose copies of parameters would take too much memory."""
+    entries = sum(layer.d_out for layer in layers if layer.calls)
+    size = max(1, _COPIED_ENTRIES // max(1, entries))
+    for X, y in data:
+        if len(y) <= size:
+            yield X, y
+            continue
+        for part in torch.arange(len(y)).split(size):
+            yield select_rows(X, part, len(y)), y[part]
 
 
 def _gradient_rows(

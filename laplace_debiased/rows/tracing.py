@@ -187,6 +187,23 @@ def _some_of(
     return some_examples(X, batch_size, count, shifted), probes, max(1, size)
 
 
+def column_of(output: Tensor, example: int) -> Tensor:
+    """Return what to backpropagate for the gradients of an example's output.
+
+    Args:
+        output: The network's output ``[examples, outputs]``.
+        example: The example's number.
+
+    Returns:
+        Distinct numbers for its outputs, zeros for others.
+    """
+    column = torch.zeros_like(output)
+    # distinct, so that outputs of a constant sum have a gradient, too
+    count = output.shape[1]
+    column[example] = torch.arange(1, count + 1, device=output.device) / count
+    return column
+
+
 def _backpropagate(
     seen: Trace,
     output: Tensor,
@@ -197,10 +214,7 @@ def _backpropagate(
     inputs: Sequence[Tensor],
 ) -> None:
     """Add the gradients of an example's output to a trace."""
-    column = torch.zeros_like(output)
-    # distinct, so that outputs of a constant sum have a gradient, too
-    count = output.shape[1]
-    column[example] = torch.arange(1, count + 1, device=output.device) / count
+    column = column_of(output, example)
     uses = [use for uses in seen.uses for use in uses]
     free = {k: param for k, param in enumerate(params) if param.requires_grad}
     recorded = [use for use in uses if use.probe.requires_grad]

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from laplace_debiased.rows.one_hot import OneHotRows
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -115,7 +117,7 @@ class MatrixUse(Use):
 
     def input_rows(
         self, layout: Layout, batch_size: int, choice: Choice | None = None
-    ) -> Tensor:
+    ) -> Tensor | OneHotRows:
         """Rearrange the input.
 
         Args:

@@ -39,13 +39,14 @@ def test_means_over_subspaces(axis):
 def test_each_part_of_a_layer_is_averaged_along_its_own_axes():
     torch.manual_seed(0)
     eigenvalues = Kronecker(torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, 1.0]))
+    bases = Kronecker(torch.eye(3), torch.eye(2))
     matrix, vector = torch.rand(3, 2), torch.rand(3)
-    (own,) = with_common_magnitudes([Spectrum(matrix, vector)], [eigenvalues])
+    (own,) = with_common_magnitudes([Spectrum(matrix, vector)], [eigenvalues], [bases])
     assert torch.allclose(own.matrix[0], matrix[:2].mean(0))
     assert torch.equal(own.matrix[0], own.matrix[1])
     assert torch.equal(own.matrix[2], matrix[2])
     assert torch.allclose(own.vector[:2], vector[:2].mean().expand(2))
-    (factored,) = with_common_magnitudes([Kronecker(vector)], [eigenvalues])
+    (factored,) = with_common_magnitudes([Kronecker(vector)], [eigenvalues], [bases])
     assert torch.allclose(factored.gradients[:2], vector[:2].mean().expand(2))
 
 

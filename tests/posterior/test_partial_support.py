@@ -18,26 +18,24 @@ class Partial(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embedding = nn.Embedding(7, 4)
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, kdim=4, vdim=3)
+        self.first, self.recurrent = nn.Linear(3, 4), nn.GRU(4, 4, batch_first=True)
         self.norm, self.unused = nn.LayerNorm(4), nn.Linear(2, 2)
         self.head = nn.Linear(4, NUM_OUTPUTS)
 
-    def forward(self, tokens):
-        x = self.embedding(tokens)
-        x = self.attention(x, x, x[..., 1:])[0]
+    def forward(self, x):
+        x, _ = self.recurrent(self.first(x))
         return self.head(self.norm(x).mean(1))
 
 
 SUPPORTED = [
-    "attention.out_proj.weight",
-    "attention.out_proj.bias",
+    "first.weight",
+    "first.bias",
     "norm.weight",
     "norm.bias",
     "head.weight",
     "head.bias",
 ]
-NUM_SUPPORTED = 5 * 4 + 8 + 5 * NUM_OUTPUTS
+NUM_SUPPORTED = 4 * 4 + 8 + 5 * NUM_OUTPUTS
 
 
 @pytest.fixture
@@ -47,17 +45,17 @@ def model():
 
 
 @pytest.fixture
-def tokens():
+def points():
     torch.manual_seed(1)
-    X, y = torch.randint(7, (SIZE, 5)), torch.randint(NUM_OUTPUTS, (SIZE,))
+    X, y = torch.randn(SIZE, 5, 3).double(), torch.randint(NUM_OUTPUTS, (SIZE,))
     return DataLoader(TensorDataset(X, y), 6)
 
 
 @pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
-def test_others_are_fitted_as_if_those_were_frozen(model, tokens, magnitudes):
+def test_others_are_fitted_as_if_those_were_frozen(model, points, magnitudes):
     la = debiased(model, magnitudes=magnitudes)
     with pytest.warns(UserWarning, match="stay at their trained values"):
-        la.fit(tokens)
+        la.fit(points)
     assert all(param.requires_grad for param in model.parameters())
     frozen = Partial().double()
     frozen.load_state_dict(model.state_dict())
@@ -66,11 +64,11 @@ def test_others_are_fitted_as_if_those_were_frozen(model, tokens, magnitudes):
     expected = debiased(frozen, magnitudes=magnitudes)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        expected.fit(tokens)
+        expected.fit(points)
     assert la.n_params == expected.n_params == NUM_SUPPORTED
     assert la.n_layers == len(SUPPORTED)
     assert torch.equal(posterior(la), posterior(expected))
-    X = tokens.dataset.tensors[0]
+    X = points.dataset.tensors[0]
     assert torch.equal(la(X), expected(X))
     generator = torch.Generator()
     samples = [
@@ -82,56 +80,55 @@ def test_others_are_fitted_as_if_those_were_frozen(model, tokens, magnitudes):
     assert la.prior_precision.shape == (len(SUPPORTED),)
 
 
-def test_one_warning_lists_and_counts_them(model, tokens):
+def test_one_warning_lists_and_counts_them(model, points):
     la = debiased(model)
     with pytest.warns(UserWarning, match="stay at") as caught:
-        la.fit(tokens)
+        la.fit(points)
     (message,) = [str(w.message) for w in caught if "stay at" in str(w.message)]
     total = sum(param.numel() for param in model.parameters())
     for part in (
         f"{total - la.n_params} of {total} parameters",
-        "embedding (Embedding: weight)",
-        "attention (MultiheadAttention: q_proj_weight, k_proj_weight, v_proj_weight, "
-        "in_proj_bias) is used by `linear`",
+        "recurrent (GRU: weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh_l0) is used "
+        "by `gru`",
         "unused (Linear: weight, bias) is not used",
         "strict=True",
     ):
         assert part in message
 
 
-def test_strict_refuses_unsupported_parameters(model, tokens):
+def test_strict_refuses_unsupported_parameters(model, points):
     la = debiased(model, strict=True)
-    with pytest.raises(ValueError, match=r"embedding \(Embedding: weight\) is used by"):
-        la.fit(tokens)
+    with pytest.raises(ValueError, match=r"recurrent \(GRU: .*\) is used by"):
+        la.fit(points)
     assert all(param.requires_grad for param in model.parameters())
     with pytest.raises(AttributeError, match="not fitted"):
         _ = la.posterior_precision
 
 
-def test_strict_refuses_unused_parameters(model, tokens):
-    for part in (model.embedding, model.attention):
+def test_strict_refuses_unused_parameters(model, points):
+    for part in (model.first, model.recurrent):
         part.requires_grad_(False)
     la = debiased(model, strict=True)
     with pytest.raises(
         ValueError, match=r"unused \(Linear: weight, bias\) is not used"
     ):
-        la.fit(tokens)
+        la.fit(points)
     model.unused.requires_grad_(False)
     la = debiased(model, strict=True)
-    la.fit(tokens)
+    la.fit(points)
     assert la.n_params == 8 + 5 * NUM_OUTPUTS
 
 
-def test_last_layer_does_not_mind_the_others(model, tokens):
+def test_last_layer_does_not_mind_the_others(model, points):
     la = debiased(model, subset="last_layer", strict=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        la.fit(tokens)
+        la.fit(points)
     assert la.n_params == 5 * NUM_OUTPUTS
 
 
-class FunctionalReuse(nn.Module):
-    """Uses a layer's weight transposed, too, and cuts another layer off."""
+class PartlyHidden(nn.Module):
+    """Detaches a layer's weight in one of its uses, and cuts another layer off."""
 
     def __init__(self):
         super().__init__()
@@ -140,14 +137,14 @@ class FunctionalReuse(nn.Module):
 
     def forward(self, x):
         hidden = self.reused(x).tanh() + self.cut(x).detach()
-        return self.head(nn.functional.linear(hidden, self.reused.weight.T).tanh())
+        return self.head((hidden @ self.reused.weight.detach()).tanh())
 
 
 def test_what_rows_do_not_tell_stays_at_its_trained_value():
     torch.manual_seed(0)
-    model, train = FunctionalReuse().double(), loader(likelihood="regression")
+    model, train = PartlyHidden().double(), loader(likelihood="regression")
     la = debiased(model, "regression")
-    with pytest.warns(UserWarning, match=r"also used by `linear`, cut .* does not"):
+    with pytest.warns(UserWarning, match=r"also used by `detach`, cut .* does not"):
         la.fit(train)
     assert la.n_params == 5 * NUM_OUTPUTS
     for part in (model.reused, model.cut):
@@ -161,13 +158,13 @@ def test_what_rows_do_not_tell_stays_at_its_trained_value():
         debiased(model, "regression", strict=True).fit(train)
 
 
-def test_checkpoints_know_what_was_left_out(model, tokens, tmp_path):
+def test_checkpoints_know_what_was_left_out(model, points, tmp_path):
     la = debiased(model)
-    la.fit(tokens)
+    la.fit(points)
     torch.save(la.state_dict(), tmp_path / "la.pt")
     restored = debiased(model)
     restored.load_state_dict(torch.load(tmp_path / "la.pt", weights_only=True))
-    X = tokens.dataset.tensors[0]
+    X = points.dataset.tensors[0]
     assert torch.equal(restored(X), la(X))
 
     model.head.requires_grad_(False)
@@ -175,11 +172,11 @@ def test_checkpoints_know_what_was_left_out(model, tokens, tmp_path):
         debiased(model).load_state_dict(la.state_dict())
 
 
-def test_priors_are_checked_against_what_is_fitted(model, tokens):
+def test_priors_are_checked_against_what_is_fitted(model, points):
     count = len(list(model.parameters()))
     la = debiased(model, prior_precision=torch.ones(count).double())
     with pytest.raises(ValueError, match="prior"):
-        la.fit(tokens)
+        la.fit(points)
     la = debiased(network("mlp"), prior_precision=torch.ones(4).double())
     la.fit(loader())
 
@@ -188,10 +185,10 @@ def test_nothing_supported_is_an_error():
     class Weighted(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.ones(4, NUM_OUTPUTS))
+            self.body = nn.GRU(4, NUM_OUTPUTS)
 
         def forward(self, x):
-            return x @ self.weight
+            return self.body(x[None])[0][0]
 
     with pytest.raises(ValueError, match="nothing to fit"):
         debiased(Weighted().double()).fit(loader())
@@ -231,7 +228,7 @@ def test_a_refused_refit_keeps_what_the_posterior_is_over():
     assert torch.equal(la(X), before)
 
 
-def test_a_bool_is_meant_by_the_second_argument(model, tokens):
+def test_a_bool_is_meant_by_the_second_argument(model, points):
     la = debiased(network("mlp"))
     with pytest.raises(TypeError, match="pass `magnitude_loader` by its name"):
         la.fit(loader(), loader())

@@ -2,9 +2,9 @@
 
 import torch
 
-from laplace_debiased.rows.recorder import record_rows
 from laplace_debiased.rows.selection import find_layers, select
 from laplace_debiased.rows.substitution import run
+from laplace_debiased.rows.tape import record_rows
 from tests.zoo import plain
 
 
@@ -14,10 +14,11 @@ def found(model, X, params=None):
     return find_layers(model, params, X, len(X)), params
 
 
-def supported(model, X, params=None, size=None):
+def supported(model, X, params=None, size=None, dense=False):
     """The supported ones of some parameters, their layers, and what is left out."""
     params = list(model.parameters()) if params is None else list(params)
-    selection = select(model, params, X, len(X) if size is None else size)
+    size = len(X) if size is None else size
+    selection = select(model, params, X, size, dense)
     gone = {entry.position for entry in selection.left_out}
     kept = [param for k, param in enumerate(params) if k not in gone]
     return kept, selection.without_left_out(len(params)).layers, selection.left_out

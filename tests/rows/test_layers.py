@@ -57,7 +57,7 @@ def test_norms_with_another_parametrization_are_left_out_by_name():
             return nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight)
 
     model = nn.Sequential(OnePlus(3), nn.Linear(3, 2))
-    _, layers, (entry,) = supported(model, torch.randn(4, 3))
+    _, layers, (entry,) = supported(model, torch.randn(4, 3), dense=True)
     assert (entry.name, entry.kind, entry.reason) == (
         "0.weight",
         "OnePlus",
