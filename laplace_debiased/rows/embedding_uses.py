@@ -15,9 +15,7 @@ from laplace_debiased.rows.uses import Choice, Layout, MatrixUse
 class EmbeddingUse(MatrixUse):
     """``F.embedding``: each number in the input is a position.
 
-    The table is stored as ``[d_in, d_out]``. What changes it while it is used, or its
-    gradients (``max_norm``, ``scale_grad_by_freq``), is found out as elsewhere: the
-    gradients then differ from what the rows tell.
+    The table is stored as ``[d_in, d_out]``.
     """
 
     padding_idx: int | None = None

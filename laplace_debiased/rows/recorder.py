@@ -46,6 +46,19 @@ _OPENED: dict[Callable, Callable] = {
 }
 
 
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    *_: bool,
+    **__: bool,
+) -> Tensor:
+    """Look up embeddings, with derivatives that are neither scaled nor sparse."""
+    return F.embedding(input, weight, padding_idx, max_norm, norm_type)
+
+
 class Recorder(Substitution):
     """Tells of each use of a parameter.
 
@@ -83,10 +96,18 @@ class Recorder(Substitution):
             with copy(self):
                 return _OPENED[func](*args, **(kwargs or {}))
         args, kwargs = self._replaced(args), self._replaced(kwargs or {})
+        if func is F.embedding:
+            return self._called(func, embedding, args, kwargs)
+        return self._called(func, func, args, kwargs)
+
+    def _called(
+        self, func: Callable, plain: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """Call what stands for a function of torch, and tell of it."""
         if self._call is None:
-            output = func(*args, **kwargs)
+            output = plain(*args, **kwargs)
         else:
-            output = self._call(func, args, kwargs)
+            output = self._call(plain, args, kwargs)
         if func in USES:
             use = USES[func](*args, **kwargs)
             if self._is_recorded(use):
