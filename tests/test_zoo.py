@@ -160,8 +160,8 @@ def along(layer, basis: Kronecker, spectrum):
     if layer.matrix is not None:
         yield (
             layer.matrix,
-            spectrum.matrix,
-            torch.kron(basis.gradients, basis.inputs),
+            layer.as_stored(spectrum.matrix),
+            dense.kronecker(layer, basis.gradients, basis.inputs),
         )
     if layer.vector is not None:
         yield layer.vector, spectrum.vector, basis.gradients

@@ -7,7 +7,8 @@ A layer's curvature is :math:`(U_G \otimes U_A) \mathrm{diag}(\lambda)
 one factor. laplace-torch's matrices are over parameters, one block for each, while
 weight and bias of a layer share :math:`U_G`: here, and here alone, layers are split.
 A block's eigenvectors are lists ``[U_G, U_A]`` or ``[U_G]``; its eigenvalues ``[l, m]``
-(factored), ``[matrix]`` or ``[vector]``.
+(factored), ``[matrix]`` or ``[vector]``. Where a weight is stored as ``[d_in, d_out]``,
+so are its block's: ``[U_A, U_G]``.
 """
 
 from __future__ import annotations
@@ -323,7 +324,8 @@ def by_parameter(
     for layer, vectors, values in zip(layers, directions, magnitudes, strict=True):
         if layer.matrix is not None:
             own = [values.matrix] if isinstance(values, Spectrum) else values.tensors()
-            blocks[layer.matrix] = vectors.tensors(), _present(own)
+            block = vectors.tensors(), _present(own)
+            blocks[layer.matrix] = transposed(*block) if layer.is_transposed else block
         if layer.vector is not None:
             first = values.vector if isinstance(values, Spectrum) else values.gradients
             blocks[layer.vector] = _present([vectors.gradients]), _present([first])
@@ -333,6 +335,21 @@ def by_parameter(
         [values for _, values in ordered],
         damping=damping,
     )
+
+
+def transposed(
+    eigenvectors: Sequence[Tensor], eigenvalues: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Transpose the matrices that a block is over.
+
+    Args:
+        eigenvectors: The block's eigenvectors, two.
+        eigenvalues: The block's eigenvalues, factored or not.
+
+    Returns:
+        Eigenvectors and eigenvalues of the transposed matrices.
+    """
+    return list(eigenvectors[::-1]), [v.movedim(0, -1) for v in eigenvalues[::-1]]
 
 
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:

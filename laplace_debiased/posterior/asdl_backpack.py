@@ -183,7 +183,9 @@ class BackendSource:
             of = {id(p): kfac for p, kfac in zip(owners, kfacs, strict=True)}
             kfacs = [of[id(param)] for param in self.params if id(param) in of]
         sizes = [torch.Size([len(f) for f in kfac]).numel() for kfac in kfacs]
-        if sizes != [param.numel() for param in self.params]:
+        # of a matrix that is stored transposed, they have factors in another order
+        is_transposed = any(layer.is_transposed for layer in self.layers)
+        if is_transposed or sizes != [param.numel() for param in self.params]:
             raise ValueError(
                 f"{type(self.backend).__name__} has no Kronecker factors for some "
                 "parameters: their layers are not supported by it. Exclude them by "

@@ -21,7 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
+from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, transposed
+from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.linearization import contract_positions
 
 KINDS = ("full", "diagonal", "joint")
@@ -40,6 +41,20 @@ class BlockPosterior:
 
     eigenvectors: Sequence[Tensor]
     precisions: Tensor
+
+    def of_rows(self, layer: Layer) -> BlockPosterior:
+        """Return the block of the matrix that rows give, ``[d_out, d_in]``.
+
+        Args:
+            layer: The layer that the block's parameter belongs to.
+
+        Returns:
+            The block, transposed if that is how a layer's matrix is stored.
+        """
+        if not (layer.is_transposed and self.precisions.ndim == 2):
+            return self
+        vectors, (precisions,) = transposed(self.eigenvectors, [self.precisions])
+        return BlockPosterior(vectors, precisions)
 
     def rotate_inputs(self, rows: Tensor) -> Tensor:
         """Rotate input rows ``[batch, S, groups, d_in]``."""

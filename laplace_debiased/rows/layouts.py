@@ -143,6 +143,7 @@ def _gradient_of_rows(
             x = use.input_rows(layout, PAIR).to(g.dtype)
             # [batch, S, groups, d_out], [batch, S, groups, d_in] -> [d_out, d_in]
             part = torch.einsum("nsgo,nsgi->goi", g, x).flatten(0, 1)
+            part = part.mT if use.is_transposed else part
             norms = norms * x.norm(dim=-1)
         else:
             part = g.flatten(2).sum((0, 1))
