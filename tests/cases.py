@@ -89,6 +89,21 @@ def _transformer():
     )
 
 
+class Product(nn.Module):
+    """Multiplies by matrices that are stored as ``[d_in, d_out]``."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(3, 4))
+        self.second = nn.Parameter(torch.randn(4, 2))
+        self.shift = nn.Parameter(torch.randn(2))
+
+    def forward(self, x):
+        hidden = torch.matmul(x, self.first).tanh().flatten(0, 1)
+        hidden = torch.addmm(self.shift, hidden, self.second).tanh()
+        return hidden.unflatten(0, x.shape[:2]).mean(1)
+
+
 def _mlp(bias=True):
     return nn.Sequential(
         nn.Linear(4, 5, bias=bias), nn.Tanh(), nn.Linear(5, NUM_OUTPUTS, bias=bias)
@@ -150,6 +165,32 @@ NETWORKS = {
             nn.Conv3d(1, 2, 2, stride=(1, 2, 1), padding=(1, 0, 1)), features=36
         ),
         (1, 2, 4, 2),
+    ),
+    "conv-transpose-1d": (
+        lambda: _cnn(
+            nn.ConvTranspose1d(2, 3, 3, dilation=3, output_padding=2), features=33
+        ),
+        (2, 3),
+    ),
+    "conv-transpose-2d": (
+        lambda: _cnn(
+            nn.ConvTranspose2d(
+                4, 6, (3, 2), (2, 1), (1, 0), (1, 0), groups=2, dilation=(2, 1)
+            ),
+            nn.Conv2d(6, 1, 3, stride=2),
+            features=6,
+        ),
+        (4, 3, 4),
+    ),
+    "conv-transpose-3d": (
+        lambda: _cnn(
+            nn.ConvTranspose3d(2, 2, 2, stride=2, groups=2, bias=False), features=32
+        ),
+        (2, 1, 1, 2),
+    ),
+    "products": (
+        lambda: nn.Sequential(Product(), nn.Tanh(), nn.Linear(2, NUM_OUTPUTS)),
+        (3, 3),
     ),
     "batch-norm-1d": (
         lambda: _normalized(nn.Linear(4, 5), nn.BatchNorm1d(5), features=5),

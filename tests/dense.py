@@ -1,6 +1,8 @@
 """Dense references, straight from the formulas, one example at a time by autograd."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 from unittest import mock
@@ -84,25 +86,91 @@ class Owner(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+    is_transposed: bool = False
 
 
 class Call(NamedTuple):
-    """A call of a function with a matrix: input rows, output, and what it took."""
+    """A call of a function with a matrix: input rows, output, and what it took.
+
+    ``to_rows`` turns a gradient in the output into rows; the matrix of a transposed
+    weight is ``[d_in, d_out]``.
+    """
 
     rows: Tensor
     output: Tensor
     weight: Tensor
     bias: Tensor | None
+    to_rows: Callable[[Tensor], Tensor]
+    is_transposed: bool = False
 
-    def gradient_rows(self, gradient):
-        if gradient.ndim == self.weight.ndim and gradient.ndim > 2:
-            gradient = gradient.movedim(1, -1)
-        return gradient.reshape(-1, len(self.weight))
+    def as_stored(self):
+        """The call by the matrix whose transpose it took; rows may be overwritten."""
+        call, base = self._replace(rows=self.rows.clone()), self.weight._base
+        if base is not None and base.shape == self.weight.shape[::-1]:
+            is_transposed = not self.is_transposed
+            return call._replace(weight=base, is_transposed=is_transposed)
+        return call
+
+    @classmethod
+    def of_linear(cls, output, x, weight, bias=None):
+        return cls(x.flatten(0, -2), output, weight, bias, lambda g: g.flatten(0, -2))
+
+    @classmethod
+    def of_product(cls, output, x, weight):
+        call = cls.of_linear(output, x, weight)
+        return call._replace(is_transposed=True)
+
+    @classmethod
+    def of_shifted_product(cls, output, bias, x, weight, **_):
+        return cls.of_product(output, x, weight)._replace(bias=bias)
+
+    @classmethod
+    def of_convolution(cls, output, x, weight, bias=None, *args, **kwargs):
+        rows = _patches(x, weight, *args, **kwargs)
+        return cls(rows, output, weight, bias, lambda g: g[0].flatten(1).T)
+
+    @classmethod
+    def of_transposed(cls, output, x, weight, bias=None, *args, **kwargs):
+        """Rows of the pixels of each group; the bias is used by itself."""
+        sizes = _transposed_sizes(len(weight.shape) - 2, *args, **kwargs)
+        *_, groups = sizes
+        size = len(weight) // groups
+        masks = torch.eye(groups, dtype=x.dtype).repeat_interleave(size, 1)
+        rows = x[0].flatten(1).T[:, None] * masks
+        to_rows = partial(_transposed_patches, x.shape[2:], weight.shape[2:], *sizes)
+        return cls(rows.flatten(0, 1), output, weight, None, to_rows, True)
 
 
-def _input_rows(x, weight, stride=1, padding=0, dilation=1, groups=1):
-    if weight.ndim == 2:
-        return x.flatten(0, -2)
+def _transposed_sizes(dims, stride=1, padding=0, _=0, groups=1, dilation=1):
+    def each(value):
+        return (value,) * dims if isinstance(value, int) else value
+
+    return each(stride), each(padding), each(dilation), groups
+
+
+def _transposed_patches(pixels, kernel, stride, padding, dilation, groups, gradient):
+    """Where a pixel's products are added, entry by entry; outside there is nothing."""
+    (gradient,) = gradient
+    rows = []
+    for pixel in product(*map(range, pixels)):
+        columns = []
+        for entry in product(*map(range, kernel)):
+            place = [
+                p * s - before + k * d
+                for p, s, before, k, d in zip(
+                    pixel, stride, padding, entry, dilation, strict=True
+                )
+            ]
+            sizes = gradient.shape[1:]
+            inside = all(0 <= p < size for p, size in zip(place, sizes, strict=True))
+            zeros = gradient.new_zeros(len(gradient))
+            columns.append(gradient[(slice(None), *place)] if inside else zeros)
+        # [groups, channels of a group * kernel]
+        rows.append(torch.stack(columns, 1).reshape(groups, -1))
+    return torch.cat(rows)
+
+
+def _patches(x, weight, stride=1, padding=0, dilation=1, groups=1):
     (x,), kernel = x, weight.shape[2:]
     stride, dilation = (
         (v,) * len(kernel) if isinstance(v, int) else v for v in (stride, dilation)
@@ -124,28 +192,35 @@ def _input_rows(x, weight, stride=1, padding=0, dilation=1, groups=1):
     return torch.stack(patches)
 
 
-_MATRIX_FUNCTIONS = ("linear", "conv1d", "conv2d", "conv3d")
+_MATRIX_FUNCTIONS = (
+    (F, "linear", Call.of_linear),
+    *((F, f"conv{n}d", Call.of_convolution) for n in (1, 2, 3)),
+    *((F, f"conv_transpose{n}d", Call.of_transposed) for n in (1, 2, 3)),
+    (torch, "addmm", Call.of_shifted_product),
+    (torch, "matmul", Call.of_product),
+    (Tensor, "__matmul__", Call.of_product),
+)
 
 
 def _recorded_calls(model, x):
     """The output of one example, and all calls that multiply by a matrix."""
     calls = []
 
-    def recording(function):
-        def call(x, weight, bias=None, *args, **kwargs):
-            output = function(x, weight, bias, *args, **kwargs)
+    def recording(function, describe):
+        def call(x, *args, **kwargs):
+            output = function(x, *args, **kwargs)
             if not torch._C._functorch.is_functorch_wrapped_tensor(x):
                 with torch.no_grad():
-                    rows = _input_rows(x.detach(), weight, *args, **kwargs)
-                calls.append(Call(rows, output, weight, bias))
+                    own = describe(output, x, *args, **kwargs).as_stored()
+                calls.append(own)
             return output.clone()  # which may be overwritten
 
         return call
 
     with ExitStack() as stack:
-        for name in _MATRIX_FUNCTIONS:
-            own = recording(getattr(F, name))
-            stack.enter_context(mock.patch.object(F, name, own))
+        for module, name, describe in _MATRIX_FUNCTIONS:
+            own = recording(getattr(module, name), describe)
+            stack.enter_context(mock.patch.object(module, name, own))
         f = model(x)
     return f, list(calls)  # checkpointing calls again later
 
@@ -165,7 +240,8 @@ def _owners(params, calls):
     for k, own in weights.items():
         bias = next((b for b, others in vectors.items() if others == own), None)
         paired.add(bias)
-        owners[k] = Owner(params[k], None if bias is None else params[bias]), own
+        bias = None if bias is None else params[bias]
+        owners[k] = Owner(params[k], bias, calls[own[0]].is_transposed), own
     for k, own in vectors.items():
         if k not in paired:
             owners[k] = params[k], own
@@ -193,7 +269,7 @@ def kronecker_factors(
         f, calls = _recorded_calls(model, x)
         owners = _owners(params, calls)
         for owner, own in owners:
-            size = len(owner.weight) if isinstance(owner, Owner) else owner.numel()
+            size = _size(owner)
             zeros = torch.zeros(size, size, dtype=f.dtype)
             count = 2 if isinstance(owner, Owner) else 1
             factors.setdefault(owner, [zeros, 0.0][:count])
@@ -207,7 +283,7 @@ def kronecker_factors(
                     gradients = _gradients(f, [calls[k].output for k in own], column)
                     rows = torch.cat(
                         [
-                            calls[k].gradient_rows(g)
+                            calls[k].to_rows(g)
                             for k, g in zip(own, gradients, strict=True)
                         ]
                     )
@@ -219,6 +295,13 @@ def kronecker_factors(
     return factors
 
 
+def _size(owner):
+    """Number of features of a gradient row."""
+    if not isinstance(owner, Owner):
+        return owner.numel()
+    return owner.weight[0].numel() if owner.is_transposed else len(owner.weight)
+
+
 def eigenbases(factors):
     """The eigenvectors of each parameter's block, as the columns of a matrix."""
     bases = []
@@ -226,10 +309,17 @@ def eigenbases(factors):
         gradient_vectors = torch.linalg.eigh(G).eigenvectors
         if A:
             input_vectors = torch.linalg.eigh(A[0]).eigenvectors
-            bases.append(torch.kron(gradient_vectors, input_vectors))
+            bases.append(kronecker(owner, gradient_vectors, input_vectors))
         if not A or owner.bias is not None:
             bases.append(gradient_vectors)
     return bases
+
+
+def kronecker(owner, of_gradients, of_inputs):
+    """The product in the order that a weight, or a layer's, is stored in."""
+    if owner.is_transposed:
+        return torch.kron(of_inputs, of_gradients)
+    return torch.kron(of_gradients, of_inputs)
 
 
 def kfac_blocks(factors):
@@ -237,7 +327,7 @@ def kfac_blocks(factors):
     blocks = []
     for owner, (G, *A) in factors.items():
         if A:
-            blocks.append(torch.kron(G, A[0]))
+            blocks.append(kronecker(owner, G, A[0]))
         if not A or owner.bias is not None:
             blocks.append(G)
     return blocks

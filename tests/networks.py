@@ -11,6 +11,12 @@ from torchvision.models.swin_transformer import SwinTransformer
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -67,19 +73,63 @@ def _swin():
 
 def _hugging_face_vit():
     config = ViTConfig(image_size=16, patch_size=8, **_TRANSFORMER)
-    return Logits(ViTForImageClassification(config), "pixel_values")
+    return ViTForImageClassification(config)
 
 
 def _bert():
     config = BertConfig(vocab_size=30, max_position_embeddings=8, **_TRANSFORMER)
-    return Logits(BertForSequenceClassification(config), "input_ids", "attention_mask")
+    return BertForSequenceClassification(config)
+
+
+def _distilbert():
+    config = DistilBertConfig(
+        vocab_size=30,
+        max_position_embeddings=8,
+        dim=8,
+        hidden_dim=16,
+        n_layers=2,
+        n_heads=2,
+        num_labels=NUM_CLASSES,
+    )
+    return DistilBertForSequenceClassification(config)
+
+
+def _gpt_2():
+    config = GPT2Config(
+        vocab_size=30,
+        n_positions=8,
+        n_embd=8,
+        n_layer=2,
+        n_head=2,
+        num_labels=NUM_CLASSES,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GPT2ForSequenceClassification(config)
+
+
+def _llama():
+    config = LlamaConfig(
+        vocab_size=30,
+        max_position_embeddings=8,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        **_TRANSFORMER,
+    )
+    return LlamaForSequenceClassification(config)
 
 
 def _lora():
-    bert = _bert()
     config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"])
-    bert.classifier = get_peft_model(bert.classifier, config)
-    return bert
+    return get_peft_model(_bert(), config)
+
+
+def _image_lora():
+    config = LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]
+    )
+    return get_peft_model(_hugging_face_vit(), config)
 
 
 NETWORKS = {
@@ -90,16 +140,26 @@ NETWORKS = {
     "convnext": _convnext,
     "vit": _vit,
     "swin": _swin,
-    "hugging-face-vit": _hugging_face_vit,
+    "hugging-face-vit": lambda: Logits(_hugging_face_vit(), "pixel_values"),
+    "bert": lambda: Logits(_bert(), "input_ids", "attention_mask"),
+    "bert-lora": lambda: Logits(_lora(), "input_ids", "attention_mask"),
+}
+# those of Hugging Face, as they come
+RAW = {
     "bert": _bert,
+    "distilbert": _distilbert,
+    "gpt-2": _gpt_2,
+    "llama": _llama,
+    "vit": _hugging_face_vit,
     "bert-lora": _lora,
+    "vit-lora": _image_lora,
 }
 
 
-def network(name, dtype=torch.float64):
+def network(name, dtype=torch.float64, networks=NETWORKS):
     """A network with random weights, and with what training would leave in it."""
     torch.manual_seed(0)
-    model = NETWORKS[name]().to(dtype)
+    model = networks[name]().to(dtype)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_var, 0.5, 2)

@@ -179,11 +179,13 @@ def basis_of(factor, generator):
 def along(layer, basis: Kronecker, spectrum):
     """Each parameter of a layer, with its curvatures and directions."""
     outer = as_matrix(basis.gradients)
-    if layer.is_embedding:  # which is stored as [d_in, d_out]
+    if layer.matrix is not None:
         inner = as_matrix(basis.inputs)
-        yield layer.matrix, spectrum.matrix.T, torch.kron(inner, outer.contiguous())
-    elif layer.matrix is not None:
-        yield layer.matrix, spectrum.matrix, torch.kron(outer, basis.inputs)
+        yield (
+            layer.matrix,
+            layer.as_stored(spectrum.matrix),
+            dense.kronecker(layer, outer.contiguous(), inner.contiguous()),
+        )
     if layer.vector is not None:
         yield layer.vector, spectrum.vector, outer
 

@@ -296,6 +296,28 @@ def _gpt_2():
     return nn.Sequential(Conv1D(WIDTH, WIDTH), nn.GELU(), _head())
 
 
+def _transposed_by_hand():
+    def forward(self, x):
+        hidden = (x @ self.first.T).tanh()
+        return self.head(F.linear(hidden, self.second.mT, self.shift).mean(1))
+
+    return Model(
+        forward,
+        first=nn.Parameter(torch.randn(5, WIDTH)),
+        second=nn.Parameter(torch.randn(5, WIDTH)),
+        shift=nn.Parameter(torch.randn(WIDTH)),
+        head=nn.Sequential(nn.Tanh(), _head()),
+    )
+
+
+def _scaled_product():
+    def forward(self, x):
+        return self.head(torch.addmm(x, x, self.weight, alpha=0.5))
+
+    weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+    return Model(forward, weight=weight, head=nn.Sequential(nn.Tanh(), _head()))
+
+
 def _mixer():
     def forward(self, x):
         x = x + self.of_positions(x.mT).mT
@@ -826,7 +848,6 @@ ZOO = {
     "transposed convolution": Member(
         lambda: _cnn(nn.ConvTranspose2d(1, 2, 2, stride=2), nn.ReLU(), width=2),
         _IMAGE,
-        {"0.*": "is used by `conv_transpose2d`"},
     ),
     "padding by itself": Member(
         lambda: _cnn(PaddingByItself(1, 2, 2), nn.Tanh(), width=2), _IMAGE
@@ -861,7 +882,9 @@ ZOO = {
     "tied language model": Member(
         _tied_language_model, tokens(3), {"tokens.weight": "in different ways"}
     ),
-    "gpt-2's matrices": Member(_gpt_2, no_rows={"0.*": "is used by `addmm`"}),
+    "gpt-2's matrices": Member(_gpt_2),
+    "matrices transposed by hand": Member(_transposed_by_hand, _SEQUENCE),
+    "scaled product": Member(_scaled_product, no_rows={"weight": "used by `addmm`"}),
     "mixer": Member(_mixer, _SEQUENCE),
     "windows": Member(_windows, reals(4, WIDTH)),
     "latent queries": Member(

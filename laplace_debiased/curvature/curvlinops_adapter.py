@@ -98,7 +98,7 @@ class EigenbasisLinearOperator(LinearOperator):
         super().__init__(shapes, shapes)
         self._device, self._dtype = params[0].device, params[0].dtype
         self._blocks = [
-            (positions, vectors, values)
+            (layer, positions, vectors, values)
             for layer, vectors, own in zip(layers, eigenvectors, spectra, strict=True)
             for positions, values in zip(
                 block_positions(layer, len(own) == 1), own, strict=True
@@ -107,14 +107,21 @@ class EigenbasisLinearOperator(LinearOperator):
 
     def _matmat(self, M: list[Tensor]) -> list[Tensor]:
         product: list[Tensor | None] = [None] * len(M)
-        for positions, vectors, values in self._blocks:
+        for layer, positions, vectors, values in self._blocks:
             parts = [M[position].movedim(-1, 0) for position in positions]
             # [columns, d_out, d_in], the bias as a further column, or [columns, d_out]
-            columns = [p.reshape(len(p), *values.shape[:-1], -1) for p in parts]
+            columns = [
+                layer.as_matrix(part)
+                if position == layer.matrix
+                else part.reshape(len(part), *values.shape[:-1], -1)
+                for position, part in zip(positions, parts, strict=True)
+            ]
             matrix = torch.cat(columns, dim=-1)
             matrix = _turned(_turned(matrix, vectors) * values, vectors, back=True)
             columns = list(matrix.split([c.shape[-1] for c in columns], dim=-1))
             for position, part, column in zip(positions, parts, columns, strict=True):
+                if position == layer.matrix:
+                    column = layer.as_stored(column)
                 product[position] = column.reshape(part.shape).movedim(0, -1)
         return cast("list[Tensor]", product)
 

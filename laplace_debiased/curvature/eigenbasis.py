@@ -8,7 +8,8 @@ one factor. laplace-torch's matrices are over parameters, one block for each, wh
 weight and bias of a layer share :math:`U_G`: here, and here alone, layers are split.
 A block's eigenvectors are lists ``[U_G, U_A]`` or ``[U_G]``, each a basis as in
 :mod:`~laplace_debiased.curvature.bases`; its eigenvalues ``[l, m]`` (factored),
-``[matrix]`` or ``[vector]``.
+``[matrix]`` or ``[vector]``. Where a weight is stored as ``[d_in, d_out]``, so are its
+block's: ``[U_A, U_G]``.
 """
 
 from __future__ import annotations
@@ -332,11 +333,8 @@ def by_parameter(
     for layer, vectors, values in zip(layers, directions, magnitudes, strict=True):
         if layer.matrix is not None:
             own = [values.matrix] if isinstance(values, Spectrum) else values.tensors()
-            bases, own = vectors.tensors(), _present(own)
-            if layer.is_embedding:  # which is stored as [d_in, d_out]
-                turned = [values.mT if values.ndim > 1 else values for values in own]
-                bases, own = bases[::-1], turned[::-1]
-            blocks[layer.matrix] = bases, own
+            block = vectors.tensors(), _present(own)
+            blocks[layer.matrix] = transposed(*block) if layer.is_transposed else block
         if layer.vector is not None:
             first = values.vector if isinstance(values, Spectrum) else values.gradients
             blocks[layer.vector] = _present([vectors.gradients]), _present([first])
@@ -346,6 +344,21 @@ def by_parameter(
         [values for _, values in ordered],
         damping=damping,
     )
+
+
+def transposed(
+    eigenvectors: Sequence[Tensor], eigenvalues: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Transpose the matrices that a block is over.
+
+    Args:
+        eigenvectors: The block's eigenvectors, two.
+        eigenvalues: The block's eigenvalues, factored or not.
+
+    Returns:
+        Eigenvectors and eigenvalues of the transposed matrices.
+    """
+    return list(eigenvectors[::-1]), [v.movedim(0, -1) for v in eigenvalues[::-1]]
 
 
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from laplace_debiased.curvature.debias import Directions, Factors, scale_gradien
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.posterior.sources import checked_batches
 from laplace_debiased.posterior.upstream import loss_of
+from laplace_debiased.rows.arguments import arguments
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import are_probabilities, is_counted
 from laplace_debiased.rows.sweep import SweepSummary
@@ -134,8 +135,16 @@ class BackendSource:
                 f"{type(self.backend).__name__} does not honour `ignore_index`: leave "
                 "those points out, or use `CurvlinopsGGN`."
             )
-        if isinstance(X, MutableMapping) and _is_backpack(type(self.backend)):
+        if not isinstance(X, MutableMapping):
+            return
+        if _is_backpack(type(self.backend)):
             raise ValueError("The BackPACK backends do not support dict-like inputs.")
+        if not arguments(self.model, X)[0]:
+            raise ValueError(
+                f"{type(self.backend).__name__} hands mappings on as one argument, but "
+                "the model takes keywords: pass a module whose `forward(batch)` "
+                "returns logits, or use the default backend."
+            )
 
     def _check_output(self, X: Any, error: Exception) -> None:
         """Say so if a backend failed since the network returns no tensor."""
@@ -183,7 +192,9 @@ class BackendSource:
             of = {id(p): kfac for p, kfac in zip(owners, kfacs, strict=True)}
             kfacs = [of[id(param)] for param in self.params if id(param) in of]
         sizes = [torch.Size([len(f) for f in kfac]).numel() for kfac in kfacs]
-        if sizes != [param.numel() for param in self.params]:
+        # of a matrix that is stored transposed, they have factors in another order
+        is_transposed = any(layer.is_transposed for layer in self.layers)
+        if is_transposed or sizes != [param.numel() for param in self.params]:
             raise ValueError(
                 f"{type(self.backend).__name__} has no Kronecker factors for some "
                 "parameters: their layers are not supported by it. Exclude them by "

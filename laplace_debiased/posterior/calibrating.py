@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from warnings import warn
 
 import torch
-from laplace.utils import batch_size
 from laplace.utils.enums import Likelihood
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -21,7 +20,7 @@ from laplace_debiased.rows.inputs import (
     at_least_single,
     check_finite_predictions,
     check_targets,
-    on_device,
+    num_examples,
 )
 from laplace_debiased.rows.model_state import evaluating
 from laplace_debiased.rows.output_curvature import is_counted
@@ -84,7 +83,7 @@ def output_variances(la: KronDebiasedLaplace, X: Inputs) -> tuple[Tensor, Tensor
         Both ``[batch, outputs]``, whatever the calibration.
     """
     with evaluating(la.model):
-        mean, variance = la._output_moments(on_device(X, la._device), "diagonal")
+        mean, variance = la._output_moments(la._inputs(X), "diagonal")
     check_finite_predictions(mean, variance)
     return at_least_single(mean), variance
 
@@ -104,7 +103,7 @@ def uncertainty(la: KronDebiasedLaplace, X: Inputs) -> Uncertainty:
     """
     if la.likelihood == Likelihood.REWARD_MODELING:
         raise ValueError("There is no `uncertainty` of reward models.")
-    if batch_size(X, la.dict_key_x) == 0:
+    if num_examples(X, la.dict_key_x) == 0:
         raise ValueError("There are no examples to be uncertain about.")
     mean, variance = output_variances(la, X)
     if la.likelihood == Likelihood.REGRESSION:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -63,7 +63,7 @@ def predictions(
     """
     parts, targets = [], []
     for batch in tqdm(loader, disable=not progress_bar, desc="[Predictions]"):
-        if not with_targets and isinstance(batch, Tensor):
+        if not with_targets and isinstance(batch, Tensor | MutableMapping):
             parts.append(_on_cpu(uncertainty(la, batch)))
             continue
         X, y = inputs_and_targets(batch, la.backend)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
+from warnings import warn
 
 import torch
 from laplace.utils import split_batch
@@ -23,10 +24,11 @@ from laplace_debiased.posterior.upstream import (
     is_stochastic,
     output_curvature,
 )
+from laplace_debiased.rows.arguments import ignored_keys, without_targets
 from laplace_debiased.rows.inputs import (
+    Inputs,
     check_finite_inputs,
     check_is_batch,
-    on_device,
 )
 from laplace_debiased.rows.model_state import check_repeatable, measuring
 from laplace_debiased.rows.output_curvature import ENDS_IN_SOFTMAX
@@ -150,7 +152,8 @@ def choose_parameters(la: KronDebiasedLaplace, batch: Any) -> None:
         check_repeatable(la.model)
     X, y = split_batch(batch, la.dict_key_y)
     check_is_batch(y)
-    X = on_device(X, la._device)
+    X = la._inputs(X)
+    _warn_of_ignored_keys(la, X)
     check_finite_inputs(X)
     with measuring(la.model):
         candidates = la._find_candidates(X, len(y))
@@ -164,6 +167,18 @@ def choose_parameters(la: KronDebiasedLaplace, batch: Any) -> None:
     if diagonals is not None:
         raise ValueError(diagonals)
     _fit_selected(la, candidates, selection)
+
+
+def _warn_of_ignored_keys(la: KronDebiasedLaplace, X: Inputs) -> None:
+    """Say which entries of mappings the network does not get."""
+    network = la._network
+    ignored = ignored_keys(network, without_targets(network, X, la.dict_key_y))
+    if ignored:
+        warn(
+            f"The model is called without the entries {ignored} of batches, since "
+            f"{type(network).__name__}.forward has no arguments of these names.",
+            stacklevel=6,
+        )
 
 
 def _fit_selected(

@@ -17,7 +17,7 @@ from warnings import warn
 import torch
 from laplace import KronLaplace
 from laplace.curvature import CurvatureInterface
-from laplace.utils import Kron, batch_size
+from laplace.utils import Kron
 from laplace.utils.enums import (
     Likelihood,
     LinkApprox,
@@ -52,10 +52,12 @@ from laplace_debiased.predictive.report import PredictionReport
 from laplace_debiased.predictive.samples import sampled_outputs
 from laplace_debiased.predictive.uncertainty import Uncertainty
 from laplace_debiased.quadratics.bias import BiasReport
+from laplace_debiased.rows.arguments import without_targets
 from laplace_debiased.rows.inputs import (
     Inputs,
     at_least_single,
     check_finite_predictions,
+    num_examples,
     on_device,
 )
 from laplace_debiased.rows.model_state import evaluating, unchanged_on_failure
@@ -600,7 +602,7 @@ class KronDebiasedLaplace(KronLaplace):
         self, X: Inputs, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
         kind = "joint" if joint else "diagonal" if diagonal_output else "full"
-        X = on_device(X, self._device)
+        X = self._inputs(X)
         with evaluating(self.model):
             if self._is_certain:
                 f_mu, f_var = self._certain_moments(X, kind)
@@ -611,6 +613,15 @@ class KronDebiasedLaplace(KronLaplace):
         if self._calibration is not None:
             f_mu, f_var = self._calibration.outputs(f_mu, f_var)
         return (f_mu.flatten() if joint else f_mu), f_var
+
+    def _inputs(self, X: Inputs) -> Inputs:
+        """Return what the network is called with, on its device."""
+        return on_device(without_targets(self.model, X, self.dict_key_y), self._device)
+
+    @property
+    def _network(self) -> nn.Module:
+        """The user's network."""
+        return self.model
 
     @property
     def _is_certain(self) -> bool:
@@ -628,7 +639,7 @@ class KronDebiasedLaplace(KronLaplace):
         """Compute mean and covariance of the linearized network's output."""
         self._check_H_init()
         predictive = self._linearized(self.posterior_precision)
-        return predictive.moments(X, batch_size(X, self.dict_key_x), kind)
+        return predictive.moments(X, num_examples(X, self.dict_key_x), kind)
 
     def _variances_by_prior(
         self, X: Inputs, prior_precisions: Sequence[float]
@@ -641,10 +652,10 @@ class KronDebiasedLaplace(KronLaplace):
         if self.damping:
             raise ValueError("With `damping`, each prior precision needs its own pass.")
         with evaluating(self.model):
-            X = on_device(X, self._device)
+            X = self._inputs(X)
             curvature = cast("EigenbasisMatrix", self.H) * self._H_factor
             f_mu, variances = self._linearized(curvature).variances(
-                X, batch_size(X, self.dict_key_x), prior_precisions
+                X, num_examples(X, self.dict_key_x), prior_precisions
             )
         check_finite_predictions(f_mu, variances)
         return at_least_single(f_mu), variances
@@ -696,7 +707,7 @@ class KronDebiasedLaplace(KronLaplace):
             self.model,
             self.fitted_params,
             self._calibrated_sample(n_samples, generator),
-            on_device(X, self._device),
+            self._inputs(X),
             **model_kwargs,
         )
 

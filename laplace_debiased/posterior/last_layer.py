@@ -24,7 +24,7 @@ from laplace_debiased.predictive.last_layer import (
     last_layer_covariance,
     last_layer_outputs,
 )
-from laplace_debiased.rows.inputs import Inputs, on_device
+from laplace_debiased.rows.inputs import Inputs
 
 
 class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
@@ -146,7 +146,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         KronLLLaplace.__init__(self, *given)
         # laplace-torch's class forgets it on the way
         self.damping = damping
-        self.model = PicklableExtractor(self.model)
+        self.model = PicklableExtractor(self.model, dict_key_y)
         self._check_settings()
 
     @property
@@ -155,6 +155,11 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         if self._selection is not None:
             return self.params
         return list(self._last_layer.parameters())
+
+    @property
+    def _network(self) -> nn.Module:
+        """A copy of the user's network."""
+        return self.model.model
 
     @property
     def _last_layer(self) -> nn.Module:
@@ -244,7 +249,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         **model_kwargs: Any,
     ) -> Iterator[Tensor]:
         params = self.fitted_params
-        X = on_device(X, self._device)
+        X = self._inputs(X)
         with torch.set_grad_enabled(self.enable_backprop):
             _, features = features_of(self.model, params, X, **model_kwargs)
         if features is None:

@@ -18,6 +18,7 @@ from laplace.utils import split_batch
 from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
 
+from laplace_debiased.rows.arguments import by_keywords, without_targets
 from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.output_curvature import (
     EMPIRICAL,
@@ -96,8 +97,10 @@ def inputs_and_targets(batch: Any, backend: CurvatureInterface) -> Batch:
     Returns:
         Inputs and targets.
     """
-    X, y = split_batch(batch, backend.dict_key_y)
+    key = backend.dict_key_y
+    X, y = split_batch(batch, key)
     device = next(backend.model.parameters()).device
+    X = without_targets(backend.model, X, key)
     return on_device(X, device), y.to(device)
 
 
@@ -105,16 +108,20 @@ class PicklableExtractor(FeatureExtractor):
     """laplace-torch's extractor of features, which other processes and copies can use.
 
     Its own has a local function as a hook, which cannot be pickled, and which writes
-    the features of a copy into the original.
+    the features of a copy into the original. It calls the network with one argument,
+    which a further hook turns into keywords where the network takes these.
 
     Args:
         original: The extractor, which is not used any more.
+        target_key: Key of the targets in mappings.
     """
 
-    def __init__(self, original: FeatureExtractor):
+    def __init__(self, original: FeatureExtractor, target_key: str):
         super().__init__(
             original.model, None, original.enable_backprop, original.feature_reduction
         )
+        hook = partial(by_keywords, target_key)
+        self.model.register_forward_pre_hook(hook, with_kwargs=True)
         if original.last_layer is not None:
             # the constructor's own hook, which is the last one
             original.last_layer._forward_hooks.popitem()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.bases import columns_rotated, rotated
-from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
+from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, transposed
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.linearization import contract_positions
 from laplace_debiased.rows.one_hot import OneHotRows
@@ -44,15 +44,19 @@ class BlockPosterior:
     eigenvectors: Sequence[Tensor]
     precisions: Tensor
 
-    def of(self, layer: Layer) -> BlockPosterior:
-        """Return the block of ``[d_out, d_in]``, however the layer's matrix is stored.
+    def of_rows(self, layer: Layer) -> BlockPosterior:
+        """Return the block of the matrix that rows give, ``[d_out, d_in]``.
 
         Args:
-            layer: The layer.
+            layer: The layer that the block's parameter belongs to.
+
+        Returns:
+            The block, transposed if that is how a layer's matrix is stored.
         """
-        if not layer.is_embedding or self.precisions.ndim == 1:
+        if not (layer.is_transposed and self.precisions.ndim == 2):
             return self
-        return BlockPosterior(self.eigenvectors[::-1], self.precisions.mT)
+        vectors, (precisions,) = transposed(self.eigenvectors, [self.precisions])
+        return BlockPosterior(vectors, precisions)
 
     def rotate_inputs(self, rows: Tensor | OneHotRows) -> Tensor | OneHotRows:
         """Rotate input rows ``[batch, S, groups, d_in]``."""

@@ -62,7 +62,8 @@ def features_of(
         output = run(model, X, **model_kwargs)
     if len(uses) == 1:
         use, own_output = uses[0]
-        if output is own_output and isinstance(use, LinearUse) and use.input.ndim == 2:
+        is_linear = isinstance(use, LinearUse) and not use.is_transposed
+        if output is own_output and is_linear and use.input.ndim == 2:
             return Features(output, use.input)
     return Features(output, None)
 

@@ -58,7 +58,7 @@ class LinearizedPredictive:
         self._model, self._params, self._layers = model, params, layers
         posteriors = block_posteriors(posterior)
         self._blocks = [
-            (layer, position == layer.matrix, posteriors[position].of(layer))
+            (layer, position == layer.matrix, posteriors[position].of_rows(layer))
             for layer in layers
             for position in layer.parameters
         ]

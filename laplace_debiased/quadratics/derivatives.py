@@ -260,7 +260,7 @@ def _reverse_ggn(quadratic: _Quadratic, selection: Selection) -> Measure:
                 changes += changes_by_matrix(
                     gradients,
                     linear.dense_inputs(layer),
-                    parts[layer.matrix],
+                    layer.as_matrix(parts[layer.matrix].T).flatten(1).T,
                     quadratic.memory_limit,
                 )
         changes = changes.movedim(2, 0)

@@ -184,7 +184,8 @@ def _parameter_rows(
     gradients = torch.einsum("knc,nc...->nk...", columns, linear.gradients[layer.name])
     if position != layer.matrix:
         return gradients.flatten(3).sum(2)
-    return contract_positions(gradients, linear.dense_inputs(layer)).flatten(2)
+    jacobians = contract_positions(gradients, linear.dense_inputs(layer))
+    return layer.as_stored(jacobians)
 
 
 def _gram(rows: Tensor) -> Tensor:

@@ -25,6 +25,11 @@ class EmbeddingUse(MatrixUse):
     sparse: bool = False
 
     @property
+    def is_transposed(self) -> bool:
+        """See :attr:`MatrixUse.is_transposed`."""
+        return True
+
+    @property
     def axes(self) -> range:
         """See :attr:`Use.axes`."""
         return range(self.input.ndim)

@@ -27,6 +27,34 @@ def on_device(X: Inputs, device: torch.device) -> Inputs:
     return X.to(device) if isinstance(X, Tensor) else X
 
 
+def num_examples(X: Inputs, key: str) -> int:
+    """Count examples.
+
+    Args:
+        X: Inputs, a tensor or a mapping.
+        key: Key of the inputs in mappings; if there is none such, all tensors must have
+            a row for each example.
+
+    Returns:
+        Their number.
+
+    Raises:
+        ValueError: If a mapping does not tell.
+    """
+    if isinstance(X, Tensor):
+        return len(X)
+    if key in X:
+        return len(X[key])
+    tensors = [v for v in X.values() if isinstance(v, Tensor) and v.ndim > 0]
+    sizes = {len(tensor) for tensor in tensors}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"The inputs have keys {list(X)}, of which none is `dict_key_x` {key!r}: "
+            "pass the key whose rows are the examples."
+        )
+    return sizes.pop()
+
+
 def at_least_single(tensor: Tensor) -> Tensor:
     """Turn half precision, in which a confident model's curvature is lost, into single.
 

@@ -7,8 +7,9 @@ Kronecker factors, directional curvatures and functional variances are contracti
 these two tensors. The view follows Eschenhagen et al., 2023 (arXiv 2311.00636).
 
 Rows have shape ``[batch, S, groups, features]``, where ``groups`` is one but for
-grouped convolutions. The scale and the shift of a normalization are vectors: each is a
-layer of its own that has gradient rows, the per-example gradients, and no inputs.
+grouped convolutions. The scale and the shift of a normalization are vectors, as is the
+bias of a transposed convolution: each is a layer of its own that has gradient rows, the
+per-example gradients, and no inputs.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ class Layer:
         d_in: Number of features of an input row of a group; zero without a matrix.
         is_normalization: Whether the vector is a scale or a shift, whose gradient rows
             are the per-example gradients.
+        is_transposed: Whether the weight is stored as ``[d_in, d_out]``.
         layouts: Where the examples are in each call of a pass; one entry if it is the
             same in all of them.
         groups: Number of groups.
         num_positions: Number of positions, S, of the example that the layer was found
             with.
-        is_embedding: Whether the matrix is a table of embeddings, which is stored as
-            ``[d_in, d_out]`` and has one-hot inputs.
+        is_embedding: Whether the matrix is a table of embeddings, whose inputs are
+            one-hot.
         calls: Calls of a parameter that is used in any way, whose gradient rows are the
             per-example gradients (:mod:`~laplace_debiased.rows.copies`); none for those
             that a row type tells of.
@@ -64,6 +66,7 @@ class Layer:
     d_out: int
     d_in: int = 0
     is_normalization: bool = False
+    is_transposed: bool = False
     layouts: tuple[Layout, ...] = (Layout(),)
     groups: int = 1
     num_positions: int = 1
@@ -120,6 +123,30 @@ class Layer:
             for function, inputs, outputs in state_dict["calls"]
         )
         return cls(**state_dict | {"layouts": layouts, "calls": calls})
+
+    def as_matrix(self, weights: Tensor) -> Tensor:
+        """Bring values of the weight into the order of rows.
+
+        Args:
+            weights: Values as they are stored ``[values, ...]``.
+
+        Returns:
+            Matrices ``[values, d_out, d_in]``.
+        """
+        if self.is_transposed:
+            return weights.reshape(len(weights), self.d_in, self.d_out).mT
+        return weights.reshape(len(weights), self.d_out, self.d_in)
+
+    def as_stored(self, matrices: Tensor) -> Tensor:
+        """Invert :meth:`as_matrix`.
+
+        Args:
+            matrices: Matrices ``[..., d_out, d_in]``.
+
+        Returns:
+            Values of the weight in the order that it is stored in ``[..., entries]``.
+        """
+        return (matrices.mT if self.is_transposed else matrices).flatten(-2)
 
     def join_calls(self, rows: list[Tensor]) -> Tensor:
         """Join the gradient rows of several calls.

@@ -142,6 +142,7 @@ def _gradient_of_rows(
         norms = g.norm(dim=-1)  # [batch, S, groups]
         if isinstance(use, MatrixUse) and traced.key == "weight":
             part, lengths = _contracted(g, use.input_rows(layout, PAIR).to(g.dtype))
+            part = part.mT if use.is_transposed else part
             norms = norms * lengths
         else:
             part = g.flatten(2).sum((0, 1))
@@ -150,11 +151,11 @@ def _gradient_of_rows(
 
 
 def _contracted(g: Tensor, x: Tensor | OneHotRows) -> tuple[Tensor, Tensor]:
-    """Sum the rows' outer products, as the matrix is stored; return x's lengths."""
+    """Sum the rows' outer products ``[d_out, d_in]``; return the lengths of x, too."""
     if isinstance(x, OneHotRows):
         rows = (g.squeeze(2) * x.values[:, :, None]).flatten(0, 1)
         part = g.new_zeros(x.size, g.shape[-1])
         part = part.index_add_(0, x.numbers.flatten(), rows)
-        return part, x.values[:, :, None]
+        return part.mT, x.values[:, :, None]
     # [batch, S, groups, d_out], [batch, S, groups, d_in] -> [d_out, d_in]
     return torch.einsum("nsgo,nsgi->goi", g, x).flatten(0, 1), x.norm(dim=-1)

@@ -1,8 +1,9 @@
-"""Uses of a matrix: linear layers and convolutions."""
+"""Uses of a matrix: linear layers, products and convolutions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,18 @@ from laplace_debiased.rows.uses import Choice, Layout, MatrixUse
 
 @dataclass(frozen=True, eq=False)
 class LinearUse(MatrixUse):
-    """``F.linear`` on ``[..., d_in]``: each entry of the other axes is a position."""
+    """``F.linear`` on ``[..., d_in]``: each entry of the other axes is a position.
+
+    Args:
+        stored_transposed: Whether the weight is ``[d_in, d_out]``, as of a product.
+    """
+
+    stored_transposed: bool = False
+
+    @property
+    def is_transposed(self) -> bool:
+        """See :attr:`MatrixUse.is_transposed`."""
+        return self.stored_transposed
 
     @property
     def axes(self) -> range:
@@ -35,6 +47,52 @@ class LinearUse(MatrixUse):
     ) -> Tensor:
         """See :meth:`Use.gradient_rows`."""
         return positions_of_vectors(gradient, layout, batch_size)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearUse:
+    """Describe a call of ``F.linear``, whose arguments these are."""
+    original = _transposed_original(weight)
+    if original is None:
+        return LinearUse(input, weight, bias)
+    return LinearUse(input, original, bias, stored_transposed=True)
+
+
+def product(input: Tensor, other: Tensor) -> LinearUse | None:
+    """Describe a call of ``torch.matmul``; None if it is no product by a matrix."""
+    if not (isinstance(other, Tensor) and other.ndim == 2):
+        return None
+    original = _transposed_original(other)
+    if original is None:
+        return LinearUse(input, other, stored_transposed=True)
+    return LinearUse(input, original)
+
+
+def matrix_product(input: Tensor, mat2: Tensor) -> LinearUse | None:
+    """Describe a call of ``torch.mm``, whose arguments these are."""
+    return product(input, mat2)
+
+
+def shifted_product(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> LinearUse | None:
+    """Describe a call of ``torch.addmm``; None unless it adds a bias to a product."""
+    use = product(mat1, mat2)
+    if use is None or (beta, alpha) != (1, 1) or input.shape != mat2.shape[1:]:
+        return None
+    return replace(use, bias=input)
+
+
+def _transposed_original(weight: Tensor) -> Tensor | None:
+    """Return the matrix that another one is a transposed view of, if it is one."""
+    base = weight._base
+    is_transpose = (
+        base is not None
+        and base.ndim == 2
+        and weight.shape == base.shape[::-1]
+        and weight.stride() == base.stride()[::-1]
+        and weight.storage_offset() == base.storage_offset()
+    )
+    return base if is_transpose else None
 
 
 def positions_of_vectors(tensor: Tensor, layout: Layout, batch_size: int) -> Tensor:
@@ -78,12 +136,12 @@ class ConvolutionUse(MatrixUse):
         if self.padding == "valid":
             return [0] * 2 * len(self._kernel)
         if self.padding == "same":  # torch's own convention: the odd one at the end
-            dilations = _of_each_axis(self.dilation, len(self._kernel))
+            dilations = of_each_axis(self.dilation, len(self._kernel))
             totals = [d * (k - 1) for d, k in zip(dilations, self._kernel, strict=True)]
             ends = [(total // 2, total - total // 2) for total in totals]
         else:
             assert not isinstance(self.padding, str)
-            ends = [(p, p) for p in _of_each_axis(self.padding, len(self._kernel))]
+            ends = [(p, p) for p in of_each_axis(self.padding, len(self._kernel))]
         return [end for pair in reversed(ends) for end in pair]
 
     def input_rows(
@@ -98,19 +156,7 @@ class ConvolutionUse(MatrixUse):
         return rows.unflatten(2, (self.groups, -1))
 
     def _patches(self, padded: Tensor) -> Tensor:
-        """Unfold ``[images, channels, ...]`` into ``[images, S, d_in]``."""
-        dims = len(self._kernel)
-        sizes = zip(
-            self._kernel,
-            _of_each_axis(self.stride, dims),
-            _of_each_axis(self.dilation, dims),
-            strict=True,
-        )
-        for axis, (size, stride, dilation) in enumerate(sizes, start=2):
-            padded = padded.unfold(axis, dilation * (size - 1) + 1, stride)
-            padded = padded[..., ::dilation]
-        # [images, channels, *positions, *kernel]
-        return padded.movedim(1, 1 + dims).flatten(1, dims).flatten(2)
+        return patches(padded, self._kernel, self.stride, self.dilation)
 
     def _chosen(
         self, padded: Tensor, layout: Layout, batch_size: int, choice: Choice
@@ -134,7 +180,35 @@ class ConvolutionUse(MatrixUse):
         return examples.reshape(batch_size, -1, self.groups, channels // self.groups)
 
 
-def _of_each_axis(value: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+def patches(
+    padded: Tensor,
+    kernel: Sequence[int],
+    stride: int | tuple[int, ...],
+    dilation: int | tuple[int, ...],
+) -> Tensor:
+    """Unfold what a kernel is moved over.
+
+    Args:
+        padded: Images ``[images, channels, ...]``.
+        kernel: The kernel's sizes.
+        stride: Its steps.
+        dilation: Distance of its entries.
+
+    Returns:
+        ``[images, S, channels * kernel]``.
+    """
+    dims = len(kernel)
+    sizes = zip(
+        kernel, of_each_axis(stride, dims), of_each_axis(dilation, dims), strict=True
+    )
+    for axis, (size, step, distance) in enumerate(sizes, start=2):
+        padded = padded.unfold(axis, distance * (size - 1) + 1, step)
+        padded = padded[..., ::distance]
+    # [images, channels, *positions, *kernel]
+    return padded.movedim(1, 1 + dims).flatten(1, dims).flatten(2)
+
+
+def of_each_axis(value: int | tuple[int, ...], count: int) -> tuple[int, ...]:
     """Repeat a number for each axis, as torch's convolutions do."""
     if isinstance(value, int):
         return (value,) * count

@@ -43,6 +43,10 @@ class NormalizationUse(Use):
         """See :attr:`Use.mixes_examples`."""
         return self.batch_statistics
 
+    def is_vector(self, key: str) -> bool:
+        """See :meth:`Use.is_vector`."""
+        return True
+
     def before_changes(self, differentiable: bool) -> NormalizationUse:
         """See :meth:`Use.before_changes`."""
         assert self.normalize is not None

@@ -108,10 +108,9 @@ class Recorder(Substitution):
             output = plain(*args, **kwargs)
         else:
             output = self._call(plain, args, kwargs)
-        if func in USES:
-            use = USES[func](*args, **kwargs)
-            if self._is_recorded(use):
-                return self._on_use(use, output)
+        use = USES[func](*args, **kwargs) if func in USES else None
+        if use is not None and self._is_recorded(use):
+            return self._on_use(use, output)
         if self._on_other is not None:
             taken = list(self._taken([args, kwargs]))
             if taken and any(self._is_new(value) for value in _tensors(output)):

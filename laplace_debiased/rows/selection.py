@@ -31,7 +31,7 @@ from laplace_debiased.rows.separation import (
     num_traced,
 )
 from laplace_debiased.rows.tape import batch_statistics
-from laplace_debiased.rows.tracing import Trace, trace
+from laplace_debiased.rows.tracing import Trace, TracedUse, trace
 from laplace_debiased.rows.uses import Layout, MatrixUse
 
 _SUPPORTED = (
@@ -239,11 +239,18 @@ def _reason(k: int, param: Tensor, pair: Trace, many: Trace) -> str | None:
         return "is used where no gradients are recorded"
     if not uses:
         return None if many.uses[k] else "is not used"
-    if len({(type(use.use), use.key) for use in uses}) > 1:
+    if len({_kind_of_use(use) for use in uses}) > 1:
         return "is used in different ways"
     if all(gradient is None for use in uses for gradient in use.gradients):
         return "does not influence the output"
     return None
+
+
+def _kind_of_use(traced: TracedUse) -> tuple[type, str, bool]:
+    """Return what all uses of a parameter must agree in."""
+    use = traced.use
+    is_transposed = isinstance(use, MatrixUse) and use.is_transposed
+    return type(use), traced.key, is_transposed
 
 
 def _check_examples_are_separate(pair: Trace, layers: list[Layer]) -> None:
@@ -262,9 +269,9 @@ def _groups(pair: Trace, positions: dict[int, list[Layout]]) -> list[list[int]]:
     groups: dict[Hashable, list[int]] = {}
     for k in positions:
         uses = pair.uses[k]
-        is_matrix_use = isinstance(uses[0].use, MatrixUse)
+        is_vector = uses[0].use.is_vector(uses[0].key)
         numbers = tuple(use.number for use in uses)
-        groups.setdefault(numbers if is_matrix_use else k, []).append(k)
+        groups.setdefault(k if is_vector else numbers, []).append(k)
     return [
         sorted(group, key=lambda k: pair.uses[k][0].key, reverse=True)
         for group in groups.values()
@@ -288,8 +295,9 @@ def _layer(
     )
     sizes = [use.use.input.shape[layer.layout(k).axis] for k, use in enumerate(uses)]
     layer = replace(layer, num_entries=sum(sizes) // PAIR)
-    if isinstance(uses[0].use, NormalizationUse):
-        return replace(layer, is_normalization=True)
+    if uses[0].use.is_vector(uses[0].key):
+        is_normalization = isinstance(uses[0].use, NormalizationUse)
+        return replace(layer, is_normalization=is_normalization)
     keys = {pair.uses[k][0].key: k for k in group}
     # [batch, S, groups, d_in] of all calls
     rows = join_positions(
@@ -300,14 +308,15 @@ def _layer(
         ]
     )
     _, num_positions, num_groups, d_in = rows.shape
-    is_embedding = isinstance(rows, OneHotRows)
+    d_in = d_in if "weight" in keys else 0
     return replace(
         layer,
         matrix=keys.get("weight"),
-        is_embedding=is_embedding,
         vector=keys.get("bias"),
-        d_out=len(parameter.mT if is_embedding else parameter),
-        d_in=d_in if "weight" in keys else 0,
+        d_out=parameter.numel() // max(1, d_in),
+        d_in=d_in,
+        is_embedding=isinstance(rows, OneHotRows),
+        is_transposed=_kind_of_use(uses[0])[2],
         groups=num_groups,
         num_positions=num_positions,
     )

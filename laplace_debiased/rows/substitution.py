@@ -15,6 +15,7 @@ from torch.overrides import (
     _pop_mode,
 )
 
+from laplace_debiased.rows.arguments import arguments
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.model_state import is_plain, keeping_buffers
 from laplace_debiased.rows.sharing import EAGERLY, everywhere
@@ -147,7 +148,8 @@ def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
 
     Args:
         model: The network.
-        X: Inputs, a tensor or a mapping.
+        X: Inputs, a tensor or a mapping
+            (:func:`~laplace_debiased.rows.arguments.arguments`).
         **kwargs: Its further keywords.
 
     Returns:
@@ -173,7 +175,8 @@ def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
         buffers = [buffer for buffer in original.buffers() if is_plain(buffer)]
         copies = {id(buffer): buffer.detach().clone() for buffer in buffers}
         with Substitution(copies) if copies else nullcontext():
-            return logits_of(original(X, **kwargs))
+            args, keywords = arguments(original, X)
+            return logits_of(original(*args, **keywords, **kwargs))
 
 
 def logits_of(output: Any) -> Tensor:

@@ -83,6 +83,19 @@ class Use:
         """Whether the function computes statistics over the batch."""
         return False
 
+    def is_vector(self, key: str) -> bool:
+        """Whether a parameter is a layer of its own, without input rows.
+
+        The gradient rows of a call are the per-example gradients then.
+
+        Args:
+            key: The parameter, ``"weight"`` or ``"bias"``.
+
+        Returns:
+            Whether it is.
+        """
+        return False
+
     def before_changes(self, differentiable: bool) -> Use:
         """Keep what the rows need, before the network may overwrite the input.
 
@@ -114,6 +127,11 @@ class Use:
 @dataclass(frozen=True, eq=False)
 class MatrixUse(Use):
     """The weight is a matrix that is multiplied by rows of inputs."""
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is stored as ``[d_in, d_out]``."""
+        return False
 
     def input_rows(
         self, layout: Layout, batch_size: int, choice: Choice | None = None

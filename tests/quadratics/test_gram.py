@@ -64,7 +64,9 @@ def test_eigenvectors_are_orthonormal_beyond_the_rank():
 
 def is_cheaper(model, X, num_data, k):
     params = list(model.parameters())
-    return gram_is_cheaper(select(model, params, X, len(X)), params, num_data, k)
+    return gram_is_cheaper(
+        select(model, params, X, len(X), dense=True), params, num_data, k
+    )
 
 
 def test_gram_matrix_is_cheaper_if_weights_are_shared_and_points_few(monkeypatch):

@@ -52,7 +52,8 @@ def example_gradients(model, X, params, layers):
         for position in layer.parameters:
             if position == layer.matrix:
                 x = inputs[layer.name]
-                own = torch.einsum("nsgo,nsgi->ngoi", g, x).flatten(1)
+                own = torch.einsum("nsgo,nsgi->ngoi", g, x).flatten(1, 2)
+                own = layer.as_stored(own)
             else:
                 own = g.flatten(2).sum(1)
             contracted[position] = own

@@ -109,7 +109,7 @@ class TiedAutoencoder(nn.Module):
 def test_weights_that_are_also_used_otherwise_are_left_out():
     model, X = TiedAutoencoder().double(), torch.randn(SIZE, 4).double()
     assert names_and_reasons(model, X) == {
-        ("encoder.weight", "is also used by `linear`")
+        ("encoder.weight", "is used in different ways")
     }
     params, layers, _ = supported(model, X, dense=True)
     assert_rows_are_exact(model, X, params, layers)
