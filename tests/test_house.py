@@ -14,6 +14,7 @@ FOLDERS = (
     "predictive",
     "quadratics",
     "posterior",
+    "integrations",
     "comparison",
 )
 ROOT = Path(laplace_debiased.__file__).parent

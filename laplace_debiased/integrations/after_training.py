@@ -1,0 +1,61 @@
+"""What is done with a network when its training ends."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from laplace import Laplace
+from torch import nn
+from torch.utils.data import DataLoader
+
+from laplace_debiased.posterior.laplace import KronDebiasedLaplace
+
+
+@dataclass(frozen=True)
+class AfterTraining:
+    """Fits a posterior, tunes and saves it.
+
+    Args:
+        likelihood: ``"classification"`` or ``"regression"``.
+        subset_of_weights: ``"all"`` or ``"last_layer"``.
+        path: Where to save the posterior; None if it is not saved.
+        options: Further keywords of
+            :class:`~laplace_debiased.posterior.laplace.KronDebiasedLaplace`.
+    """
+
+    likelihood: str = "classification"
+    subset_of_weights: str = "all"
+    path: str | os.PathLike[str] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(
+        self, network: nn.Module, train: DataLoader, val: DataLoader | None
+    ) -> KronDebiasedLaplace:
+        """Fit a posterior.
+
+        Probabilities are calibrated by the validation data if there are any. Otherwise,
+        the marginal likelihood chooses the prior precision, and with regression the
+        noise, too.
+
+        Args:
+            network: The trained network.
+            train: Yields the data that it was trained on.
+            val: Yields validation data; None if there are none.
+
+        Returns:
+            The posterior.
+        """
+        kinds = self.likelihood, self.subset_of_weights, "kron_debiased"
+        la = cast("KronDebiasedLaplace", Laplace(network, *kinds, **self.options))
+        la.fit(train)
+        if self.likelihood == "regression":
+            la.optimize_prior_precision(tune_sigma_noise=True)
+        elif val is None:
+            la.optimize_prior_precision()
+        else:
+            la.calibrate(val)
+        if self.path is not None:
+            la.save(self.path)
+        return la

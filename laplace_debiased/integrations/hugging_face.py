@@ -1,0 +1,82 @@
+"""A callback for Hugging Face's ``Trainer``: a posterior when training ends."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from laplace_debiased.integrations.after_training import AfterTraining
+from laplace_debiased.posterior.laplace import KronDebiasedLaplace
+
+
+class LaplaceCallback(TrainerCallback):
+    """Fits a posterior to a model when its training ends.
+
+    Args:
+        likelihood: ``"classification"`` or ``"regression"``.
+        subset_of_weights: ``"all"`` or ``"last_layer"``.
+        val_loader: Validation data, such as ``trainer.get_eval_dataloader()``; None for
+            the trainer's, if it evaluated on some.
+        path: Where to save the posterior, beside the model's own checkpoint.
+        **options: Further keywords of
+            :class:`~laplace_debiased.posterior.laplace.KronDebiasedLaplace`.
+
+    Attributes:
+        posterior: The posterior; None before training ended.
+
+    Example:
+        With a model and data of your own:
+
+        >>> from laplace_debiased.integrations.hugging_face import LaplaceCallback
+        >>> callback = LaplaceCallback("classification", budget=128)
+        >>> # Trainer(model, ..., callbacks=[callback]).train()
+        >>> callback.posterior is None  # before that
+        True
+    """
+
+    def __init__(
+        self,
+        likelihood: str = "classification",
+        subset_of_weights: str = "all",
+        *,
+        val_loader: DataLoader | None = None,
+        path: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ):
+        self._val_loader = val_loader
+        self._fit = AfterTraining(likelihood, subset_of_weights, path, options)
+        self.posterior: KronDebiasedLaplace | None = None
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        train_dataloader: DataLoader | None = None,
+        eval_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Fit the posterior.
+
+        Args:
+            args: The trainer's arguments.
+            state: Its state.
+            control: Its control.
+            model: The model that was trained.
+            train_dataloader: The training data.
+            eval_dataloader: The validation data, if the trainer evaluated on some.
+            **kwargs: What else the trainer passes.
+        """
+        assert model is not None and train_dataloader is not None
+        val = eval_dataloader if self._val_loader is None else self._val_loader
+        self.posterior = self._fit(model, train_dataloader, val)

@@ -1,0 +1,89 @@
+"""A callback for Lightning: a posterior when training ends."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from laplace_debiased.integrations.after_training import AfterTraining
+from laplace_debiased.posterior.laplace import KronDebiasedLaplace
+
+
+class LaplaceCallback(Callback):
+    """Fits a posterior to a module when its training ends.
+
+    It uses the trainer's own data: the training data for the curvature, and the
+    validation data for calibration.
+
+    Args:
+        likelihood: ``"classification"`` or ``"regression"``.
+        subset_of_weights: ``"all"`` or ``"last_layer"``.
+        network: Name of the submodule that gives outputs ``[batch, outputs]``; None if
+            the module itself does.
+        val_loader: Validation data; None for the trainer's.
+        path: Where to save the posterior, beside the module's own checkpoint.
+        **options: Further keywords of
+            :class:`~laplace_debiased.posterior.laplace.KronDebiasedLaplace`.
+
+    Attributes:
+        posterior: The posterior; None before training ended.
+
+    Example:
+        With a trainer and a module of your own:
+
+        >>> from laplace_debiased.integrations.lightning import LaplaceCallback
+        >>> callback = LaplaceCallback("classification", budget=128)
+        >>> # Trainer(callbacks=[callback]).fit(module, train_loader, val_loader)
+        >>> callback.posterior is None  # before that
+        True
+    """
+
+    def __init__(
+        self,
+        likelihood: str = "classification",
+        subset_of_weights: str = "all",
+        *,
+        network: str | None = None,
+        val_loader: DataLoader | None = None,
+        path: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ):
+        self._network, self._val_loader = network, val_loader
+        self._fit = AfterTraining(likelihood, subset_of_weights, path, options)
+        self.posterior: KronDebiasedLaplace | None = None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fit the posterior.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module that was trained.
+
+        Raises:
+            ValueError: If the trainer has several loaders, of training data, or of
+                validation data where none is given.
+        """
+        network = pl_module.get_submodule(self._network or "")
+        train = _only("train_dataloader", trainer.train_dataloader)
+        val = self._val_loader
+        if val is None and trainer.val_dataloaders is not None:
+            val = _only("val_dataloaders", trainer.val_dataloaders)
+        assert train is not None
+        self.posterior = self._fit(network, train, val)
+
+
+def _only(name: str, loaders: Any) -> DataLoader | None:
+    """Return the loader if there is a single one, None if there is none."""
+    if isinstance(loaders, list | tuple):
+        if not loaders:
+            return None
+        (loaders,) = loaders if len(loaders) == 1 else (None,)
+    if not isinstance(loaders, DataLoader):
+        raise ValueError(
+            f"The trainer's `{name}` must be a single DataLoader: for validation data, "
+            "pass `val_loader`."
+        )
+    return loaders

@@ -1,0 +1,93 @@
+"""The callback in a real Lightning trainer."""
+
+import logging
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from laplace_debiased import Laplace
+from laplace_debiased.integrations.lightning import LaplaceCallback
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self, nested=False):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.nested = nested
+
+    def forward(self, x):
+        return {"scores": self.body(x)} if self.nested else self.body(x)
+
+    def training_step(self, batch, index):
+        return nn.functional.cross_entropy(self.body(batch[0]), batch[1])
+
+    def validation_step(self, batch, index, dataloader_idx=0):
+        self.log("loss", nn.functional.cross_entropy(self.body(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 0.01)
+
+
+def loader(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(size, 4, generator=generator)
+    return DataLoader(TensorDataset(X, X[:, :3].argmax(1)), 16, shuffle=True)
+
+
+def train(module, callback, *loaders):
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, *loaders)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_a_posterior_is_fitted_calibrated_and_saved(tmp_path):
+    torch.manual_seed(0)
+    module, data = Classifier(), (loader(120, 0), loader(60, 1))
+    callback = LaplaceCallback(budget=32, path=tmp_path / "posterior.pt")
+    train(module, callback, *data)
+    la = callback.posterior
+    assert la.calibration is not None and la.n_data == 120
+    X = data[1].dataset.tensors[0]
+    restored = Laplace(module, "classification", "all", "kron_debiased", budget=32)
+    restored.load(tmp_path / "posterior.pt")
+    assert torch.equal(restored(X), la(X))
+    expected = Laplace(module, "classification", "all", "kron_debiased", budget=32)
+    expected.fit(data[0])
+    expected.calibrate(data[1])
+    assert torch.allclose(la(X), expected(X))
+
+
+def test_submodules_and_other_validation_data_can_be_given():
+    module = Classifier(nested=True)
+    callback = LaplaceCallback(network="body", val_loader=loader(60, 1))
+    train(module, callback, loader(60, 0))
+    assert callback.posterior.model is module.body
+    assert callback.posterior.calibration is not None
+
+
+def test_without_validation_data_the_marginal_likelihood_chooses():
+    callback = LaplaceCallback(subset_of_weights="last_layer")
+    train(Classifier(), callback, loader(60, 0))
+    la = callback.posterior
+    assert la.calibration is None and la.prior_precision.item() != 1
+
+
+def test_several_loaders_are_refused():
+    callback = LaplaceCallback()
+    with pytest.raises(ValueError, match=r"val_dataloaders.* single DataLoader"):
+        train(Classifier(), callback, loader(60, 0), [loader(20, 1), loader(20, 2)])
