@@ -209,6 +209,40 @@ class PaddingByItself(nn.Conv2d):
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
 
 
+def _padding_by_themselves():
+    """As in EfficientNet-Lite: padding by a module of each convolution."""
+
+    class StaticPadding(nn.Conv2d):
+        def __init__(self, *args, ends, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.stride = list(self.stride)
+            self.padding_of_its_own = nn.ZeroPad2d(ends) if any(ends) else nn.Identity()
+
+        def forward(self, x):
+            x = self.padding_of_its_own(x)
+            return F.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.expand = StaticPadding(2, 4, 1, ends=(0, 0, 0, 0), bias=False)
+            self.depthwise = StaticPadding(4, 4, 3, ends=(1, 1, 1, 1), groups=4)
+            self.project = StaticPadding(4, 2, 1, ends=(0, 0, 0, 0), bias=False)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in (4, 4, 2))
+            self.relu6 = nn.ReLU6(inplace=True)
+
+        def forward(self, x):
+            inputs = x
+            x = self.relu6(self.norms[0](self.expand(x)))
+            x = self.relu6(self.norms[1](self.depthwise(x)))
+            x = self.norms[2](self.project(x))
+            keep = torch.ones(len(x), 1, 1, 1, dtype=x.dtype)
+            return inputs + (x * keep if self.training else x)
+
+    stem = StaticPadding(1, 2, 3, stride=2, ends=(0, 1, 0, 1), bias=False)
+    return _cnn(stem, nn.ReLU6(inplace=True), Block(), width=2)
+
+
 # --- transformers
 
 
@@ -849,6 +883,7 @@ ZOO = {
     "padding by itself": Member(
         lambda: _cnn(PaddingByItself(1, 2, 2), nn.Tanh(), width=2), _IMAGE
     ),
+    "padding by modules of their own": Member(_padding_by_themselves, _IMAGE),
     "weight standardization": Member(
         lambda: _cnn(Standardized(1, 2, 2), nn.ReLU(), width=2),
         _IMAGE,

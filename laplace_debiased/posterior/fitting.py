@@ -30,10 +30,11 @@ from laplace_debiased.rows.inputs import (
     check_finite_inputs,
     check_is_batch,
 )
+from laplace_debiased.rows.left_out import refusal, warning
 from laplace_debiased.rows.model_state import check_repeatable, measuring
 from laplace_debiased.rows.output_curvature import ENDS_IN_SOFTMAX
 from laplace_debiased.rows.seeds import mixed_seed
-from laplace_debiased.rows.selection import Selection, refusal, select, warning
+from laplace_debiased.rows.selection import Selection, select
 from laplace_debiased.sampling.folds import (
     Folds,
     Points,
