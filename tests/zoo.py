@@ -83,6 +83,33 @@ class Member:
         return found[0] if found else None
 
 
+def sequences(length):
+    """Makes mappings of real sequences and masks."""
+
+    def inputs(size, generator):
+        lengths = torch.randint(1, length + 1, (size, 1), generator=generator)
+        return {
+            "values": reals(length, WIDTH)(size, generator),
+            "mask": (torch.arange(length) < lengths).double(),
+            "number": torch.arange(size),
+        }
+
+    return inputs
+
+
+class Keywords(nn.Module):
+    """Takes the values of a mapping by their names, and returns a mapping."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = _layer(), _head()
+
+    def forward(self, values=None, mask=None, labels=None):
+        assert labels is None
+        hidden = self.body(values).tanh() * mask[:, :, None]
+        return SequenceClassifierOutput(logits=self.head(hidden.sum(1)))
+
+
 class Model(nn.Module):
     """Modules and parameters by name, and a function of them and the input."""
 
@@ -999,6 +1026,7 @@ ZOO = {
     ),
     "model output": Member(lambda: _of(lambda f: SequenceClassifierOutput(logits=f))),
     "dictionary": Member(lambda: _of(lambda f: {"features": f + 1, "logits": f})),
+    "keywords": Member(Keywords, sequences(3)),
     "tuple": Member(lambda: _of(lambda f: (f, f)), refused="tuple.*tensor"),
     "dictionary without logits": Member(
         lambda: _of(lambda f: {"scores": f}), refused="dict.*logits"
@@ -1082,7 +1110,10 @@ def plain(model):
 
     def function(X):
         with torch.compiler.set_stance("force_eager"):
-            output = original(X)
+            if isinstance(original, Keywords):
+                output = original(X["values"], X["mask"])
+            else:
+                output = original(X)
         return output["logits"] if isinstance(output, dict) else output
 
     return function
