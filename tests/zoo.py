@@ -86,6 +86,33 @@ class Member:
         return found[0] if found else None
 
 
+def sequences(length):
+    """Makes mappings of real sequences and masks."""
+
+    def inputs(size, generator):
+        lengths = torch.randint(1, length + 1, (size, 1), generator=generator)
+        return {
+            "values": reals(length, WIDTH)(size, generator),
+            "mask": (torch.arange(length) < lengths).double(),
+            "number": torch.arange(size),
+        }
+
+    return inputs
+
+
+class Keywords(nn.Module):
+    """Takes the values of a mapping by their names, and returns a mapping."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = _layer(), _head()
+
+    def forward(self, values=None, mask=None, labels=None):
+        assert labels is None
+        hidden = self.body(values).tanh() * mask[:, :, None]
+        return SequenceClassifierOutput(logits=self.head(hidden.sum(1)))
+
+
 class Model(nn.Module):
     """Modules and parameters by name, and a function of them and the input."""
 
@@ -210,6 +237,40 @@ class PaddingByItself(nn.Conv2d):
 
     def forward(self, x):
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+def _padding_by_themselves():
+    """As in EfficientNet-Lite: padding by a module of each convolution."""
+
+    class StaticPadding(nn.Conv2d):
+        def __init__(self, *args, ends, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.stride = list(self.stride)
+            self.padding_of_its_own = nn.ZeroPad2d(ends) if any(ends) else nn.Identity()
+
+        def forward(self, x):
+            x = self.padding_of_its_own(x)
+            return F.conv2d(x, self.weight, self.bias, self.stride, groups=self.groups)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.expand = StaticPadding(2, 4, 1, ends=(0, 0, 0, 0), bias=False)
+            self.depthwise = StaticPadding(4, 4, 3, ends=(1, 1, 1, 1), groups=4)
+            self.project = StaticPadding(4, 2, 1, ends=(0, 0, 0, 0), bias=False)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in (4, 4, 2))
+            self.relu6 = nn.ReLU6(inplace=True)
+
+        def forward(self, x):
+            inputs = x
+            x = self.relu6(self.norms[0](self.expand(x)))
+            x = self.relu6(self.norms[1](self.depthwise(x)))
+            x = self.norms[2](self.project(x))
+            keep = torch.ones(len(x), 1, 1, 1, dtype=x.dtype)
+            return inputs + (x * keep if self.training else x)
+
+    stem = StaticPadding(1, 2, 3, stride=2, ends=(0, 1, 0, 1), bias=False)
+    return _cnn(stem, nn.ReLU6(inplace=True), Block(), width=2)
 
 
 # --- transformers
@@ -852,6 +913,7 @@ ZOO = {
     "padding by itself": Member(
         lambda: _cnn(PaddingByItself(1, 2, 2), nn.Tanh(), width=2), _IMAGE
     ),
+    "padding by modules of their own": Member(_padding_by_themselves, _IMAGE),
     "weight standardization": Member(
         lambda: _cnn(Standardized(1, 2, 2), nn.ReLU(), width=2),
         _IMAGE,
@@ -967,6 +1029,7 @@ ZOO = {
     ),
     "model output": Member(lambda: _of(lambda f: SequenceClassifierOutput(logits=f))),
     "dictionary": Member(lambda: _of(lambda f: {"features": f + 1, "logits": f})),
+    "keywords": Member(Keywords, sequences(3)),
     "tuple": Member(lambda: _of(lambda f: (f, f)), refused="tuple.*tensor"),
     "dictionary without logits": Member(
         lambda: _of(lambda f: {"scores": f}), refused="dict.*logits"
@@ -1050,7 +1113,10 @@ def plain(model):
 
     def function(X):
         with torch.compiler.set_stance("force_eager"):
-            output = original(X)
+            if isinstance(original, Keywords):
+                output = original(X["values"], X["mask"])
+            else:
+                output = original(X)
         return output["logits"] if isinstance(output, dict) else output
 
     return function

@@ -30,16 +30,11 @@ from laplace_debiased.rows.inputs import (
     check_finite_inputs,
     check_is_batch,
 )
+from laplace_debiased.rows.left_out import refusal, refusal_of_diagonals, warning
 from laplace_debiased.rows.model_state import check_repeatable, measuring
 from laplace_debiased.rows.output_curvature import ENDS_IN_SOFTMAX
 from laplace_debiased.rows.seeds import mixed_seed
-from laplace_debiased.rows.selection import (
-    Selection,
-    refusal,
-    refusal_of_diagonals,
-    select,
-    warning,
-)
+from laplace_debiased.rows.selection import Selection, select
 from laplace_debiased.sampling.folds import (
     Folds,
     Points,
@@ -163,9 +158,9 @@ def choose_parameters(la: KronDebiasedLaplace, batch: Any) -> None:
         selection = select(la.model, candidates, X, len(y), dense)
     if selection.left_out and la.strict:
         raise ValueError(refusal(selection.left_out))
-    diagonals = refusal_of_diagonals(selection.layers) if la.strict else None
-    if diagonals is not None:
-        raise ValueError(diagonals)
+    diagonals = [layer.name for layer in selection.layers if layer.is_diagonal]
+    if diagonals and la.strict:
+        raise ValueError(refusal_of_diagonals(diagonals))
     _fit_selected(la, candidates, selection)
 
 

@@ -100,8 +100,10 @@ class KronDebiasedLaplace(KronLaplace):
             normalizations, which have their trained values; a vector that of each.
         temperature: Temperature of the likelihood.
         enable_backprop: Whether gradients flow through predictions to the inputs.
-        dict_key_x: Key of the inputs in mappings.
-        dict_key_y: Key of the targets in mappings.
+        dict_key_x: Key of the inputs in mappings, whose rows are counted; not needed if
+            all their tensors have a row for each example.
+        dict_key_y: Key of the targets in mappings. A network that takes the other
+            entries by keywords does not get them.
         backend: A curvature backend of laplace-torch; None for ``CurvlinopsGGN``.
         damping: Whether to spread the prior precision over the Kronecker factors.
         backend_kwargs: Keywords of the backend.

@@ -36,6 +36,7 @@ from laplace_debiased.rows.inputs import (
     check_targets,
     on_device,
 )
+from laplace_debiased.rows.left_out import refusal
 from laplace_debiased.rows.linearization import (
     changes_by_matrix,
     linearize,
@@ -51,7 +52,7 @@ from laplace_debiased.rows.output_curvature import (
     is_counted,
     loss_scale,
 )
-from laplace_debiased.rows.selection import Selection, refusal, select
+from laplace_debiased.rows.selection import Selection, select
 from laplace_debiased.rows.separation import check_no_hidden_uses, check_outputs
 from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere, thread_restored
 from laplace_debiased.rows.substitution import Substitution, run
@@ -257,12 +258,9 @@ def _reverse_ggn(quadratic: _Quadratic, selection: Selection) -> Measure:
             if layer.vector is not None:
                 changes += gradients.flatten(3).sum(2) @ parts[layer.vector]
             if layer.matrix is not None:
-                changes += changes_by_matrix(
-                    gradients,
-                    linear.dense_inputs(layer),
-                    layer.as_matrix(parts[layer.matrix].T).flatten(1).T,
-                    quadratic.memory_limit,
-                )
+                own = layer.as_matrix(parts[layer.matrix].T).flatten(1).T
+                inputs, limit = linear.dense_inputs(layer), quadratic.memory_limit
+                changes += changes_by_matrix(gradients, inputs, own, limit)
         changes = changes.movedim(2, 0)
         return _slopes_and_curvatures(quadratic.loss_func, output, changes, y)
 

@@ -144,8 +144,7 @@ def _accepted(model: nn.Module) -> _Accepted:
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
     """Return the network that another one hands all keywords on to, if there is one."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return model.module
     base: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
-    if base is not None:  # of adapters
-        return base()
-    inner = getattr(model, "module", None)  # of parallel networks
-    return inner if isinstance(inner, nn.Module) else None
+    return None if base is None else base()  # that of an adapter

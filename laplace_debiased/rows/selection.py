@@ -21,6 +21,7 @@ from laplace_debiased.rows.layouts import (
     rows_of_others,
     rows_tell_gradient,
 )
+from laplace_debiased.rows.left_out import LeftOut, refusal
 from laplace_debiased.rows.normalization_uses import NormalizationUse
 from laplace_debiased.rows.one_hot import OneHotRows
 from laplace_debiased.rows.separation import (
@@ -33,30 +34,6 @@ from laplace_debiased.rows.separation import (
 from laplace_debiased.rows.tape import batch_statistics
 from laplace_debiased.rows.tracing import Trace, TracedUse, trace
 from laplace_debiased.rows.uses import Layout, MatrixUse
-
-_SUPPORTED = (
-    "weights and biases of `F.linear`, `F.conv1d`, `F.conv2d` and `F.conv3d`, and of "
-    "batch, layer, group, RMS and instance normalization"
-)
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A parameter that no curvature can be computed for.
-
-    Args:
-        name: Its name in the network.
-        kind: The type of the module that it belongs to.
-        position: Its position in the list of parameters.
-        size: Its number of entries.
-        reason: Why it is left out.
-    """
-
-    name: str
-    kind: str
-    position: int
-    size: int
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -337,54 +314,3 @@ def _named(layers: list[Layer]) -> list[Layer]:
         for layer, name in zip(layers, names, strict=True)
     ]
     return sorted(named, key=lambda layer: min(layer.parameters))
-
-
-def refusal(left_out: list[LeftOut]) -> str:
-    """Say why parameters are refused, and what to do about it."""
-    return (
-        f"Parameters found that are not supported: {_listed(left_out)}. Supported are "
-        f"{_SUPPORTED}. Exclude the others by `requires_grad_(False)`, which keeps "
-        "them at their trained values."
-    )
-
-
-def refusal_of_diagonals(layers: Sequence[Layer]) -> str | None:
-    """Say which parameters have a diagonal alone; None if there are none.
-
-    Args:
-        layers: The layers.
-
-    Returns:
-        The message.
-    """
-    names = [layer.name for layer in layers if layer.is_diagonal]
-    if not names:
-        return None
-    return (
-        f"Of the curvature of {', '.join(names)}, no more than the diagonal would be "
-        f"kept, because their uses are not supported. Supported are {_SUPPORTED}. "
-        "Exclude them by `requires_grad_(False)`, or pass `strict=False`."
-    )
-
-
-def warning(left_out: list[LeftOut], num_fitted: int) -> str:
-    """Say which parameters stay at their trained values, and how many."""
-    count = sum(entry.size for entry in left_out)
-    return (
-        f"{count:,} of {count + num_fitted:,} parameters stay at their trained values, "
-        f"because their uses are not supported: {_listed(left_out)}. Pass "
-        "`strict=True` to refuse them, or silence this by `requires_grad_(False)` on "
-        "them."
-    )
-
-
-def _listed(left_out: list[LeftOut]) -> str:
-    """List parameters by their module, and why each is left out."""
-    modules: dict[tuple[str, str, str], list[str]] = {}
-    for entry in left_out:
-        module, _, key = entry.name.rpartition(".")
-        modules.setdefault((module, entry.kind, entry.reason), []).append(key)
-    return ", ".join(
-        f"{module or '(model)'} ({kind}: {', '.join(keys)}) {reason}"
-        for (module, kind, reason), keys in modules.items()
-    )

@@ -97,3 +97,19 @@ def test_other_backends_are_refused():
     la = debiased(model, backend=BackPackGGN)
     with pytest.raises(ValueError, match="no Kronecker factors for some"):
         la.fit(loader("conv-transpose-1d"))
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("name", ["conv-transpose-2d", "conv-transpose-3d", "products"])
+def test_points_contribute_to_the_traces(name, magnitudes):
+    la = debiased(network(name), magnitudes=magnitudes, budget=30)
+    la.fit(loader(name))
+    error = la.sampling_error
+    spectra = (la.H * la._H_factor).spectra()
+    traces = [
+        sum(spectra[position].sum() for position in layer.parameters)
+        for layer in la._selection.layers
+    ]
+    assert torch.allclose(error.traces, torch.stack(traces), rtol=1e-6)
+    assert all(value > 0 for value in la.curvature_standard_errors.values())
+    assert la.log_marginal_likelihood_standard_error() > 0

@@ -75,6 +75,22 @@ def test_signatures_tell_what_is_taken(forward, keys, wrap):
     assert list(rest) == list(with_targets if keys is None else BATCH)
 
 
+def test_a_network_that_keeps_another_one_need_not_hand_all_on():
+    def forward(self, batch, **options):
+        return self.module(**batch)
+
+    model = module(forward)
+    model.module = module(by_name)
+    assert arguments(model, BATCH) == ([BATCH], {})
+
+
+def test_keywords_go_to_the_networks_device():
+    model = module(by_name)
+    model.weight = nn.Parameter(torch.ones(2, device="meta"))
+    _, kwargs = arguments(model, BATCH)
+    assert {value.device.type for value in kwargs.values()} == {"meta"}
+
+
 def test_targets_do_not_tell_that_keywords_are_taken():
     def forward(self, batch, labels=None):
         return batch

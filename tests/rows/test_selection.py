@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_debiased.rows.selection import find_layers, refusal
+from laplace_debiased.rows.left_out import refusal
+from laplace_debiased.rows.selection import find_layers
 from laplace_debiased.rows.tracing import trace
 from tests.cases import network
 from tests.rows.recording import assert_rows_are_exact, supported
