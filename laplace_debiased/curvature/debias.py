@@ -23,15 +23,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Generic, NamedTuple
 
+import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.decomposition import decompose
-from laplace_debiased.curvature.degenerate import with_common_magnitudes
+from laplace_debiased.curvature.degenerate import (
+    eigenspaces,
+    with_common_magnitudes,
+)
 from laplace_debiased.curvature.kronecker import Kronecker, Magnitudes
 
 Factors = list[Kronecker]
 Directions = list[Kronecker]
-Measure = Callable[[Directions], list[Magnitudes]]
+# along the eigenvectors of other points' factors, whose eigenvalues are given, too
+Measure = Callable[[Directions, list[Kronecker]], list[Magnitudes]]
 
 
 class Debiased(NamedTuple, Generic[Magnitudes]):
@@ -48,18 +53,22 @@ class Debiased(NamedTuple, Generic[Magnitudes]):
     own: list[Kronecker]
 
 
-def two_batch(factors: Factors, measure: Measure[Magnitudes]) -> Debiased[Magnitudes]:
+def two_batch(
+    factors: Factors, measure: Measure[Magnitudes], tolerance: float = 0.0
+) -> Debiased[Magnitudes]:
     """Measure magnitudes along the eigenvectors of other points.
 
     Args:
         factors: Kronecker factors of the points that give directions.
         measure: Measures the others along directions.
+        tolerance: How far a large factor may be from what is decomposed
+            (:func:`~laplace_debiased.curvature.decomposition.symmetric_eigh`).
 
     Returns:
         Directions and magnitudes.
     """
-    directions, own = decompose(factors)
-    magnitudes = with_common_magnitudes(measure(directions), own, directions)
+    directions, own = decompose(factors, tolerance)
+    magnitudes = with_common_magnitudes(measure(directions, own), own, directions)
     return Debiased(directions, magnitudes, own)
 
 
@@ -68,6 +77,7 @@ def cross_fit(
     measures: Sequence[Measure[Magnitudes]],
     shares: Sequence[float],
     pooled_inputs: bool = False,
+    tolerance: float = 0.0,
 ) -> Debiased[Magnitudes]:
     """Measure each fold along the eigenvectors of the others; average by rank.
 
@@ -77,21 +87,25 @@ def cross_fit(
         shares: Each fold's share of the points.
         pooled_inputs: Whether input covariances are those of a pool, of which the
             measured points are a small part: their eigenvectors are then those of all.
+        tolerance: See :func:`two_batch`.
 
     Returns:
         Directions of all folds, and the averaged magnitudes.
     """
-    directions, own = decompose(average(folds, shares))
+    directions, own = decompose(average(folds, shares), tolerance)
     measured = []
     for k, measure in enumerate(measures):
         others = held_out(folds, shares, k)
         if pooled_inputs:
-            gradients = decompose([Kronecker(factors.gradients) for factors in others])
+            gradients = decompose(
+                [Kronecker(own.gradients) for own in others], tolerance
+            )
             pairs = zip(gradients, (directions, own), strict=True)
             vectors, values = (joined(*pair) for pair in pairs)
         else:
-            vectors, values = decompose(others)
-        measured.append(with_common_magnitudes(measure(vectors), values, vectors))
+            vectors, values = decompose(others, tolerance)
+        found = measure(vectors, values)
+        measured.append(with_common_magnitudes(found, values, vectors))
     magnitudes = with_common_magnitudes(average(measured, shares), own, directions)
     return Debiased(directions, magnitudes, own)
 
@@ -111,7 +125,10 @@ def held_out(folds: Sequence[Factors], shares: Sequence[float], index: int) -> F
 
 
 def kfac_cross_fit(
-    folds: Sequence[Factors], shares: Sequence[float], pooled_inputs: bool = False
+    folds: Sequence[Factors],
+    shares: Sequence[float],
+    pooled_inputs: bool = False,
+    tolerance: float = 0.0,
 ) -> Debiased[Kronecker]:
     """Cross-fit with the folds' K-FAC as magnitudes.
 
@@ -123,20 +140,27 @@ def kfac_cross_fit(
         folds: Kronecker factors of each fold.
         shares: Each fold's share of the points.
         pooled_inputs: Whether input covariances are those of a pool.
+        tolerance: See :func:`two_batch`.
 
     Returns:
         Directions and factored magnitudes.
     """
     if not pooled_inputs:
-        return cross_fit(folds, [partial(project, fold) for fold in folds], shares)
+        measures = [partial(project, fold) for fold in folds]
+        return cross_fit(folds, measures, shares, tolerance=tolerance)
     gradients = [[Kronecker(own.gradients) for own in fold] for fold in folds]
     inputs = [[Kronecker(None, own.inputs) for own in fold] for fold in folds]
-    outer = kfac_cross_fit(gradients, shares)
-    inner = two_batch(average(inputs[:-1], shares[:-1]), partial(project, inputs[-1]))
+    outer = kfac_cross_fit(gradients, shares, tolerance=tolerance)
+    first, measure = average(inputs[:-1], shares[:-1]), partial(project, inputs[-1])
+    inner = two_batch(first, measure, tolerance)
     return Debiased(*(joined(*pair) for pair in zip(outer, inner, strict=True)))
 
 
-def project(factors: Factors, directions: Directions) -> list[Kronecker]:
+def project(
+    factors: Factors,
+    directions: Directions,
+    eigenvalues: Sequence[Kronecker] | None = None,
+) -> list[Kronecker]:
     r"""Measure Kronecker factors along given directions.
 
     These are the ``kfac`` magnitudes of Tatzel et al., 2024 (arXiv 2410.14325,
@@ -145,15 +169,18 @@ def project(factors: Factors, directions: Directions) -> list[Kronecker]:
 
     Args:
         factors: Kronecker factors of each layer.
-        directions: Directions of each layer.
+        directions: Directions of each layer, orthonormal bases.
+        eigenvalues: Those of the points that gave the directions. Where most of a
+            factor's agree, their directions get the mean, which is cheaper.
 
     Returns:
         Factored eigenvalues of each layer.
     """
-    return [
-        own.map(_squared_lengths, vectors)
-        for own, vectors in zip(factors, directions, strict=True)
-    ]
+    if eigenvalues is None:
+        pairs = zip(factors, directions, strict=True)
+        return [own.map(_squared_lengths, vectors) for own, vectors in pairs]
+    triples = zip(factors, directions, eigenvalues, strict=True)
+    return [own.map(_with_common_rest, *others) for own, *others in triples]
 
 
 def _squared_lengths(matrix: Tensor, vectors: Tensor) -> Tensor:
@@ -161,6 +188,19 @@ def _squared_lengths(matrix: Tensor, vectors: Tensor) -> Tensor:
         return matrix
     # [d, d] @ [d, k] -> [k], of each column u the form u^T M u
     return ((matrix @ vectors) * vectors).sum(0).clamp(min=0)
+
+
+def _with_common_rest(matrix: Tensor, vectors: Tensor, eigenvalues: Tensor) -> Tensor:
+    """Measure along the first ones together, by what is left of the trace."""
+    if matrix.ndim == 1:
+        return _squared_lengths(matrix, vectors)
+    rest = int((eigenspaces(eigenvalues) == 0).sum())
+    if 2 * rest <= len(matrix):
+        return _squared_lengths(matrix, vectors)
+    lengths = _squared_lengths(matrix, vectors[:, rest:])
+    trace = matrix.diagonal().sum(dtype=torch.float64)
+    left = (trace - lengths.sum(dtype=torch.float64)).clamp(min=0)
+    return torch.cat([(left / rest).to(lengths).expand(rest), lengths])
 
 
 def average(

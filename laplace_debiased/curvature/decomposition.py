@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.kronecker import Kronecker
+from laplace_debiased.curvature.leading import MIN_ROWS, leading_eigh
 
 
-def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def symmetric_eigh(matrix: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:
     """Decompose a symmetric matrix, in its own precision where that is enough.
 
     Rows of zeros, such as those of units that no example activates, are taken out
@@ -19,6 +20,10 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         matrix: Symmetric matrix ``[d, d]``, or the diagonal ``[d]`` of one.
+        tolerance: How far, as a share of its norm, a large one may be from what is
+            decomposed, which is then isotropic but for its leading directions
+            (:mod:`~laplace_debiased.curvature.leading`). The matrix must not have
+            negative eigenvalues, then.
 
     Returns:
         Eigenvalues ``[d]`` in ascending order, and eigenvectors ``[d, d]`` as columns,
@@ -29,9 +34,9 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         return matrix, torch.ones_like(matrix)
     used = matrix.any(0)
     if used.all():
-        return _eigh(matrix)
+        return _eigh(matrix, tolerance)
     some, none = used.nonzero().squeeze(1), used.logical_not().nonzero().squeeze(1)
-    own_values, own_vectors = _eigh(matrix[used][:, used])
+    own_values, own_vectors = _eigh(matrix[used][:, used], tolerance)
     values, vectors = matrix.new_zeros(len(matrix)), torch.zeros_like(matrix)
     # before they are sorted, each eigenvector has the place of one of its rows
     values[some] = own_values
@@ -41,13 +46,16 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values[order], vectors[:, order]
 
 
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _eigh(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Decompose a matrix in double precision if its own does not do."""
     if matrix.dtype.itemsize >= 4:
         # in single precision it need not converge: some versions raise, others return
         # NaN
         with suppress(torch.linalg.LinAlgError):
-            values, vectors = torch.linalg.eigh(matrix)
+            leading = None
+            if tolerance and len(matrix) >= MIN_ROWS:
+                leading = leading_eigh(matrix, tolerance)
+            values, vectors = leading or torch.linalg.eigh(matrix)
             if values.isfinite().all() and vectors.isfinite().all():
                 return values, vectors
     values, vectors = torch.linalg.eigh(matrix.double())
@@ -55,7 +63,7 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decompose(
-    factors: Sequence[Kronecker],
+    factors: Sequence[Kronecker], tolerance: float = 0.0
 ) -> tuple[list[Kronecker], list[Kronecker]]:
     """Compute eigenvectors and eigenvalues of Kronecker factors.
 
@@ -64,12 +72,16 @@ def decompose(
 
     Args:
         factors: Factors of each layer.
+        tolerance: See :func:`symmetric_eigh`.
 
     Returns:
         Eigenvectors, and eigenvalues, of each layer.
     """
     decompositions = [
-        [None if matrix is None else symmetric_eigh(matrix) for matrix in pair]
+        [
+            None if matrix is None else symmetric_eigh(matrix, tolerance)
+            for matrix in pair
+        ]
         for pair in ((own.gradients, own.inputs) for own in factors)
     ]
     eigenvalues, eigenvectors = (

@@ -193,7 +193,8 @@ class DebiasedKFACLinearOperator(LinearOperator):
                 self._layers = find_layers(self._model_func, self._params, X, len(y))
             accumulator = self._kronecker_factors()
             self._sweep("Directions", chain(first, data), accumulator)
-            self._debiased = two_batch(accumulator.factors(), self._measure)
+            factors = accumulator.factors()
+            self._debiased = two_batch(factors, lambda own, _: self._measure(own))
             self._product = None
 
     def _kronecker_factors(self) -> KroneckerFactors:

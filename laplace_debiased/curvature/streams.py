@@ -89,23 +89,35 @@ class KFACCurvature:
         folds = [scale_gradients(fold, factor) for fold in self.folds]
         return replace(self, folds=folds)
 
-    def debiased(self) -> Debiased[Kronecker]:
-        """Measure the magnitudes along the directions."""
-        if self.cross_fit:
-            return kfac_cross_fit(self.folds, self.shares, self.pooled_inputs)
-        directions, magnitudes = self.folds
-        return two_batch(directions, partial(project, magnitudes))
+    def debiased(self, tolerance: float = 0.0) -> Debiased[Kronecker]:
+        """Measure the magnitudes along the directions.
 
-    def decompose(self, damping: bool = False) -> EigenbasisMatrix:
+        Args:
+            tolerance: How far a large factor may be from what is decomposed.
+
+        Returns:
+            Directions and magnitudes.
+        """
+        if self.cross_fit:
+            return kfac_cross_fit(
+                self.folds, self.shares, self.pooled_inputs, tolerance
+            )
+        directions, magnitudes = self.folds
+        return two_batch(directions, partial(project, magnitudes), tolerance)
+
+    def decompose(
+        self, damping: bool = False, tolerance: float = 0.0
+    ) -> EigenbasisMatrix:
         """Measure the magnitudes along the directions.
 
         Args:
             damping: Whether a prior precision is spread over the factors.
+            tolerance: How far a large factor may be from what is decomposed.
 
         Returns:
             The curvature in its eigenbasis.
         """
-        debiased = self.debiased()
+        debiased = self.debiased(tolerance)
         return by_parameter(
             self.layers, debiased.directions, debiased.magnitudes, damping
         )
@@ -198,11 +210,14 @@ class GGNCurvature:
             factor_eigenvalues=scale_gradients(self.factor_eigenvalues, factor),
         )
 
-    def decompose(self, damping: bool = False) -> EigenbasisMatrix:
+    def decompose(
+        self, damping: bool = False, tolerance: float = 0.0
+    ) -> EigenbasisMatrix:
         """Return the curvature in its eigenbasis.
 
         Args:
             damping: Must be false, since the eigenvalues do not factor.
+            tolerance: Not needed: the directions are known.
 
         Returns:
             The curvature in its eigenbasis.

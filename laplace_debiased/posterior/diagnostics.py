@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from laplace_debiased.curvature.leading import MIN_ROWS
 from laplace_debiased.curvature.streams import KFACCurvature
 from laplace_debiased.posterior.fitting import Seen, assign, source
 from laplace_debiased.posterior.measuring import measure
@@ -78,6 +79,46 @@ def marginal_likelihood_error(la: KronDebiasedLaplace) -> Tensor:
     # scaled to fewer points than were seen, the covariance may be indefinite
     variance = (gamma @ relative @ gamma / 4).clamp(min=0)
     return (variance + la._H_factor**2 * error.loss_variance).sqrt()
+
+
+@torch.no_grad()
+def decomposition_error(la: KronDebiasedLaplace) -> float:
+    r"""Bound what changes because large factors are decomposed up to a rest.
+
+    With the rest isotropic, a block's curvature :math:`H_b` is replaced by its
+    projection on matrices of that form, to which it is orthogonal. The effective number
+    of parameters :math:`\gamma`, which is also the sum of the outputs' variances over
+    the training points, each times its curvature, then grows by at most :math:`\sum_b
+    \|H_b - \hat H_b\|_F^2 / \delta_b^2`, and the log determinant of the posterior
+    precision by half of that. Each large factor has a share :math:`\tau^2` of
+    :math:`\|H_b\|_F^2` at most, with the tolerance :math:`\tau`. Norms are those of
+    the debiased curvature.
+
+    Args:
+        la: The posterior.
+
+    Returns:
+        The bound on the relative change of :math:`\gamma` at the present prior
+        precision; zero if there are no large factors.
+
+    Raises:
+        AttributeError: If there is no fit yet.
+        ValueError: If the posterior has ``damping``.
+    """
+    la._check_H_init()
+    if la.damping:
+        raise ValueError("With `damping`, there is no bound.")
+    precisions = la.posterior_precision
+    squares = gamma = 0.0
+    for vectors, values, delta in zip(
+        precisions.eigenvectors, precisions.spectra(), precisions.deltas, strict=True
+    ):
+        gamma += (1 - delta / values).sum().item()
+        num_large = sum(len(own) >= MIN_ROWS for own in vectors)
+        if num_large:
+            norm = torch.linalg.vector_norm(values - delta).item()
+            squares += num_large * (norm / delta.item()) ** 2
+    return la.settings.decomposition_tolerance**2 * squares / gamma if squares else 0.0
 
 
 def bias_report(

@@ -308,7 +308,7 @@ def take_over(la: KronDebiasedLaplace, estimate: Estimate, num_data: float) -> N
         num_data: Number of points that it is scaled to.
     """
     mean = torch.cat([param.reshape(-1) for param in la.fitted_params])
-    la.H = estimate.curvature.decompose(la.damping)
+    la.H = estimate.curvature.decompose(la.damping, la.settings.decomposition_tolerance)
     la._estimate = estimate
     la.mean = mean if la.enable_backprop else mean.detach()
     la.loss, la.n_outputs, la.n_data = estimate.loss, estimate.num_outputs, num_data

@@ -42,7 +42,11 @@ from laplace_debiased.posterior import (
 )
 from laplace_debiased.posterior.measuring import Estimate
 from laplace_debiased.posterior.sampling_error import SamplingError
-from laplace_debiased.posterior.settings import Settings, check_integer
+from laplace_debiased.posterior.settings import (
+    DECOMPOSITION_TOLERANCE,
+    Settings,
+    check_integer,
+)
 from laplace_debiased.posterior.upstream import without_link_reminder
 from laplace_debiased.predictive.blocks import Covariance
 from laplace_debiased.predictive.calibration import TOLERANCE, Calibration
@@ -140,6 +144,11 @@ class KronDebiasedLaplace(KronLaplace):
         memory_limit: Bytes that a GLM prediction may take for a chunk of examples, and
             rows that a fit with ``ggn`` magnitudes keeps; may be changed at any time.
         strict: Whether to refuse parameters whose uses are not supported.
+        decomposition_tolerance: How far a factor of 2,048 or more rows may be, as a
+            share of its norm, from what is decomposed: its leading directions, with the
+            mean of the eigenvalues along all others, so that its trace is exact
+            (:attr:`decomposition_error` says what that changes). Zero to decompose
+            all factors in full.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -201,6 +210,7 @@ class KronDebiasedLaplace(KronLaplace):
         seed: int = 0,
         memory_limit: int = 2**30,
         strict: bool = False,
+        decomposition_tolerance: float = DECOMPOSITION_TOLERANCE,
     ):
         self._configure(
             Settings(
@@ -214,23 +224,16 @@ class KronDebiasedLaplace(KronLaplace):
                 sampling_floor=sampling_floor,
                 fisher_rank=fisher_rank,
                 seed=seed,
+                decomposition_tolerance=decomposition_tolerance,
             ),
             memory_limit,
             strict,
         )
         prior = (sigma_noise, prior_precision, prior_mean, temperature)
-        super().__init__(
-            model,
-            likelihood,
-            *prior,
-            enable_backprop,
-            dict_key_x,
-            dict_key_y,
-            backend,
-            damping,
-            backend_kwargs,
-            asdl_fisher_kwargs,
-        )
+        batches = (enable_backprop, dict_key_x, dict_key_y)
+        curvature = (backend, damping, backend_kwargs, asdl_fisher_kwargs)
+        given = (model, likelihood, *prior, *batches, *curvature)
+        super().__init__(*given)
         self._check_settings()
 
     def _configure(self, settings: Settings, memory_limit: int, strict: bool) -> None:
@@ -1122,6 +1125,21 @@ class KronDebiasedLaplace(KronLaplace):
             ValueError: If the backend does not tell what each point contributes.
         """
         return diagnostics.known_sampling_error(self).relative_errors()
+
+    @property
+    def decomposition_error(self) -> float:
+        """What isotropic rests of large factors change, at most, as a share of all.
+
+        Of the effective number of parameters, and so of the mean of the outputs'
+        variances over the training points, at the present prior precision: see
+        :func:`~laplace_debiased.posterior.diagnostics.decomposition_error`. It falls at
+        least as fast as the prior precision grows.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+            ValueError: If the posterior has ``damping``.
+        """
+        return diagnostics.decomposition_error(self)
 
     def curvature_intervals(
         self, level: float = 0.95

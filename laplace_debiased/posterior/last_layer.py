@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from laplace_debiased.posterior import state
 from laplace_debiased.posterior.checkpoint import is_same
 from laplace_debiased.posterior.laplace import KronDebiasedLaplace
-from laplace_debiased.posterior.settings import Settings
+from laplace_debiased.posterior.settings import DECOMPOSITION_TOLERANCE, Settings
 from laplace_debiased.posterior.upstream import PicklableExtractor
 from laplace_debiased.predictive.last_layer import (
     features_of,
@@ -62,6 +62,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         seed: Makes draw and assignment reproducible.
         memory_limit: Bytes that a GLM prediction may take for a chunk of examples.
         strict: Whether to refuse parameters whose uses are not supported.
+        decomposition_tolerance: How far large factors may be from what is decomposed.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -121,6 +122,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         seed: int = 0,
         memory_limit: int = 2**30,
         strict: bool = False,
+        decomposition_tolerance: float = DECOMPOSITION_TOLERANCE,
     ):
         self._configure(
             Settings(
@@ -134,6 +136,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
                 sampling_floor=sampling_floor,
                 fisher_rank=fisher_rank,
                 seed=seed,
+                decomposition_tolerance=decomposition_tolerance,
             ),
             memory_limit,
             strict,

@@ -157,7 +157,16 @@ def measure(
             source.layers, factors, shares, is_cross_fit, pool is not None
         )
     else:
-        curvature, seen = _ggn(source, used, pool, shares, is_cross_fit, seeds, earlier)
+        curvature, seen = _ggn(
+            source,
+            used,
+            pool,
+            shares,
+            is_cross_fit,
+            seeds,
+            earlier,
+            settings.decomposition_tolerance,
+        )
     surveys = seen if pool is None else pool.summaries
     loss = torch.stack([at_least_single(summary.loss) for summary in surveys])
     weights = torch.tensor(shares, dtype=loss.dtype, device=loss.device)
@@ -208,6 +217,7 @@ def _ggn(
     is_cross_fit: bool,
     seeds: Iterator[int],
     earlier: Earlier | None,
+    tolerance: float,
 ) -> tuple[GGNCurvature, list[SweepSummary]]:
     """Measure exact curvature along directions; return what gave magnitudes, too."""
     giving = folds if is_cross_fit else folds[:1]
@@ -217,16 +227,16 @@ def _ggn(
     if is_cross_fit:
         seen = []  # the same points again
 
-    def along(fold: Fold, directions: Directions) -> list[Spectrum]:
+    def along(fold: Fold, directions: Directions, _: Factors) -> list[Spectrum]:
         spectra, summary = source.curvatures(fold, directions, next(seeds))
         seen.append(summary)
         return _finite(spectra, source)
 
     measures = [partial(along, fold) for fold in folds]
     if is_cross_fit:
-        debiased = cross_fit(factors, measures, shares, pool is not None)
+        debiased = cross_fit(factors, measures, shares, pool is not None, tolerance)
     else:
-        debiased = two_batch(factors[0], measures[1])
+        debiased = two_batch(factors[0], measures[1], tolerance)
     return GGNCurvature(source.layers, *debiased), seen
 
 

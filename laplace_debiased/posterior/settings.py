@@ -16,6 +16,7 @@ MIN_BUDGET = 8
 POOL_FACTOR = 32
 SAMPLING_CHOICES = ("curvature", "uniform")
 ESTIMATOR_CHOICES = ("two_batch", "cross_fit")
+DECOMPOSITION_TOLERANCE = 3e-3
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Settings:
         fisher_rank: Number of backward passes for each point, but for one, if the
             network has more outputs; None for as many as outputs.
         seed: Seed of the assignment, and of sampled labels.
+        decomposition_tolerance: How far a factor of thousands of rows may be, as a
+            share of its norm, from what is decomposed, which is isotropic but for its
+            leading directions; zero to decompose all factors in full.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -54,6 +58,7 @@ class Settings:
     num_folds: int = 2
     fisher_rank: int | None = None
     seed: int = 0
+    decomposition_tolerance: float = DECOMPOSITION_TOLERANCE
 
     def __post_init__(self):
         check_magnitudes(self.magnitudes)
@@ -74,6 +79,11 @@ class Settings:
         if self.fisher_rank is not None:
             check_integer("fisher_rank", self.fisher_rank, 1)
         check_integer("seed", self.seed)
+        if not 0 <= self.decomposition_tolerance < 1:
+            raise ValueError(
+                "`decomposition_tolerance` must lie in [0, 1), got "
+                f"{self.decomposition_tolerance}."
+            )
         if self.budget is not None and self.num_folds > self.budget:
             raise ValueError(
                 f"`num_folds` must be at most `budget`, got {self.num_folds} folds for "

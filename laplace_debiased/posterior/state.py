@@ -123,7 +123,9 @@ def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
         error and SamplingError.from_state_dict(error),
     )
     la._seen = Seen(**saved["seen"])
-    la.H = la._estimate.curvature.decompose(la.damping)
+    la.H = la._estimate.curvature.decompose(
+        la.damping, la.settings.decomposition_tolerance
+    )
     calibration = saved["calibration"]
     la._calibration = calibration and Calibration(**calibration)
     differing = la.state_dict().keys() ^ names

@@ -80,7 +80,7 @@ def test_cross_fit_with_measured_magnitudes_averages_them_by_rank():
     folds, shares = [kronecker_factors() for _ in range(2)], [0.25, 0.75]
     measured, asked = [spectra(), spectra()], []
 
-    def measure(k, directions):
+    def measure(k, directions, _):
         asked.append(directions)
         return measured[k]
 
@@ -116,7 +116,7 @@ def test_pooled_inputs_are_those_of_two_batches():
 def test_pooled_inputs_have_the_directions_of_all():
     folds, asked = [kronecker_factors() for _ in range(2)], []
 
-    def measure(directions):
+    def measure(directions, _):
         asked.append(directions)
         return spectra()
 

@@ -78,7 +78,7 @@ def test_curvature_does_not_depend_on_bases_of_null_spaces(monkeypatch, pooled):
     shares = [0.5, 0.5]
     exact = low_rank(30, 20, 99)
 
-    def measure(directions):
+    def measure(directions, _):
         (U,) = directions
         basis = torch.kron(U.gradients, U.inputs)
         return [Spectrum(((exact @ basis) * basis).sum(0).view(6, 5))]
