@@ -134,7 +134,7 @@ def _accepted(model: nn.Module) -> _Accepted:
     kinds = {parameter.kind for parameter in own}
     names = frozenset(p.name for p in own if p.kind in _NAMED)
     any_name = Parameter.VAR_KEYWORD in kinds
-    wrapped = _wrapped(model)
+    wrapped = _wrapped(model, any_name and Parameter.VAR_POSITIONAL in kinds)
     if any_name and wrapped is not None:
         inner = _accepted(wrapped)
         return inner._replace(names=inner.names | names)
@@ -142,9 +142,10 @@ def _accepted(model: nn.Module) -> _Accepted:
     return _Accepted(names, any_name, bool(one_argument))
 
 
-def _wrapped(model: nn.Module) -> nn.Module | None:
+def _wrapped(model: nn.Module, takes_anything: bool) -> nn.Module | None:
     """Return the network that another one hands all keywords on to, if there is one."""
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return model.module
     base: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
-    return None if base is None else base()  # that of an adapter
+    if base is not None:  # that of an adapter
+        return base()
+    children = list(model.children())
+    return children[0] if takes_anything and len(children) == 1 else None

@@ -74,11 +74,12 @@ def keys(name):
 
 
 @pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
 @pytest.mark.parametrize("name", RAW)
-def test_predictions_are_exact(name, magnitudes):
-    model, X = raw(name), inputs(name)
-    la = debiased(model, magnitudes=magnitudes)
+def test_predictions_are_exact(name, subset, magnitudes):
+    la, X = debiased(raw(name), subset=subset, magnitudes=magnitudes), inputs(name)
     la.fit(loader(name))
+    model = la.model if subset == "all" else la.model.model
     assert model.config.problem_type is None  # which a loss would set
     fitted = {id(param) for param in la.params}
     params = {n: p.detach() for n, p in model.named_parameters() if id(p) in fitted}

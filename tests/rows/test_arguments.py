@@ -12,18 +12,29 @@ def module(forward):
     return type("Network", (nn.Module,), {"forward": forward})()
 
 
-class Adapter(nn.Module):
-    """Hands all on to another network, as libraries of adapters do."""
+class Wrapper(nn.Module):
+    """Hands all on to another network."""
 
     def __init__(self, base):
         super().__init__()
         self.base = base
 
+    def forward(self, *args, **kwargs):
+        return self.base(*args, **kwargs)
+
+
+class Adapter(nn.Module):
+    """Names some of what it hands on, as adapters do."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.other = base, nn.Identity()
+
     def get_base_model(self):
         return self.base
 
-    def forward(self, *args, **kwargs):
-        return self.base(*args, **kwargs)
+    def forward(self, inputs_embeds=None, **kwargs):
+        return self.base(**kwargs)
 
 
 def by_name(self, input_ids=None, mask=None, labels=None):
@@ -49,7 +60,9 @@ def several(self, *inputs, **options):
 BATCH = {"input_ids": torch.ones(2, 3), "mask": torch.ones(2, 3), "index": [4, 7]}
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, Adapter, nn.DataParallel])
+@pytest.mark.parametrize(
+    "wrap", [lambda model: model, Wrapper, Adapter, nn.DataParallel]
+)
 @pytest.mark.parametrize(
     ("forward", "keys"),
     [
