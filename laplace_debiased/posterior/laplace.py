@@ -37,6 +37,7 @@ from laplace_debiased.posterior import (
     diagnostics,
     evaluation,
     fitting,
+    predicting,
     state,
     tuning,
 )
@@ -51,7 +52,6 @@ from laplace_debiased.posterior.upstream import without_link_reminder
 from laplace_debiased.predictive.blocks import Covariance
 from laplace_debiased.predictive.calibration import TOLERANCE, Calibration
 from laplace_debiased.predictive.links import probit_probabilities
-from laplace_debiased.predictive.moments import LinearizedPredictive
 from laplace_debiased.predictive.report import PredictionReport
 from laplace_debiased.predictive.samples import sampled_outputs
 from laplace_debiased.predictive.uncertainty import Uncertainty
@@ -149,6 +149,13 @@ class KronDebiasedLaplace(KronLaplace):
             mean of the eigenvalues along all others, so that its trace is exact
             (:attr:`decomposition_error` says what that changes). Zero to decompose
             all factors in full.
+        forward_samples: Number of samples of the parameters that estimate the moments
+            of outputs, by a pass in forward mode each, without backward passes; None
+            for exact moments, by a backward pass for each output. ``"auto"`` for 128
+            samples where there are more than 256 outputs. A variance's relative
+            standard error is the root of two over their number
+            (:mod:`~laplace_debiased.predictive.forward_mode`). May be changed at any
+            time.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -211,6 +218,7 @@ class KronDebiasedLaplace(KronLaplace):
         memory_limit: int = 2**30,
         strict: bool = False,
         decomposition_tolerance: float = DECOMPOSITION_TOLERANCE,
+        forward_samples: int | str | None = predicting.AUTO,
     ):
         self._configure(
             Settings(
@@ -228,6 +236,7 @@ class KronDebiasedLaplace(KronLaplace):
             ),
             memory_limit,
             strict,
+            forward_samples,
         )
         prior = (sigma_noise, prior_precision, prior_mean, temperature)
         batches = (enable_backprop, dict_key_x, dict_key_y)
@@ -236,15 +245,23 @@ class KronDebiasedLaplace(KronLaplace):
         super().__init__(*given)
         self._check_settings()
 
-    def _configure(self, settings: Settings, memory_limit: int, strict: bool) -> None:
+    def _configure(
+        self,
+        settings: Settings,
+        memory_limit: int,
+        strict: bool,
+        forward_samples: int | str | None,
+    ) -> None:
         """Take over what laplace-torch does not know of, before anything is built."""
         check_integer("memory_limit", memory_limit, 1)
+        predicting.check_forward_samples(forward_samples)
+        self.forward_samples = forward_samples
         self.settings, self.memory_limit, self.strict = settings, memory_limit, strict
         self._estimate: Estimate | None = None
         self._selection: Selection | None = None
         self._seen = fitting.Seen()
         self._calibration: Calibration | None = None
-        self._is_tuned = self._is_warned = False
+        self._is_tuned = self._is_warned = self._is_sampling_known = False
 
     def _check_settings(self) -> None:
         """Refuse settings that do not go with laplace-torch's."""
@@ -643,7 +660,7 @@ class KronDebiasedLaplace(KronLaplace):
     def _output_moments(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
         """Compute mean and covariance of the linearized network's output."""
         self._check_H_init()
-        predictive = self._linearized(self.posterior_precision)
+        predictive = self._predictive(self.posterior_precision)
         return predictive.moments(X, num_examples(X, self.dict_key_x), kind)
 
     def _variances_by_prior(
@@ -659,26 +676,22 @@ class KronDebiasedLaplace(KronLaplace):
         with evaluating(self.model):
             X = self._inputs(X)
             curvature = cast("EigenbasisMatrix", self.H) * self._H_factor
-            f_mu, variances = self._linearized(curvature).variances(
+            f_mu, variances = self._predictive(curvature).variances(
                 X, num_examples(X, self.dict_key_x), prior_precisions
             )
         check_finite_predictions(f_mu, variances)
         return at_least_single(f_mu), variances
 
-    def _linearized(self, posterior: EigenbasisMatrix) -> LinearizedPredictive:
+    def _predictive(self, posterior: EigenbasisMatrix) -> predicting.Predictive:
         """Return the linearized network's predictive with a posterior precision."""
         self._check_H_init()
-        assert self._selection is not None
-        return LinearizedPredictive(
-            self.model,
-            self.fitted_params,
-            self._selection.layers,
-            posterior,
-            self.n_outputs,
-            self._selection.example_size,
-            self.memory_limit,
-            self.enable_backprop,
-        )
+        count = predicting.num_samples(self)
+        if count is not None and not self._is_sampling_known:
+            self._is_sampling_known = True
+            if self.forward_samples == predicting.AUTO:
+                message = predicting.are_sampled(count, self.n_outputs)
+                warn(message, stacklevel=3)
+        return predicting.predictive(self, posterior)
 
     def _glm_forward_call(
         self,

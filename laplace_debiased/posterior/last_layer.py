@@ -14,7 +14,7 @@ from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from laplace_debiased.posterior import state
+from laplace_debiased.posterior import predicting, state
 from laplace_debiased.posterior.checkpoint import is_same
 from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 from laplace_debiased.posterior.settings import DECOMPOSITION_TOLERANCE, Settings
@@ -63,6 +63,8 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         memory_limit: Bytes that a GLM prediction may take for a chunk of examples.
         strict: Whether to refuse parameters whose uses are not supported.
         decomposition_tolerance: How far large factors may be from what is decomposed.
+        forward_samples: Number of samples that estimate moments of outputs, where the
+            last layer is not linear at its output; ``"auto"`` or None.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -123,6 +125,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         memory_limit: int = 2**30,
         strict: bool = False,
         decomposition_tolerance: float = DECOMPOSITION_TOLERANCE,
+        forward_samples: int | str | None = predicting.AUTO,
     ):
         self._configure(
             Settings(
@@ -140,6 +143,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             ),
             memory_limit,
             strict,
+            forward_samples,
         )
         network = (model, likelihood, sigma_noise, prior_precision, prior_mean)
         prediction = (temperature, enable_backprop, feature_reduction)

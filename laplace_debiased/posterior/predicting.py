@@ -1,0 +1,133 @@
+"""Whether the moments of outputs are exact, or estimated by samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
+from laplace_debiased.posterior.settings import check_integer
+from laplace_debiased.predictive.forward_mode import (
+    MANY_OUTPUTS,
+    NUM_SAMPLES,
+    SampledPredictive,
+    relative_error,
+)
+from laplace_debiased.predictive.moments import LinearizedPredictive
+from laplace_debiased.rows.inputs import Inputs
+
+if TYPE_CHECKING:
+    from laplace_debiased.posterior.laplace import KronDebiasedLaplace
+
+AUTO = "auto"
+
+
+class Predictive(Protocol):
+    """Moments of the linearized network's outputs."""
+
+    def moments(
+        self, X: Inputs, batch_size: int, kind: str = "full"
+    ) -> tuple[Tensor, Tensor]:
+        """Compute mean and covariance of the outputs."""
+
+    def variances(
+        self, X: Inputs, batch_size: int, shifts: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Compute mean and variances of the outputs for several priors."""
+
+
+class SampledIfPossible:
+    """Samples, or exact moments where a function has no forward mode.
+
+    Args:
+        sampled: Moments by samples.
+        exact: Exact moments.
+    """
+
+    def __init__(self, sampled: Predictive, exact: Predictive):
+        self._sampled, self._exact = sampled, exact
+
+    def moments(
+        self, X: Inputs, batch_size: int, kind: str = "full"
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`Predictive.moments`."""
+        try:
+            return self._sampled.moments(X, batch_size, kind)
+        except NotImplementedError:
+            return self._exact.moments(X, batch_size, kind)
+
+    def variances(
+        self, X: Inputs, batch_size: int, shifts: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`Predictive.variances`."""
+        try:
+            return self._sampled.variances(X, batch_size, shifts)
+        except NotImplementedError:
+            return self._exact.variances(X, batch_size, shifts)
+
+
+def check_forward_samples(value: int | str | None) -> None:
+    """Refuse a number of samples that is none.
+
+    Args:
+        value: The number; ``"auto"`` and None are allowed, too.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it is less than two.
+    """
+    if value is not None and value != AUTO:
+        check_integer("forward_samples", value, 2)
+
+
+def num_samples(la: KronDebiasedLaplace) -> int | None:
+    """Return the number of samples that moments are estimated by; None if exact."""
+    if la.forward_samples != AUTO:
+        return None if la.forward_samples is None else int(la.forward_samples)
+    return NUM_SAMPLES if la.n_outputs > MANY_OUTPUTS else None
+
+
+def predictive(la: KronDebiasedLaplace, posterior: EigenbasisMatrix) -> Predictive:
+    """Return what computes moments of a posterior's outputs.
+
+    Args:
+        la: The posterior, whose layers are known.
+        posterior: Posterior precision.
+
+    Returns:
+        The predictive.
+    """
+    assert la._selection is not None
+    exact = LinearizedPredictive(
+        la.model,
+        la.fitted_params,
+        la._selection.layers,
+        posterior,
+        la.n_outputs,
+        la._selection.example_size,
+        la.memory_limit,
+        la.enable_backprop,
+    )
+    count = num_samples(la)
+    if count is None:
+        return exact
+    sampled = SampledPredictive(
+        la.model,
+        la.fitted_params,
+        posterior,
+        count,
+        la.settings.seed,
+        la.enable_backprop,
+    )
+    return SampledIfPossible(sampled, exact) if la.forward_samples == AUTO else sampled
+
+
+def are_sampled(count: int, num_outputs: int) -> str:
+    """Say that variances are estimated by samples, and how well."""
+    return (
+        f"The variances of {num_outputs:,} outputs are estimated by {count} samples of "
+        f"the weights, to {relative_error(count):.0%} each: `forward_samples` sets "
+        "another number, and None a backward pass for each output."
+    )

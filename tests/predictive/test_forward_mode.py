@@ -1,0 +1,217 @@
+"""Moments by samples of the parameters, against Jacobians."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, to_eigenbasis
+from laplace_debiased.predictive import forward_mode
+from laplace_debiased.predictive.forward_mode import (
+    SampledPredictive,
+    output_change,
+    relative_error,
+    sampled_change,
+)
+from tests import zoo
+from tests.dense import jacobians
+from tests.fits import debiased
+from tests.test_zoo import loader
+
+NAMES = ["mlp, in place", "u-net", "vision transformer", "encoder, padded", "bilinear"]
+
+
+def fitted(name, size=8):
+    model, (X, y) = zoo.build(name), zoo.data(name, size)
+    la = debiased(model, prior_precision=0.3)
+    la.fit(loader(X, y))
+    return la, X
+
+
+def first(X, count):
+    if isinstance(X, dict):
+        return {key: value[:count] for key, value in X.items()}
+    return X[:count]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_changes_are_jacobian_vector_products(name):
+    la, X = fitted(name)
+    X = first(X, 3)
+    changes = sampled_change(la.posterior_precision, la.fitted_params, 5)
+    before = [param.clone() for param in la.model.parameters()]
+    output, change = output_change(la.model, la.fitted_params, changes, X)
+    J = jacobians(zoo.plain(la.model), X, 3, la.fitted_params)
+    flat = torch.cat([own.flatten() for own in changes])
+    assert torch.allclose(change, J @ flat, atol=1e-10)
+    assert torch.allclose(output, zoo.plain(la.model)(X))
+    for param, old in zip(la.model.parameters(), before, strict=True):
+        assert torch.equal(param, old) and type(param) is nn.Parameter
+
+
+@pytest.mark.parametrize("name", ["mlp, in place", "vision transformer"])
+def test_samples_have_the_posterior_as_their_distribution(name):
+    """White in the eigenbasis, when scaled by the posterior's spectrum."""
+    la, _ = fitted(name)
+    posterior = la.posterior_precision
+    white = []
+    for seed in range(300):
+        changes = sampled_change(posterior, la.fitted_params, seed)
+        parts = [
+            to_eigenbasis(own.reshape([len(v) for v in vectors]), vectors)
+            * values.sqrt()
+            for own, vectors, values in zip(
+                changes, posterior.eigenvectors, posterior.spectra(), strict=True
+            )
+        ]
+        white.append(torch.cat([part.flatten() for part in parts]))
+    white = torch.stack(white)
+    assert abs(white.mean()) < 0.02 and abs(white.var() - 1) < 0.02
+    assert white.var(0).min() > 0.6 and white.var(0).max() < 1.5
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "full", "joint"])
+def test_moments_are_exact_over_a_complete_basis(kind, monkeypatch):
+    """All axes of the eigenbasis in place of samples give the exact moments."""
+    la, X = fitted("vision transformer")
+    X, posterior = X[:2], la.posterior_precision
+    size = la.n_params
+
+    def axis(own, params, seed):
+        unit = torch.zeros(size, dtype=torch.float64)
+        unit[seed] = size**0.5
+        root = own.bmm(unit[None, None], -0.5).flatten()
+        return [
+            part.view_as(param)
+            for part, param in zip(
+                root.split([p.numel() for p in params]), params, strict=True
+            )
+        ]
+
+    monkeypatch.setattr(forward_mode, "sampled_change", axis)
+    monkeypatch.setattr(forward_mode, "mixed_seed", lambda _, number: number)
+    predictive = SampledPredictive(la.model, la.fitted_params, posterior, size)
+    mean, covariance = predictive.moments(X, 2, kind)
+    joint, diagonal = kind == "joint", kind == "diagonal"
+    f_mu, f_var = la._glm_predictive_distribution(X, joint, diagonal)
+    assert torch.allclose(mean.flatten(), f_mu.flatten())
+    if kind != "diagonal":
+        exact = torch.diag_embed(f_var.diagonal(dim1=-2, dim2=-1))
+        f_var = torch.lerp(f_var, exact, 1 / size)
+    assert torch.allclose(covariance, f_var, atol=1e-10)
+
+
+def test_errors_of_variances_are_what_is_said():
+    la, X = fitted("mlp, in place")
+    _, exact = la._glm_predictive_distribution(X, diagonal_output=True)
+    count, errors = 50, []
+    for seed in range(30):
+        predictive = SampledPredictive(
+            la.model, la.fitted_params, la.posterior_precision, count, seed
+        )
+        _, variances = predictive.moments(X, len(X), "diagonal")
+        errors.append(variances / exact - 1)
+    errors = torch.stack(errors)
+    assert abs(errors.mean()) < 0.05
+    assert 0.8 < errors.square().mean().sqrt() / relative_error(count) < 1.2
+
+
+def test_covariances_have_cholesky_factors():
+    la, X = fitted("mlp, in place")
+    predictive = SampledPredictive(
+        la.model, la.fitted_params, la.posterior_precision, num_samples=2
+    )
+    _, covariance = predictive.moments(X, len(X), "full")
+    torch.linalg.cholesky(covariance)
+
+
+def test_variances_for_several_priors_are_those_of_each():
+    la, X = fitted("mlp, in place")
+    curvature = EigenbasisMatrix(la.H.eigenvectors, la.H.eigenvalues)
+    arguments = la.model, la.fitted_params
+    predictive = SampledPredictive(*arguments, curvature, 7)
+    _, variances = predictive.variances(X, len(X), [0.5, 2.0])
+    for k, delta in enumerate([0.5, 2.0]):
+        own = SampledPredictive(*arguments, curvature + torch.tensor(delta), 7)
+        assert torch.allclose(variances[..., k], own.moments(X, 1, "diagonal")[1])
+
+
+class Custom(torch.autograd.Function):
+    """A function without a forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def many_outputs(count, custom=False):
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, count)]
+    if custom:
+        layers[1] = zoo.Model(lambda _, x: Custom.apply(x))
+    model = nn.Sequential(*layers).double()
+    X, y = torch.randn(40, 4).double(), torch.randint(count, (40,))
+    return model, X, loader(X, y, 20)
+
+
+@pytest.mark.parametrize(("count", "sampled"), [(256, False), (300, True)])
+def test_many_outputs_are_sampled(count, sampled):
+    model, X, train = many_outputs(count)
+    la = debiased(model, fisher_rank=5)
+    la.fit(train)
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        p = la(X)
+        la(X)
+    messages = [w for w in caught if "estimated by 128 samples" in str(w.message)]
+    assert len(messages) == sampled
+    la.forward_samples = None
+    exact = la(X)
+    assert torch.equal(p, exact) != sampled
+    assert (p - exact).abs().max() < 0.1 * exact.max()
+    la.forward_samples = 2000
+    assert (la(X) - exact).abs().max() < 0.02 * exact.max()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("link_approx", ["probit", "mc", "bridge"])
+def test_all_predictions_can_be_sampled(link_approx):
+    la, X = fitted("mlp, in place", 20)
+    exact = la(X, link_approx=link_approx, generator=torch.Generator())
+    la.forward_samples = 3000
+    sampled = la(X, link_approx=link_approx, generator=torch.Generator())
+    assert torch.allclose(sampled, exact, atol=0.03)
+    assert torch.equal(la(X), la(X))
+    found = la.uncertainty(X)
+    la.forward_samples = None
+    assert torch.allclose(found.epistemic, la.uncertainty(X).epistemic, atol=0.02)
+
+
+def test_functions_without_a_forward_mode_take_backward_passes():
+    model, X, train = many_outputs(300, custom=True)
+    la = debiased(model, fisher_rank=5)
+    la.fit(train)
+    sampled = la(X)
+    la.forward_samples = None
+    assert torch.equal(sampled, la(X))
+    la.forward_samples = 10
+    with pytest.raises(NotImplementedError, match="jvp"):
+        la(X)
+
+
+@pytest.mark.parametrize("value", [1, 0, "many", 2.5])
+def test_bad_numbers_are_refused(value):
+    with pytest.raises((ValueError, TypeError), match="forward_samples"):
+        debiased(nn.Linear(2, 2), forward_samples=value)
+
+
+def test_gradients_flow_to_the_inputs():
+    la, X = fitted("mlp, in place")
+    la.enable_backprop, la.forward_samples = True, 20
+    X = X.clone().requires_grad_()
+    _, f_var = la._glm_predictive_distribution(X)
+    assert torch.autograd.grad(f_var.sum(), X)[0].any()
