@@ -151,7 +151,7 @@ class KronDebiasedLaplace(KronLaplace):
             all factors in full.
         forward_samples: Number of samples of the parameters that estimate the moments
             of outputs, by a pass in forward mode each, without backward passes; None
-            for exact moments, by a backward pass for each output. ``"auto"`` for 128
+            for exact moments, by a backward pass for each output. ``"auto"`` for 64
             samples where there are more than 256 outputs. A variance's relative
             standard error is the root of two over their number
             (:mod:`~laplace_debiased.predictive.forward_mode`). May be changed at any

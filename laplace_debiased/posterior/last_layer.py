@@ -146,10 +146,9 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             forward_samples,
         )
         network = (model, likelihood, sigma_noise, prior_precision, prior_mean)
-        prediction = (temperature, enable_backprop, feature_reduction)
-        batches = (dict_key_x, dict_key_y)
-        curvature = (backend, last_layer_name, damping, backend_kwargs)
-        given = (*network, *prediction, *batches, *curvature, asdl_fisher_kwargs)
+        prediction = (temperature, enable_backprop, feature_reduction, dict_key_x)
+        curvature = (dict_key_y, backend, last_layer_name, damping, backend_kwargs)
+        given = (*network, *prediction, *curvature, asdl_fisher_kwargs)
         KronLLLaplace.__init__(self, *given)
         # laplace-torch's class forgets it on the way
         self.damping = damping

@@ -26,9 +26,8 @@ from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere
 from laplace_debiased.rows.substitution import Substitution, run
 
-# with more outputs than twice the samples, these take less time
-NUM_SAMPLES = 128
-MANY_OUTPUTS = 2 * NUM_SAMPLES
+# with more outputs than that, samples take far less time than backward passes
+NUM_SAMPLES, MANY_OUTPUTS = 64, 256
 
 
 def relative_error(num_samples: int) -> float:

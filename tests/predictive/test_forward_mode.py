@@ -167,12 +167,12 @@ def test_many_outputs_are_sampled(count, sampled):
     with warnings.catch_warnings(record=True, action="always") as caught:
         p = la(X)
         la(X)
-    messages = [w for w in caught if "estimated by 128 samples" in str(w.message)]
+    messages = [w for w in caught if "estimated by 64 samples" in str(w.message)]
     assert len(messages) == sampled
     la.forward_samples = None
     exact = la(X)
     assert torch.equal(p, exact) != sampled
-    assert (p - exact).abs().max() < 0.1 * exact.max()
+    assert (p - exact).abs().max() < 0.2 * exact.max()
     la.forward_samples = 2000
     assert (la(X) - exact).abs().max() < 0.02 * exact.max()
 
