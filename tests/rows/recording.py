@@ -2,23 +2,29 @@
 
 import torch
 
+from laplace_debiased.rows.inputs import num_examples
 from laplace_debiased.rows.selection import find_layers, select
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.rows.tape import record_rows
+from tests.dense import example
 from tests.zoo import plain
+
+
+def _count(X):
+    """The number of examples, which may be a mapping of the zoo's."""
+    return num_examples(X, "values")
 
 
 def found(model, X, params=None):
     """The layers of some parameters."""
     params = list(model.parameters()) if params is None else list(params)
-    return find_layers(model, params, X, len(X)), params
+    return find_layers(model, params, X, _count(X)), params
 
 
 def supported(model, X, params=None, size=None, dense=False):
     """The supported ones of some parameters, their layers, and what is left out."""
     params = list(model.parameters()) if params is None else list(params)
-    size = len(X) if size is None else size
-    selection = select(model, params, X, size, dense)
+    selection = select(model, params, X, _count(X) if size is None else size, dense)
     gone = {entry.position for entry in selection.left_out}
     kept = [param for k, param in enumerate(params) if k not in gone]
     return kept, selection.without_left_out(len(params)).layers, selection.left_out
@@ -29,7 +35,8 @@ def record(model, X, params=None, layers=None, batch_size=None):
     if layers is None:
         layers, params = found(model, X, params)
     calls = {}
-    batch_size = len(X) if batch_size is None else batch_size
+    if batch_size is None:
+        batch_size = _count(X)
     with record_rows(
         model,
         params,
@@ -63,8 +70,8 @@ def example_gradients(model, X, params, layers):
 def assert_rows_are_exact(model, X, params, layers):
     """Compare with autograd, one example at a time."""
     actual = example_gradients(model, X, params, layers)
-    for n in range(len(X)):
-        output = plain(model)(X[n : n + 1]).sum()
+    for n in range(_count(X)):
+        output = plain(model)(example(X, n)).sum()
         expected = torch.autograd.grad(output, params)
         for own, gradient in zip(actual, expected, strict=True):
             assert torch.allclose(own[n], gradient.flatten(), atol=1e-12)
