@@ -23,6 +23,7 @@ from laplace_debiased.curvature.debias import (
     scale_gradients,
     two_batch,
 )
+from laplace_debiased.curvature.decomposition import decompose
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, by_parameter
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.rows.layers import Layer
@@ -77,6 +78,18 @@ class KFACCurvature:
             shares=[share * own + (1 - share) * new for own, new in shares],
             pooled_inputs=self.pooled_inputs and other.pooled_inputs,
         )
+
+    def turned(self, other: KFACCurvature, share: float) -> KFACCurvature:
+        """Return the curvature itself: its directions are found when all is known.
+
+        Args:
+            other: Not needed.
+            share: Not needed.
+
+        Returns:
+            The curvature.
+        """
+        return self
 
     def scaled(self, factor: float) -> KFACCurvature:
         """Scale the curvature."""
@@ -183,6 +196,24 @@ class GGNCurvature:
         pairs = zip(self.along(other.directions), other.spectra, strict=True)
         spectra = [own.map(lambda a, b: a + b, new) for own, new in pairs]
         return replace(other, spectra=spectra)
+
+    def turned(self, other: GGNCurvature, share: float) -> GGNCurvature:
+        """Measure the curvature along directions of these and other data.
+
+        Args:
+            other: Curvature of the other data.
+            share: Number of the other data, as a share of all.
+
+        Returns:
+            Curvature of these data, along directions of all.
+        """
+        directions, values = decompose(add_data(other.factors(), self.factors(), share))
+        return replace(
+            self,
+            directions=directions,
+            spectra=self.along(directions),
+            factor_eigenvalues=values,
+        )
 
     def scaled(self, factor: float) -> GGNCurvature:
         """Scale the curvature."""

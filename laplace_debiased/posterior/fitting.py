@@ -58,6 +58,14 @@ class Seen:
     num_points: float = 0.0
     num_updates: int = 0
 
+    def merge(self, other: Seen) -> Seen:
+        """Add what another posterior has seen."""
+        return Seen(
+            self.weight + other.weight,
+            self.num_points + other.num_points,
+            self.num_updates + other.num_updates,
+        )
+
     def seed(self, own: int) -> int:
         """Seed of the next draws: all further data have their own."""
         return mixed_seed(own, self.num_updates) if self.num_updates else own

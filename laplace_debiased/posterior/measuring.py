@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import NamedTuple, TypeVar
@@ -76,6 +76,19 @@ class Estimate:
             self.error and other.error and self.error.merge(other.error),
             other.are_probabilities,
         )
+
+    def combined(self, other: Estimate, share: float) -> Estimate:
+        """Add other data, which know nothing of these.
+
+        Args:
+            other: The estimate from the other data, along directions of their own.
+            share: Number of points here, as a share of all.
+
+        Returns:
+            The estimate for all data, along directions of all.
+        """
+        turned = other.curvature.turned(self.curvature, share)  # type: ignore[arg-type]
+        return self.merge(replace(other, curvature=turned), share)
 
     def scaled(self, factor: float, decay: float = 1.0) -> Estimate:
         """Scale curvature and loss to more or fewer data.
