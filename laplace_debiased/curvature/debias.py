@@ -25,7 +25,7 @@ from typing import Generic, NamedTuple
 
 from torch import Tensor
 
-from laplace_debiased.curvature.decomposition import decompose
+from laplace_debiased.curvature.decomposition import Decompose, decompose
 from laplace_debiased.curvature.degenerate import with_common_magnitudes
 from laplace_debiased.curvature.kronecker import Kronecker, Magnitudes
 
@@ -48,17 +48,22 @@ class Debiased(NamedTuple, Generic[Magnitudes]):
     own: list[Kronecker]
 
 
-def two_batch(factors: Factors, measure: Measure[Magnitudes]) -> Debiased[Magnitudes]:
+def two_batch(
+    factors: Factors,
+    measure: Measure[Magnitudes],
+    decomposition: Decompose = decompose,
+) -> Debiased[Magnitudes]:
     """Measure magnitudes along the eigenvectors of other points.
 
     Args:
         factors: Kronecker factors of the points that give directions.
         measure: Measures the others along directions.
+        decomposition: Decomposes factors.
 
     Returns:
         Directions and magnitudes.
     """
-    directions, own = decompose(factors)
+    directions, own = decomposition(factors)
     return Debiased(directions, with_common_magnitudes(measure(directions), own), own)
 
 
@@ -67,6 +72,7 @@ def cross_fit(
     measures: Sequence[Measure[Magnitudes]],
     shares: Sequence[float],
     pooled_inputs: bool = False,
+    decomposition: Decompose = decompose,
 ) -> Debiased[Magnitudes]:
     """Measure each fold along the eigenvectors of the others; average by rank.
 
@@ -76,20 +82,21 @@ def cross_fit(
         shares: Each fold's share of the points.
         pooled_inputs: Whether input covariances are those of a pool, of which the
             measured points are a small part: their eigenvectors are then those of all.
+        decomposition: Decomposes factors.
 
     Returns:
         Directions of all folds, and the averaged magnitudes.
     """
-    directions, own = decompose(average(folds, shares))
+    directions, own = decomposition(average(folds, shares))
     measured = []
     for k, measure in enumerate(measures):
         others = held_out(folds, shares, k)
         if pooled_inputs:
-            gradients = decompose([Kronecker(factors.gradients) for factors in others])
+            gradients = decomposition([Kronecker(own.gradients) for own in others])
             pairs = zip(gradients, (directions, own), strict=True)
             vectors, values = (joined(*pair) for pair in pairs)
         else:
-            vectors, values = decompose(others)
+            vectors, values = decomposition(others)
         measured.append(with_common_magnitudes(measure(vectors), values))
     magnitudes = with_common_magnitudes(average(measured, shares), own)
     return Debiased(directions, magnitudes, own)
@@ -110,7 +117,10 @@ def held_out(folds: Sequence[Factors], shares: Sequence[float], index: int) -> F
 
 
 def kfac_cross_fit(
-    folds: Sequence[Factors], shares: Sequence[float], pooled_inputs: bool = False
+    folds: Sequence[Factors],
+    shares: Sequence[float],
+    pooled_inputs: bool = False,
+    decomposition: Decompose = decompose,
 ) -> Debiased[Kronecker]:
     """Cross-fit with the folds' K-FAC as magnitudes.
 
@@ -122,16 +132,20 @@ def kfac_cross_fit(
         folds: Kronecker factors of each fold.
         shares: Each fold's share of the points.
         pooled_inputs: Whether input covariances are those of a pool.
+        decomposition: Decomposes factors.
 
     Returns:
         Directions and factored magnitudes.
     """
     if not pooled_inputs:
-        return cross_fit(folds, [partial(project, fold) for fold in folds], shares)
+        measures = [partial(project, fold) for fold in folds]
+        return cross_fit(folds, measures, shares, False, decomposition)
     gradients = [[Kronecker(own.gradients) for own in fold] for fold in folds]
     inputs = [[Kronecker(None, own.inputs) for own in fold] for fold in folds]
-    outer = kfac_cross_fit(gradients, shares)
-    inner = two_batch(average(inputs[:-1], shares[:-1]), partial(project, inputs[-1]))
+    outer = kfac_cross_fit(gradients, shares, False, decomposition)
+    inner = two_batch(
+        average(inputs[:-1], shares[:-1]), partial(project, inputs[-1]), decomposition
+    )
     return Debiased(*(joined(*pair) for pair in zip(outer, inner, strict=True)))
 
 

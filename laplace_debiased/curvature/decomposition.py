@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.kronecker import Kronecker
+
+# computes eigenvectors and eigenvalues of factors, wherever that is done
+Decompose = Callable[[Sequence[Kronecker]], tuple[list[Kronecker], list[Kronecker]]]
 
 
 def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from laplace_debiased.curvature.debias import (
     scale_gradients,
     two_batch,
 )
-from laplace_debiased.curvature.decomposition import decompose
+from laplace_debiased.curvature.decomposition import Decompose, decompose
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, by_parameter
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.rows.layers import Layer
@@ -96,23 +96,28 @@ class KFACCurvature:
         folds = [scale_gradients(fold, factor) for fold in self.folds]
         return replace(self, folds=folds)
 
-    def debiased(self) -> Debiased[Kronecker]:
+    def debiased(self, decomposition: Decompose = decompose) -> Debiased[Kronecker]:
         """Measure the magnitudes along the directions."""
         if self.cross_fit:
-            return kfac_cross_fit(self.folds, self.shares, self.pooled_inputs)
+            return kfac_cross_fit(
+                self.folds, self.shares, self.pooled_inputs, decomposition
+            )
         directions, magnitudes = self.folds
-        return two_batch(directions, partial(project, magnitudes))
+        return two_batch(directions, partial(project, magnitudes), decomposition)
 
-    def decompose(self, damping: bool = False) -> EigenbasisMatrix:
+    def decompose(
+        self, damping: bool = False, decomposition: Decompose = decompose
+    ) -> EigenbasisMatrix:
         """Measure the magnitudes along the directions.
 
         Args:
             damping: Whether a prior precision is spread over the factors.
+            decomposition: Decomposes factors.
 
         Returns:
             The curvature in its eigenbasis.
         """
-        debiased = self.debiased()
+        debiased = self.debiased(decomposition)
         return by_parameter(
             self.layers, debiased.directions, debiased.magnitudes, damping
         )
@@ -223,11 +228,14 @@ class GGNCurvature:
             factor_eigenvalues=scale_gradients(self.factor_eigenvalues, factor),
         )
 
-    def decompose(self, damping: bool = False) -> EigenbasisMatrix:
+    def decompose(
+        self, damping: bool = False, decomposition: Decompose = decompose
+    ) -> EigenbasisMatrix:
         """Return the curvature in its eigenbasis.
 
         Args:
             damping: Must be false, since the eigenvalues do not factor.
+            decomposition: Not needed, since it was done for the measurement.
 
         Returns:
             The curvature in its eigenbasis.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from laplace_debiased.curvature.debias import Directions, Factors, scale_gradients
+from laplace_debiased.curvature.decomposition import decompose
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.posterior.sources import checked_batches
 from laplace_debiased.posterior.upstream import loss_of
@@ -127,6 +128,12 @@ class BackendSource:
     ) -> tuple[list[Spectrum], SweepSummary]:
         """Not supported: ``ggn`` magnitudes are refused with this backend."""
         raise NotImplementedError
+
+    def decompose(
+        self, factors: Sequence[Kronecker]
+    ) -> tuple[list[Kronecker], list[Kronecker]]:
+        """See :meth:`~laplace_debiased.posterior.sources.Source.decompose`."""
+        return decompose(factors)
 
     def _check_batch(self, X: Any, y: Tensor) -> None:
         if not is_counted(loss_of(self.backend), y).all():

@@ -237,9 +237,10 @@ def _ggn(
 
     measures = [partial(along, fold) for fold in folds]
     if is_cross_fit:
-        debiased = cross_fit(factors, measures, shares, pool is not None)
+        pooled = pool is not None
+        debiased = cross_fit(factors, measures, shares, pooled, source.decompose)
     else:
-        debiased = two_batch(factors[0], measures[1])
+        debiased = two_batch(factors[0], measures[1], source.decompose)
     return GGNCurvature(source.layers, *debiased), seen
 
 
