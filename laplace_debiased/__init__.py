@@ -50,6 +50,7 @@ from laplace_debiased.curvature.operator import DebiasedKFACLinearOperator
 from laplace_debiased.curvature.scores import curvature_scores
 from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 from laplace_debiased.posterior.last_layer import KronDebiasedLLLaplace
+from laplace_debiased.posterior.merging import merge
 from laplace_debiased.predictive.calibration import Calibration
 from laplace_debiased.predictive.report import PredictionReport
 from laplace_debiased.predictive.uncertainty import Uncertainty
@@ -99,6 +100,7 @@ __all__ = [
     "debiased_cg",
     "directional_derivatives",
     "draw_points",
+    "merge",
     "overlap",
     "principal_angles",
     "top_eigenspace",

@@ -26,7 +26,7 @@ from typing import Generic, NamedTuple
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.decomposition import decompose
+from laplace_debiased.curvature.decomposition import Decompose, decompose
 from laplace_debiased.curvature.degenerate import (
     eigenspaces,
     with_common_magnitudes,
@@ -54,20 +54,21 @@ class Debiased(NamedTuple, Generic[Magnitudes]):
 
 
 def two_batch(
-    factors: Factors, measure: Measure[Magnitudes], tolerance: float = 0.0
+    factors: Factors,
+    measure: Measure[Magnitudes],
+    decomposition: Decompose = decompose,
 ) -> Debiased[Magnitudes]:
     """Measure magnitudes along the eigenvectors of other points.
 
     Args:
         factors: Kronecker factors of the points that give directions.
         measure: Measures the others along directions.
-        tolerance: How far a large factor may be from what is decomposed
-            (:func:`~laplace_debiased.curvature.decomposition.symmetric_eigh`).
+        decomposition: Decomposes factors.
 
     Returns:
         Directions and magnitudes.
     """
-    directions, own = decompose(factors, tolerance)
+    directions, own = decomposition(factors)
     magnitudes = with_common_magnitudes(measure(directions, own), own, directions)
     return Debiased(directions, magnitudes, own)
 
@@ -77,7 +78,7 @@ def cross_fit(
     measures: Sequence[Measure[Magnitudes]],
     shares: Sequence[float],
     pooled_inputs: bool = False,
-    tolerance: float = 0.0,
+    decomposition: Decompose = decompose,
 ) -> Debiased[Magnitudes]:
     """Measure each fold along the eigenvectors of the others; average by rank.
 
@@ -87,23 +88,21 @@ def cross_fit(
         shares: Each fold's share of the points.
         pooled_inputs: Whether input covariances are those of a pool, of which the
             measured points are a small part: their eigenvectors are then those of all.
-        tolerance: See :func:`two_batch`.
+        decomposition: Decomposes factors.
 
     Returns:
         Directions of all folds, and the averaged magnitudes.
     """
-    directions, own = decompose(average(folds, shares), tolerance)
+    directions, own = decomposition(average(folds, shares))
     measured = []
     for k, measure in enumerate(measures):
         others = held_out(folds, shares, k)
         if pooled_inputs:
-            gradients = decompose(
-                [Kronecker(own.gradients) for own in others], tolerance
-            )
+            gradients = decomposition([Kronecker(own.gradients) for own in others])
             pairs = zip(gradients, (directions, own), strict=True)
             vectors, values = (joined(*pair) for pair in pairs)
         else:
-            vectors, values = decompose(others, tolerance)
+            vectors, values = decomposition(others)
         found = measure(vectors, values)
         measured.append(with_common_magnitudes(found, values, vectors))
     magnitudes = with_common_magnitudes(average(measured, shares), own, directions)
@@ -128,7 +127,7 @@ def kfac_cross_fit(
     folds: Sequence[Factors],
     shares: Sequence[float],
     pooled_inputs: bool = False,
-    tolerance: float = 0.0,
+    decomposition: Decompose = decompose,
 ) -> Debiased[Kronecker]:
     """Cross-fit with the folds' K-FAC as magnitudes.
 
@@ -140,19 +139,19 @@ def kfac_cross_fit(
         folds: Kronecker factors of each fold.
         shares: Each fold's share of the points.
         pooled_inputs: Whether input covariances are those of a pool.
-        tolerance: See :func:`two_batch`.
+        decomposition: Decomposes factors.
 
     Returns:
         Directions and factored magnitudes.
     """
     if not pooled_inputs:
         measures = [partial(project, fold) for fold in folds]
-        return cross_fit(folds, measures, shares, tolerance=tolerance)
+        return cross_fit(folds, measures, shares, False, decomposition)
     gradients = [[Kronecker(own.gradients) for own in fold] for fold in folds]
     inputs = [[Kronecker(None, own.inputs) for own in fold] for fold in folds]
-    outer = kfac_cross_fit(gradients, shares, tolerance=tolerance)
+    outer = kfac_cross_fit(gradients, shares, False, decomposition)
     first, measure = average(inputs[:-1], shares[:-1]), partial(project, inputs[-1])
-    inner = two_batch(first, measure, tolerance)
+    inner = two_batch(first, measure, decomposition)
     return Debiased(*(joined(*pair) for pair in zip(outer, inner, strict=True)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.curvature.leading import MIN_ROWS, leading_eigh
+
+# computes eigenvectors and eigenvalues of factors, wherever that is done
+Decompose = Callable[[Sequence[Kronecker]], tuple[list[Kronecker], list[Kronecker]]]
 
 
 def symmetric_eigh(matrix: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tensor]:

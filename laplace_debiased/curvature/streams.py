@@ -29,6 +29,7 @@ from laplace_debiased.curvature.debias import (
     scale_gradients,
     two_batch,
 )
+from laplace_debiased.curvature.decomposition import Decompose, decompose
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, by_parameter
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.rows.layers import Layer
@@ -84,40 +85,45 @@ class KFACCurvature:
             pooled_inputs=self.pooled_inputs and other.pooled_inputs,
         )
 
+    def turned(self, other: KFACCurvature, share: float) -> KFACCurvature:
+        """Return the curvature itself: its directions are found when all is known.
+
+        Args:
+            other: Not needed.
+            share: Not needed.
+
+        Returns:
+            The curvature.
+        """
+        return self
+
     def scaled(self, factor: float) -> KFACCurvature:
         """Scale the curvature."""
         folds = [scale_gradients(fold, factor) for fold in self.folds]
         return replace(self, folds=folds)
 
-    def debiased(self, tolerance: float = 0.0) -> Debiased[Kronecker]:
-        """Measure the magnitudes along the directions.
-
-        Args:
-            tolerance: How far a large factor may be from what is decomposed.
-
-        Returns:
-            Directions and magnitudes.
-        """
+    def debiased(self, decomposition: Decompose = decompose) -> Debiased[Kronecker]:
+        """Measure the magnitudes along the directions."""
         if self.cross_fit:
             return kfac_cross_fit(
-                self.folds, self.shares, self.pooled_inputs, tolerance
+                self.folds, self.shares, self.pooled_inputs, decomposition
             )
         directions, magnitudes = self.folds
-        return two_batch(directions, partial(project, magnitudes), tolerance)
+        return two_batch(directions, partial(project, magnitudes), decomposition)
 
     def decompose(
-        self, damping: bool = False, tolerance: float = 0.0
+        self, damping: bool = False, decomposition: Decompose = decompose
     ) -> EigenbasisMatrix:
         """Measure the magnitudes along the directions.
 
         Args:
             damping: Whether a prior precision is spread over the factors.
-            tolerance: How far a large factor may be from what is decomposed.
+            decomposition: Decomposes factors.
 
         Returns:
             The curvature in its eigenbasis.
         """
-        debiased = self.debiased(tolerance)
+        debiased = self.debiased(decomposition)
         return by_parameter(
             self.layers, debiased.directions, debiased.magnitudes, damping
         )
@@ -202,6 +208,24 @@ class GGNCurvature:
         spectra = [own.map(lambda a, b: a + b, new) for own, new in pairs]
         return replace(other, spectra=spectra)
 
+    def turned(self, other: GGNCurvature, share: float) -> GGNCurvature:
+        """Measure the curvature along directions of these and other data.
+
+        Args:
+            other: Curvature of the other data.
+            share: Number of the other data, as a share of all.
+
+        Returns:
+            Curvature of these data, along directions of all.
+        """
+        directions, values = decompose(add_data(other.factors(), self.factors(), share))
+        return replace(
+            self,
+            directions=directions,
+            spectra=self.along(directions),
+            factor_eigenvalues=values,
+        )
+
     def scaled(self, factor: float) -> GGNCurvature:
         """Scale the curvature."""
         return replace(
@@ -211,13 +235,13 @@ class GGNCurvature:
         )
 
     def decompose(
-        self, damping: bool = False, tolerance: float = 0.0
+        self, damping: bool = False, decomposition: Decompose = decompose
     ) -> EigenbasisMatrix:
         """Return the curvature in its eigenbasis.
 
         Args:
             damping: Must be false, since the eigenvalues do not factor.
-            tolerance: Not needed: the directions are known.
+            decomposition: Not needed, since it was done for the measurement.
 
         Returns:
             The curvature in its eigenbasis.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from laplace_debiased.curvature.debias import Directions, Factors, scale_gradients
+from laplace_debiased.curvature.decomposition import decompose
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.posterior.sources import checked_batches
 from laplace_debiased.posterior.upstream import loss_of
@@ -58,6 +59,7 @@ class BackendSource:
         backend: An ASDL or BackPACK backend.
         options: Options of the backend's ``kron``.
         progress_bar: Whether to show progress bars.
+        tolerance: How far large factors may be from what is decomposed.
     """
 
     model: nn.Module
@@ -66,6 +68,7 @@ class BackendSource:
     backend: CurvatureInterface
     options: dict[str, Any]
     progress_bar: bool = False
+    tolerance: float = 0.0
 
     takes_weights = False
 
@@ -128,6 +131,12 @@ class BackendSource:
     ) -> tuple[list[Spectrum], SweepSummary]:
         """Not supported: ``ggn`` magnitudes are refused with this backend."""
         raise NotImplementedError
+
+    def decompose(
+        self, factors: Sequence[Kronecker]
+    ) -> tuple[list[Kronecker], list[Kronecker]]:
+        """See :meth:`~laplace_debiased.posterior.sources.Source.decompose`."""
+        return decompose(factors, self.tolerance)
 
     def _check_batch(self, X: Any, y: Tensor) -> None:
         if not is_counted(loss_of(self.backend), y).all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from warnings import warn
 
@@ -11,9 +12,12 @@ from laplace.utils import split_batch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from laplace_debiased.curvature.decomposition import Decompose
 from laplace_debiased.curvature.streams import GGNCurvature
 from laplace_debiased.posterior.asdl_backpack import BackendSource, check_installed
+from laplace_debiased.posterior.digests import identity
 from laplace_debiased.posterior.measuring import Earlier, Estimate, measure
+from laplace_debiased.posterior.resuming import ResumedSource
 from laplace_debiased.posterior.sources import (
     RowSource,
     Source,
@@ -60,6 +64,14 @@ class Seen:
     weight: float = 0.0
     num_points: float = 0.0
     num_updates: int = 0
+
+    def merge(self, other: Seen) -> Seen:
+        """Add what another posterior has seen."""
+        return Seen(
+            self.weight + other.weight,
+            self.num_points + other.num_points,
+            self.num_updates + other.num_updates,
+        )
 
     def seed(self, own: int) -> int:
         """Seed of the next draws: all further data have their own."""
@@ -249,9 +261,11 @@ def source(
         la.backend,
         la._asdl_fisher_kwargs,
     )
+    tolerance = la.settings.decomposition_tolerance
     if is_curvlinops(la._backend_cls):
-        return RowSource(*common, la.settings.fisher_rank, progress_bar, room)
-    return BackendSource(*common, progress_bar)
+        options = progress_bar, room, tolerance
+        return RowSource(*common, la.settings.fisher_rank, *options)
+    return BackendSource(*common, progress_bar, tolerance)
 
 
 def update(
@@ -261,6 +275,7 @@ def update(
     decay: float = 1.0,
     num_data: float | None = None,
     progress_bar: bool = False,
+    checkpoint: Path | None = None,
 ) -> None:
     """Add new points to the earlier ones, at the model's parameters.
 
@@ -272,6 +287,10 @@ def update(
         num_data: Number of points that curvature and loss are scaled to; None for the
             weight of all.
         progress_bar: Whether to show progress bars.
+        checkpoint: A folder for what is done, if it is to be resumed there.
+
+    Raises:
+        ValueError: If the checkpoint is of another fit, or is damaged.
     """
     remembered = decay * seen.weight
     weight = remembered + folds.num_data
@@ -282,10 +301,14 @@ def update(
         earlier = la._estimate.scaled(remembered / la.n_data, decay)
         if isinstance(earlier.curvature, GGNCurvature):
             directions = Earlier(earlier.curvature.factors(), share)
-    room = la.memory_limit if la.settings.measures_again(folds) else 0
+    # rows are not in a checkpoint: they are computed again
+    keeps = la.settings.measures_again(folds) and checkpoint is None
+    own = source(la, progress_bar, la.memory_limit if keeps else 0)
+    if checkpoint is not None:
+        own = ResumedSource(own, checkpoint, identity(la, folds, seen, decay, num_data))
     with measuring(la.model):
         estimate = measure(
-            source(la, progress_bar, room),
+            own,
             folds,
             la.settings,
             seen.seed(la.settings.seed),
@@ -294,21 +317,27 @@ def update(
     if earlier is not None:
         estimate = earlier.merge(estimate, share)
     num_data = weight if num_data is None else num_data
-    take_over(la, estimate.scaled(num_data / weight), num_data)
+    take_over(la, estimate.scaled(num_data / weight), num_data, own.decompose)
     num_used = la.settings.num_used(folds)
     la._seen = Seen(weight, decay * seen.num_points + num_used, seen.num_updates + 1)
 
 
-def take_over(la: KronDebiasedLaplace, estimate: Estimate, num_data: float) -> None:
+def take_over(
+    la: KronDebiasedLaplace,
+    estimate: Estimate,
+    num_data: float,
+    decomposition: Decompose,
+) -> None:
     """Make an estimate the posterior, at the model's parameters.
 
     Args:
         la: The posterior.
         estimate: The estimate.
         num_data: Number of points that it is scaled to.
+        decomposition: Decomposes factors.
     """
     mean = torch.cat([param.reshape(-1) for param in la.fitted_params])
-    la.H = estimate.curvature.decompose(la.damping, la.settings.decomposition_tolerance)
+    la.H = estimate.curvature.decompose(la.damping, decomposition)
     la._estimate = estimate
     la.mean = mean if la.enable_backprop else mean.detach()
     la.loss, la.n_outputs, la.n_data = estimate.loss, estimate.num_outputs, num_data

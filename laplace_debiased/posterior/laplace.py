@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar, copy_context
+from pathlib import Path
 from typing import Any, cast
 from warnings import warn
 
@@ -424,6 +425,7 @@ class KronDebiasedLaplace(KronLaplace):
         progress_bar: bool = False,
         *,
         magnitude_loader: DataLoader | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         """Fit the posterior at the model's parameters.
 
@@ -457,10 +459,15 @@ class KronDebiasedLaplace(KronLaplace):
             magnitude_loader: Yields the points that give magnitudes; then
                 ``train_loader`` yields those that give directions. All points of both
                 are used, whatever the ``budget``.
+            checkpoint: A folder that each stage of the fit is written to, once it is
+                done: scores, factors and decompositions. The same fit goes on there
+                after it was killed, to the same posterior bit by bit. Once it is done,
+                the folder may be deleted.
 
         Raises:
             TypeError: If ``override`` is no bool.
-            ValueError: If data or model are not valid.
+            ValueError: If data or model are not valid, or the checkpoint is that of a
+                fit with other data, model or settings, or damaged.
         """
         if not isinstance(override, bool):
             raise TypeError(
@@ -471,7 +478,10 @@ class KronDebiasedLaplace(KronLaplace):
         with unchanged_on_failure(self, *self.model.modules()):
             self._calibration = None
             folds = fitting.assign(self, train_loader, magnitude_loader, seen)
-            fitting.update(self, folds, seen, progress_bar=progress_bar)
+            path = None if checkpoint is None else Path(checkpoint)
+            fitting.update(
+                self, folds, seen, progress_bar=progress_bar, checkpoint=path
+            )
             for message in fitting.messages(self, seen, folds.explicit):
                 warn(message, stacklevel=3)
             self.model.eval()

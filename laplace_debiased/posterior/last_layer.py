@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -182,6 +183,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         progress_bar: bool = False,
         *,
         magnitude_loader: DataLoader | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         """See :meth:`KronDebiasedLaplace.fit`; ``override=False`` is refused."""
         if override is False:
@@ -189,7 +191,11 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
                 "Last-layer Laplace approximations do not support `override=False`."
             )
         super().fit(
-            train_loader, override, progress_bar, magnitude_loader=magnitude_loader
+            train_loader,
+            override,
+            progress_bar,
+            magnitude_loader=magnitude_loader,
+            checkpoint=checkpoint,
         )
 
     def partial_fit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import NamedTuple, TypeVar
@@ -76,6 +76,19 @@ class Estimate:
             self.error and other.error and self.error.merge(other.error),
             other.are_probabilities,
         )
+
+    def combined(self, other: Estimate, share: float) -> Estimate:
+        """Add other data, which know nothing of these.
+
+        Args:
+            other: The estimate from the other data, along directions of their own.
+            share: Number of points here, as a share of all.
+
+        Returns:
+            The estimate for all data, along directions of all.
+        """
+        turned = other.curvature.turned(self.curvature, share)  # type: ignore[arg-type]
+        return self.merge(replace(other, curvature=turned), share)
 
     def scaled(self, factor: float, decay: float = 1.0) -> Estimate:
         """Scale curvature and loss to more or fewer data.
@@ -157,16 +170,7 @@ def measure(
             source.layers, factors, shares, is_cross_fit, pool is not None
         )
     else:
-        curvature, seen = _ggn(
-            source,
-            used,
-            pool,
-            shares,
-            is_cross_fit,
-            seeds,
-            earlier,
-            settings.decomposition_tolerance,
-        )
+        curvature, seen = _ggn(source, used, pool, shares, is_cross_fit, seeds, earlier)
     surveys = seen if pool is None else pool.summaries
     loss = torch.stack([at_least_single(summary.loss) for summary in surveys])
     weights = torch.tensor(shares, dtype=loss.dtype, device=loss.device)
@@ -217,7 +221,6 @@ def _ggn(
     is_cross_fit: bool,
     seeds: Iterator[int],
     earlier: Earlier | None,
-    tolerance: float,
 ) -> tuple[GGNCurvature, list[SweepSummary]]:
     """Measure exact curvature along directions; return what gave magnitudes, too."""
     giving = folds if is_cross_fit else folds[:1]
@@ -234,9 +237,10 @@ def _ggn(
 
     measures = [partial(along, fold) for fold in folds]
     if is_cross_fit:
-        debiased = cross_fit(factors, measures, shares, pool is not None, tolerance)
+        pooled = pool is not None
+        debiased = cross_fit(factors, measures, shares, pooled, source.decompose)
     else:
-        debiased = two_batch(factors[0], measures[1], tolerance)
+        debiased = two_batch(factors[0], measures[1], source.decompose)
     return GGNCurvature(source.layers, *debiased), seen
 
 

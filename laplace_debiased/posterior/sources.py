@@ -11,9 +11,10 @@ from laplace.curvature import CurvatureInterface
 from torch import Generator, Tensor, nn
 
 from laplace_debiased.curvature.debias import Directions, Factors, scale_gradients
+from laplace_debiased.curvature.decomposition import decompose
 from laplace_debiased.curvature.directional import DirectionalCurvatures
 from laplace_debiased.curvature.factors import EXPAND, KroneckerFactors
-from laplace_debiased.curvature.kronecker import Spectrum
+from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.posterior.upstream import (
     inputs_and_targets,
     loss_of,
@@ -103,6 +104,18 @@ class Source(Protocol):
             as in :meth:`factors`.
         """
 
+    def decompose(
+        self, factors: Sequence[Kronecker]
+    ) -> tuple[list[Kronecker], list[Kronecker]]:
+        """Compute eigenvectors and eigenvalues of factors.
+
+        Args:
+            factors: Factors of each layer.
+
+        Returns:
+            As :func:`~laplace_debiased.curvature.decomposition.decompose`.
+        """
+
 
 @dataclass(frozen=True, eq=False)
 class RowSource:
@@ -120,6 +133,7 @@ class RowSource:
         progress_bar: Whether to show progress bars.
         room: Bytes that rows may take which are kept for :meth:`curvatures` of the same
             folds, so that these need no passes.
+        tolerance: How far large factors may be from what is decomposed.
 
     Raises:
         ValueError: If there is another option.
@@ -133,6 +147,7 @@ class RowSource:
     fisher_rank: int | None = None
     progress_bar: bool = False
     room: int = 0
+    tolerance: float = 0.0
     _kept: dict[Fold, tuple[KeptRows, SweepSummary]] = field(
         default_factory=dict, init=False
     )
@@ -182,6 +197,12 @@ class RowSource:
         factor = self.backend.factor
         spectra = [own.map(lambda v: factor * v) for own in accumulator.spectra()]
         return spectra, self._with_contributions(summary, accumulator)
+
+    def decompose(
+        self, factors: Sequence[Kronecker]
+    ) -> tuple[list[Kronecker], list[Kronecker]]:
+        """See :meth:`Source.decompose`."""
+        return decompose(factors, self.tolerance)
 
     @property
     def _output_curvature(self) -> OutputCurvature:

@@ -14,6 +14,7 @@ import torch
 from laplace import ParametricLaplace
 from torch import Tensor
 
+from laplace_debiased.curvature.factors import EXPAND
 from laplace_debiased.curvature.streams import CURVATURE_TYPES
 from laplace_debiased.posterior.checkpoint import flat, is_same, nested
 from laplace_debiased.posterior.fitting import Seen, set_params
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 
 # what version 0.1 saved before it had a format cannot be read: it does not tell layers;
-# format 2 does not tell the shapes of parameters, nor which there were, and format 3
-# not the calibration
+# format 2 does not tell the shapes of parameters, nor which there were, format 3 not
+# the calibration, and format 4 not which backend's curvature it is
 FORMAT = 5
 OTHER_PARAMETERS = (
     "The model's parameters are not those that the saved posterior was fitted at: load "
@@ -60,12 +61,38 @@ def state_dict(la: KronDebiasedLaplace) -> dict[str, Any]:
         "shapes": [list(param.shape) for param in la.fitted_params],
         "layers": [layer.state_dict() for layer in selection.layers],
         "example_size": selection.example_size,
-        "curvature": estimate.curvature.state_dict(),
-        "sampling_error": estimate.error and estimate.error.state_dict(),
+        **of_estimate(estimate),
         "seen": dict(vars(la._seen)),
         "calibration": la.calibration and asdict(la.calibration),
     }
     return dict(flat(saved))
+
+
+def of_estimate(estimate: Estimate) -> dict[str, Any]:
+    """Return the entries of what a fit measured, but for the loss."""
+    return {
+        "curvature": estimate.curvature.state_dict(),
+        "sampling_error": estimate.error and estimate.error.state_dict(),
+    }
+
+
+def estimate_of(saved: dict[str, Any], layers: list[Layer]) -> Estimate:
+    """Return what a fit measured from a checkpoint's entries.
+
+    Args:
+        saved: The entries, nested.
+        layers: The layers.
+
+    Returns:
+        The estimate.
+    """
+    kind, error = CURVATURE_TYPES[saved["magnitudes"]], saved["sampling_error"]
+    return Estimate(
+        kind.from_state_dict(layers, saved["curvature"]),
+        saved["loss"],
+        saved["n_outputs"],
+        error and SamplingError.from_state_dict(error),
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -83,6 +110,8 @@ def _configuration(la: KronDebiasedLaplace) -> dict[str, Any]:
         "subset_of_weights": la._key[0],
         "magnitudes": la.settings.magnitudes,
         "damping": la.damping,
+        "backend": la._backend_cls.__name__,
+        "approximation": str(la._asdl_fisher_kwargs.get("kfac_approx", EXPAND)),
         "likelihood": _plain(la.likelihood),
         "candidates": _names(la, la._candidates),
     }
@@ -113,19 +142,10 @@ def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
     cls_name = type(la).__name__
     la._calibration = None
     ParametricLaplace.load_state_dict(la, saved | {"cls_name": cls_name, "H": None})
-    kind = CURVATURE_TYPES[la.settings.magnitudes]
-    error = saved["sampling_error"]
     la._selection = Selection(layers, [], saved["example_size"], saved["n_outputs"])
-    la._estimate = Estimate(
-        kind.from_state_dict(layers, saved["curvature"]),
-        saved["loss"],
-        saved["n_outputs"],
-        error and SamplingError.from_state_dict(error),
-    )
+    la._estimate = estimate_of(saved, layers)
     la._seen = Seen(**saved["seen"])
-    la.H = la._estimate.curvature.decompose(
-        la.damping, la.settings.decomposition_tolerance
-    )
+    la.H = la._estimate.curvature.decompose(la.damping, la.settings.decompose)
     calibration = saved["calibration"]
     la._calibration = calibration and Calibration(**calibration)
     differing = la.state_dict().keys() ^ names
@@ -145,17 +165,29 @@ def check_origin(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
     Raises:
         ValueError: If format or subset of the weights differ.
     """
-    if not is_same(saved.get("format"), FORMAT):
-        raise ValueError(
-            f"`state_dict` has format {saved.get('format')}, not {FORMAT}: it is from "
-            f"{saved.get('cls_name', 'something else')}, or an earlier version of this "
-            "library. Fit the posterior again."
-        )
+    check_format(saved)
     subset_of_weights, _ = la._key
     if not is_same(saved.get("subset_of_weights"), subset_of_weights):
         raise ValueError(
             f"`state_dict` has subset_of_weights {saved.get('subset_of_weights')!r}, "
             f"this object {subset_of_weights!r}."
+        )
+
+
+def check_format(saved: dict[str, Any]) -> None:
+    """Refuse what is no checkpoint of this format.
+
+    Args:
+        saved: From :func:`state_dict`, it should be.
+
+    Raises:
+        ValueError: If the format differs.
+    """
+    if not is_same(saved.get("format"), FORMAT):
+        raise ValueError(
+            f"`state_dict` has format {saved.get('format')}, not {FORMAT}: it is from "
+            f"{saved.get('cls_name', 'something else')}, or an earlier version of this "
+            "library. Fit the posterior again."
         )
 
 

@@ -34,6 +34,8 @@ UPSTREAM = {
 }
 # what ours has beyond that
 _OWN = {
+    "approximation": str,
+    "backend": str,
     "candidates": list[str],
     "damping": bool,
     "example_size": int,
@@ -68,26 +70,56 @@ def check(
     Raises:
         ValueError: If an entry is missing, or of a wrong type, shape or value.
     """
-    missing = {*UPSTREAM, *_OWN, *_PARTS} - saved.keys()
-    if missing:
-        raise ValueError(f"`state_dict` lacks {sorted(missing)}.")
-    for name, kind in (UPSTREAM | _OWN).items():
-        check_type(kind, saved[name], name)
+    _check_there(saved)
     for name, own in configuration.items():
         if saved[name] != own:
             raise ValueError(
                 f"`state_dict` has {name} {saved[name]!r}, this object {own!r}."
             )
-    check_type(Seen, saved["seen"], "seen")
-    curvature_type = CURVATURE_TYPES[la.settings.magnitudes]
-    check_type(dict, saved["curvature"], "curvature")
-    curvature = saved["curvature"] | {"layers": saved["layers"]}
-    check_type(curvature_type, curvature, "curvature")
+    _check_parts(saved)
     _check_parameters(la, saved)
     _check_numbers(la, saved)
     _check_curvature(saved, la._dtype)
     _check_sampling_error(saved)
     _check_calibration(saved["calibration"])
+
+
+def check_entries(saved: dict[str, Any]) -> None:
+    """Refuse what is no whole checkpoint, whatever it is of.
+
+    Args:
+        saved: The checkpoint, of the right format, nested.
+
+    Raises:
+        ValueError: If an entry is missing, or of a wrong type or shape.
+    """
+    _check_there(saved)
+    if saved["magnitudes"] not in CURVATURE_TYPES:
+        raise ValueError(f"`state_dict` has magnitudes {saved['magnitudes']!r}.")
+    _check_parts(saved)
+    _check_curvature(saved, saved["loss"].dtype)
+    _check_sampling_error(saved)
+    numbers = {"n_data": saved["n_data"], "seen.weight": saved["seen"]["weight"]}
+    for name, value in numbers.items():
+        if not value > 0:
+            raise ValueError(f"`state_dict` must have a positive {name}, got {value}.")
+
+
+def _check_there(saved: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks entries, or has some of other types."""
+    missing = {*UPSTREAM, *_OWN, *_PARTS} - saved.keys()
+    if missing:
+        raise ValueError(f"`state_dict` lacks {sorted(missing)}.")
+    for name, kind in (UPSTREAM | _OWN).items():
+        check_type(kind, saved[name], name)
+
+
+def _check_parts(saved: dict[str, Any]) -> None:
+    """Check the types of what is built from several entries."""
+    check_type(Seen, saved["seen"], "seen")
+    check_type(dict, saved["curvature"], "curvature")
+    curvature = saved["curvature"] | {"layers": saved["layers"]}
+    check_type(CURVATURE_TYPES[saved["magnitudes"]], curvature, "curvature")
 
 
 def _check_parameters(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
