@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from warnings import warn
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from laplace_debiased.posterior.predicting import of_output
 from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
 from laplace_debiased.predictive.calibration import Calibration, calibration_of
 from laplace_debiased.predictive.links import probit_probabilities
@@ -24,6 +25,7 @@ from laplace_debiased.rows.inputs import (
 )
 from laplace_debiased.rows.model_state import evaluating
 from laplace_debiased.rows.output_curvature import is_counted
+from laplace_debiased.rows.positions import flat_targets, points
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
@@ -63,6 +65,7 @@ def calibrate(
         if y.is_floating_point():
             raise ValueError("Validation targets must be class indices.")
         mean, variance = output_variances(la, X)
+        y = flat_targets(la.model, y.to(mean.device)).flatten()
         y = check_targets(mean, y, loss)
         counted = is_counted(loss, y)
         parts.append((mean[counted], variance[counted], y[counted]))
@@ -80,11 +83,14 @@ def output_variances(la: KronDebiasedLaplace, X: Inputs) -> tuple[Tensor, Tensor
         X: Inputs, a tensor or a mapping.
 
     Returns:
-        Both ``[batch, outputs]``, whatever the calibration.
+        Both ``[batch, outputs]``, or ``[batch * positions, classes]``, whatever the
+        calibration.
     """
     with evaluating(la.model):
         mean, variance = la._output_moments(la._inputs(X), "diagonal")
     check_finite_predictions(mean, variance)
+    if la.class_axis is not None:
+        mean, variance = (points(own, la.n_outputs) for own in (mean, variance))
     return at_least_single(mean), variance
 
 
@@ -96,7 +102,29 @@ def uncertainty(la: KronDebiasedLaplace, X: Inputs) -> Uncertainty:
         X: Inputs, a tensor or a mapping.
 
     Returns:
-        The uncertainty.
+        The uncertainty, of the output's shape if it has positions.
+
+    Raises:
+        ValueError: As :func:`uncertainty_of_points`.
+    """
+    found = uncertainty_of_points(la, X)
+    if la.class_axis is None:
+        return found
+    parts: dict[str, Any] = dict(vars(found))
+    for name, value in parts.items():
+        parts[name] = value if value is None else of_output(la, X, value)
+    return Uncertainty(**parts)
+
+
+def uncertainty_of_points(la: KronDebiasedLaplace, X: Inputs) -> Uncertainty:
+    """Tell how uncertain predictions are, each position by itself.
+
+    Args:
+        la: The posterior.
+        X: Inputs, a tensor or a mapping.
+
+    Returns:
+        The uncertainty, with positions of all examples as points.
 
     Raises:
         ValueError: If the posterior is that of a reward model.

@@ -10,7 +10,7 @@ from laplace.utils.enums import Likelihood
 from torch import Tensor
 from tqdm import tqdm
 
-from laplace_debiased.posterior.calibrating import uncertainty
+from laplace_debiased.posterior.calibrating import uncertainty_of_points
 from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
 from laplace_debiased.predictive.report import (
     LEVELS,
@@ -23,6 +23,7 @@ from laplace_debiased.predictive.scores import risk_coverage
 from laplace_debiased.predictive.uncertainty import Uncertainty, entropy
 from laplace_debiased.rows.inputs import check_targets
 from laplace_debiased.rows.output_curvature import is_counted
+from laplace_debiased.rows.positions import flat_targets
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
@@ -64,14 +65,17 @@ def predictions(
     parts, targets = [], []
     for batch in tqdm(loader, disable=not progress_bar, desc="[Predictions]"):
         if not with_targets and isinstance(batch, Tensor | MutableMapping):
-            parts.append(_on_cpu(uncertainty(la, batch)))
+            parts.append(_on_cpu(uncertainty_of_points(la, batch)))
             continue
         X, y = inputs_and_targets(batch, la.backend)
-        found = uncertainty(la, X)
+        found = uncertainty_of_points(la, X)
         if not with_targets:
             parts.append(_on_cpu(found))
             continue
         loss = loss_of(la.backend)
+        y = flat_targets(la.model, y.to(found.mean.device))
+        if la.class_axis is not None:
+            y = y.reshape(len(found.mean), *y.shape[2:])
         y = check_targets(found.mean, y, loss)
         if la.likelihood == Likelihood.CLASSIFICATION and y.is_floating_point():
             raise ValueError("Targets must be class indices.")

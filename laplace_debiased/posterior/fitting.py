@@ -37,8 +37,10 @@ from laplace_debiased.rows.inputs import (
 from laplace_debiased.rows.left_out import refusal, refusal_of_diagonals, warning
 from laplace_debiased.rows.model_state import check_repeatable, measuring
 from laplace_debiased.rows.output_curvature import ENDS_IN_SOFTMAX
+from laplace_debiased.rows.positions import check_positions
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.selection import Selection, select
+from laplace_debiased.rows.substitution import output_shape
 from laplace_debiased.sampling.folds import (
     Folds,
     Points,
@@ -162,6 +164,10 @@ def choose_parameters(la: KronDebiasedLaplace, batch: Any) -> None:
     X = la._inputs(X)
     _warn_of_ignored_keys(la, X)
     check_finite_inputs(X)
+    if la.class_axis is not None:
+        with measuring(la.model):
+            shape = output_shape(la.model, X)
+        check_positions(y, shape, la.class_axis)
     with measuring(la.model):
         candidates = la._find_candidates(X, len(y))
     with measuring(la.model):  # if this fails, a last layer that was found stays so

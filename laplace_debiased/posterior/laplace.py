@@ -66,6 +66,7 @@ from laplace_debiased.rows.inputs import (
     on_device,
 )
 from laplace_debiased.rows.model_state import evaluating, unchanged_on_failure
+from laplace_debiased.rows.positions import set_class_axis
 from laplace_debiased.rows.selection import Selection
 from laplace_debiased.rows.sharing import thread_restored
 from laplace_debiased.rows.substitution import run
@@ -157,6 +158,12 @@ class KronDebiasedLaplace(KronLaplace):
             standard error is the root of two over their number
             (:mod:`~laplace_debiased.predictive.forward_mode`). May be changed at any
             time.
+        class_axis: Axis of the network's output that has the classes, if it has
+            positions, such as tokens or pixels: -1 for ``[batch, positions, classes]``,
+            1 for ``[batch, classes, height, width]``. Targets are then of shape
+            ``[batch, positions]`` or ``[batch, height, width]``; the loss is the sum
+            over positions but for those with ``ignore_index``, and predictions are of
+            each position (:mod:`~laplace_debiased.rows.positions`).
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -220,6 +227,7 @@ class KronDebiasedLaplace(KronLaplace):
         strict: bool = False,
         decomposition_tolerance: float = DECOMPOSITION_TOLERANCE,
         forward_samples: int | str | None = predicting.AUTO,
+        class_axis: int | None = None,
     ):
         self._configure(
             Settings(
@@ -238,6 +246,7 @@ class KronDebiasedLaplace(KronLaplace):
             memory_limit,
             strict,
             forward_samples,
+            class_axis,
         )
         prior = (sigma_noise, prior_precision, prior_mean, temperature)
         batches = (enable_backprop, dict_key_x, dict_key_y)
@@ -252,11 +261,12 @@ class KronDebiasedLaplace(KronLaplace):
         memory_limit: int,
         strict: bool,
         forward_samples: int | str | None,
+        class_axis: int | None,
     ) -> None:
         """Take over what laplace-torch does not know of, before anything is built."""
         check_integer("memory_limit", memory_limit, 1)
         predicting.check_forward_samples(forward_samples)
-        self.forward_samples = forward_samples
+        self.forward_samples, self.class_axis = forward_samples, class_axis
         self.settings, self.memory_limit, self.strict = settings, memory_limit, strict
         self._estimate: Estimate | None = None
         self._selection: Selection | None = None
@@ -268,6 +278,7 @@ class KronDebiasedLaplace(KronLaplace):
         """Refuse settings that do not go with laplace-torch's."""
         self.settings.check_damping(self.damping)
         fitting.check_backend(self)
+        set_class_axis(self.model, self.class_axis)
         # those with an own forward pass are not known before it is run
         self._candidates = list(self.params)
         self._is_tuned = bool((torch.as_tensor(self._prior_precision) != 1).any())
@@ -699,7 +710,8 @@ class KronDebiasedLaplace(KronLaplace):
         if count is not None and not self._is_sampling_known:
             self._is_sampling_known = True
             if self.forward_samples == predicting.AUTO:
-                message = predicting.are_sampled(count, self.n_outputs)
+                assert self._selection is not None
+                message = predicting.are_sampled(count, self._selection.num_outputs)
                 warn(message, stacklevel=3)
         return predicting.predictive(self, posterior)
 
@@ -712,6 +724,8 @@ class KronDebiasedLaplace(KronLaplace):
         n_samples: int = 100,
         diagonal_output: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        if self.class_axis is not None:
+            return predicting.by_position(self, x, joint, link_approx)
         # laplace-torch computes the covariance of all outputs here, too
         if likelihood == Likelihood.REGRESSION:
             if diagonal_output and not joint:
@@ -771,7 +785,7 @@ class KronDebiasedLaplace(KronLaplace):
     ) -> Tensor:
         with evaluating(self.model):
             outputs = self._calibrated_outputs(X, n_samples, generator, **model_kwargs)
-            return torch.stack(list(outputs))
+            return torch.stack([predicting.of_output(self, X, f) for f in outputs])
 
     @thread_restored
     def _nn_predictive_samples(
@@ -783,7 +797,8 @@ class KronDebiasedLaplace(KronLaplace):
     ) -> Tensor:
         samples = self._nn_functional_samples(X, n_samples, generator, **model_kwargs)
         if self.likelihood == Likelihood.CLASSIFICATION:
-            return samples.softmax(-1)
+            axis = self.class_axis
+            return samples.softmax(-1 if axis is None or axis < 0 else axis + 1)
         return samples
 
     # the base class declares each further keyword as a dictionary
@@ -799,8 +814,8 @@ class KronDebiasedLaplace(KronLaplace):
             total = torch.zeros((), device=self._device)
             outputs = self._calibrated_outputs(X, n_samples, generator, **model_kwargs)
             for output in outputs:
-                total = total + output.softmax(-1)
-            return total / n_samples
+                total = total + predicting.softmax(self, output)
+            return predicting.of_output(self, X, total / n_samples)
 
     @thread_restored
     def optimize_prior_precision(  # type: ignore[override]

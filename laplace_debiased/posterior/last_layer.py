@@ -66,6 +66,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         decomposition_tolerance: How far large factors may be from what is decomposed.
         forward_samples: Number of samples that estimate moments of outputs, where the
             last layer is not linear at its output; ``"auto"`` or None.
+        class_axis: Axis of the classes, if outputs have positions.
 
     Raises:
         TypeError: If an argument has a wrong type.
@@ -127,7 +128,9 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         strict: bool = False,
         decomposition_tolerance: float = DECOMPOSITION_TOLERANCE,
         forward_samples: int | str | None = predicting.AUTO,
+        class_axis: int | None = None,
     ):
+        limits = memory_limit, strict, forward_samples, class_axis
         self._configure(
             Settings(
                 magnitudes=magnitudes,
@@ -142,9 +145,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
                 seed=seed,
                 decomposition_tolerance=decomposition_tolerance,
             ),
-            memory_limit,
-            strict,
-            forward_samples,
+            *limits,
         )
         network = (model, likelihood, sigma_noise, prior_precision, prior_mean)
         prediction = (temperature, enable_backprop, feature_reduction, dict_key_x)

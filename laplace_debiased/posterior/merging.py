@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 
 # what differs from part to part; all else must not
-_OF_PART = {"calibration", "example_size", "loss", "n_data"}
+_OF_PART = {"calibration", "example_size", "outputs_size", "loss", "n_data"}
 _GROUPS_OF_PART = ("calibration", "curvature", "sampling_error", "seen")
 
 
@@ -92,6 +92,7 @@ def merge(
         **state.of_estimate(estimate),
         "loss": estimate.loss,
         "example_size": max(saved["example_size"] for saved in entries),
+        "outputs_size": max(saved["outputs_size"] for saved in entries),
         "n_data": float(seen.weight),
         "seen": dict(vars(seen)),
         "calibration": None,

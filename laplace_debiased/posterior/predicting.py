@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from laplace.utils.enums import Likelihood, LinkApprox
 from torch import Tensor
 
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
@@ -15,8 +16,11 @@ from laplace_debiased.predictive.forward_mode import (
     SampledPredictive,
     relative_error,
 )
+from laplace_debiased.predictive.links import probit_probabilities
 from laplace_debiased.predictive.moments import LinearizedPredictive
 from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.positions import points, restored
+from laplace_debiased.rows.substitution import output_shape
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
@@ -86,7 +90,9 @@ def num_samples(la: KronDebiasedLaplace) -> int | None:
     """Return the number of samples that moments are estimated by; None if exact."""
     if la.forward_samples != AUTO:
         return None if la.forward_samples is None else int(la.forward_samples)
-    return NUM_SAMPLES if la.n_outputs > MANY_OUTPUTS else None
+    assert la._selection is not None
+    many = max(la.n_outputs, la._selection.num_outputs) > MANY_OUTPUTS
+    return NUM_SAMPLES if many else None
 
 
 def predictive(la: KronDebiasedLaplace, posterior: EigenbasisMatrix) -> Predictive:
@@ -105,7 +111,7 @@ def predictive(la: KronDebiasedLaplace, posterior: EigenbasisMatrix) -> Predicti
         la.fitted_params,
         la._selection.layers,
         posterior,
-        la.n_outputs,
+        la._selection.num_outputs,
         la._selection.example_size,
         la.memory_limit,
         la.enable_backprop,
@@ -122,6 +128,61 @@ def predictive(la: KronDebiasedLaplace, posterior: EigenbasisMatrix) -> Predicti
         la.enable_backprop,
     )
     return SampledIfPossible(sampled, exact) if la.forward_samples == AUTO else sampled
+
+
+def by_position(
+    la: KronDebiasedLaplace, X: Inputs, joint: bool, link_approx: str
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Predict each position.
+
+    Args:
+        la: The posterior.
+        X: Inputs, a tensor or a mapping.
+        joint: Must be false.
+        link_approx: Must be ``"probit"`` for classes.
+
+    Returns:
+        Probabilities of the output's shape, or mean and variance of regressions.
+
+    Raises:
+        ValueError: If something else is asked for.
+    """
+    is_regression = la.likelihood == Likelihood.REGRESSION
+    if joint or not (is_regression or link_approx == LinkApprox.PROBIT):
+        raise ValueError(
+            "Of outputs with positions, there are variances alone: predict with "
+            "`joint=False` and `link_approx='probit'`, or with `pred_type='nn'`."
+        )
+    f_mu, f_var = la._glm_predictive_distribution(X, diagonal_output=True)
+    if is_regression:
+        return of_output(la, X, f_mu), of_output(la, X, f_var)
+    mean, variance = (points(own, la.n_outputs) for own in (f_mu, f_var))
+    return of_output(la, X, probit_probabilities(mean, variance))
+
+
+def of_output(la: KronDebiasedLaplace, X: Inputs, values: Tensor) -> Tensor:
+    """Give values of all positions the shape of the network's output.
+
+    Args:
+        la: The posterior.
+        X: Inputs, a tensor or a mapping.
+        values: Values of all outputs, or ``[batch * positions]``.
+
+    Returns:
+        The values; as they are if there is no class axis.
+    """
+    if la.class_axis is None:
+        return values
+    shape = output_shape(la.model, la._inputs(X))
+    own = values if values.ndim == 1 else points(values, la.n_outputs)
+    return restored(own, shape, la.class_axis)
+
+
+def softmax(la: KronDebiasedLaplace, outputs: Tensor) -> Tensor:
+    """Compute the softmax of outputs ``[batch, outputs]`` at each position."""
+    if la.class_axis is None:
+        return outputs.softmax(-1)
+    return points(outputs, la.n_outputs).softmax(-1).view_as(outputs)
 
 
 def are_sampled(count: int, num_outputs: int) -> str:

@@ -61,6 +61,7 @@ def state_dict(la: KronDebiasedLaplace) -> dict[str, Any]:
         "shapes": [list(param.shape) for param in la.fitted_params],
         "layers": [layer.state_dict() for layer in selection.layers],
         "example_size": selection.example_size,
+        "outputs_size": selection.num_outputs,
         **of_estimate(estimate),
         "seen": dict(vars(la._seen)),
         "calibration": la.calibration and asdict(la.calibration),
@@ -142,7 +143,7 @@ def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
     cls_name = type(la).__name__
     la._calibration = None
     ParametricLaplace.load_state_dict(la, saved | {"cls_name": cls_name, "H": None})
-    la._selection = Selection(layers, [], saved["example_size"], saved["n_outputs"])
+    la._selection = Selection(layers, [], saved["example_size"], saved["outputs_size"])
     la._estimate = estimate_of(saved, layers)
     la._seen = Seen(**saved["seen"])
     la.H = la._estimate.curvature.decompose(la.damping, la.settings.decompose)

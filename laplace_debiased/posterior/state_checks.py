@@ -39,6 +39,7 @@ _OWN = {
     "candidates": list[str],
     "damping": bool,
     "example_size": int,
+    "outputs_size": int,
     "layers": list[Layer],
     "magnitudes": str,
     "parameters": list[str],
@@ -49,6 +50,7 @@ _OWN = {
 _PARTS = ("calibration", "curvature", "sampling_error", "seen")
 _POSITIVE = (
     "example_size",
+    "outputs_size",
     "n_data",
     "n_outputs",
     "prior_precision",

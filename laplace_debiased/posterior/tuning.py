@@ -35,6 +35,7 @@ from laplace_debiased.posterior.evidence import best_prior_precision
 from laplace_debiased.posterior.upstream import inputs_and_targets
 from laplace_debiased.predictive.links import probit_probabilities
 from laplace_debiased.predictive.prior_path import PriorInterval
+from laplace_debiased.rows.positions import flat_targets, points
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
@@ -297,6 +298,10 @@ def _losses_from_one_pass(
     for batch in tqdm(val_loader, disable=not progress_bar, desc="[Grid search]"):
         X, y = inputs_and_targets(batch, la.backend)
         mean, at_nodes = la._variances_by_prior(X, path.nodes)
+        if la.class_axis is not None:
+            mean = points(mean, la.n_outputs)
+            at_nodes = at_nodes.reshape(*mean.shape, -1)
+            y = flat_targets(la.model, y).flatten()
         variances = path.at(at_nodes, interval.to(mean))  # [batch, C, grid]
         for own, variance in zip(metrics, variances.unbind(2), strict=True):
             if la.likelihood != Likelihood.REGRESSION:

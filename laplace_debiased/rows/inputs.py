@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import CrossEntropyLoss
 
+from laplace_debiased.rows.positions import num_positions
+
 Inputs = Tensor | MutableMapping[str, Any]
 # what a data source yields: inputs and targets, with a row for each example
 Batch = tuple[Inputs, Tensor]
@@ -113,7 +115,8 @@ def check_output(output: Tensor, batch_size: int) -> None:
     if output.ndim != 2 or output.shape[0] != batch_size:
         raise ValueError(
             f"The model's output must have shape [{batch_size}, outputs] for a batch "
-            f"of {batch_size}, got {tuple(output.shape)}."
+            f"of {batch_size}, got {tuple(output.shape)}. If there are outputs of "
+            "several positions, `class_axis` says which axis has the classes."
         )
     if not output.isfinite().all():
         raise ValueError("The model's output contains NaN or infinite entries.")
@@ -140,7 +143,7 @@ def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
 
     Args:
         output: Network output.
-        y: Targets.
+        y: Targets, by position if the output has some.
         loss_func: The loss.
 
     Returns:
@@ -151,6 +154,12 @@ def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
             targets have a wrong shape, dtype or range.
     """
     check_output(output, len(y))
+    count = num_positions(y)
+    if count > 1 and output.shape[1] % count == 0:
+        points = output.reshape(len(output) * count, -1)
+        return check_targets(points, y.flatten(0, 1), loss_func).unflatten(
+            0, (-1, count)
+        )
     is_cross_entropy = isinstance(loss_func, CrossEntropyLoss)
     if is_cross_entropy and output.shape[1] == 1:
         raise ValueError(

@@ -16,6 +16,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 
+from laplace_debiased.rows.positions import num_positions
+
 Loss = MSELoss | CrossEntropyLoss | BCEWithLogitsLoss
 
 # curvlinops' names
@@ -89,18 +91,31 @@ class OutputCurvature:
     def columns(self, output: Tensor, target: Tensor, generator: Generator) -> Tensor:
         """Compute the columns to backpropagate.
 
+        With several positions, a column is the sum of those of all positions, by random
+        signs: the outer products of different positions cancel in expectation.
+
         Args:
             output: Network output ``[batch, outputs]``.
             target: Targets: classes ``[batch]`` or probabilities ``[batch, outputs]``
-                for cross-entropy, ``[batch, outputs]`` otherwise.
-            generator: Random numbers for sampled labels.
+                for cross-entropy, ``[batch, outputs]`` otherwise; with positions,
+                ``[batch, positions]`` and ``[batch, positions, outputs]``.
+            generator: Random numbers for sampled labels, and for signs.
 
         Returns:
             Columns ``[columns, batch, outputs]``; the sum of their outer products is
-            each example's curvature (for sampled labels: in expectation), which is zero
-            where the loss ignores the target.
+            each example's curvature (for sampled labels, and with positions: in
+            expectation), which is zero where the loss ignores the target.
         """
         output = output.detach()
+        count = num_positions(target)
+        if count > 1:
+            points = output.reshape(len(target) * count, -1)
+            columns = self.columns(points, target.flatten(0, 1), generator)
+            columns = columns.unflatten(1, (-1, count))
+            signs = torch.randint(
+                2, columns.shape[:3], device=output.device, generator=generator
+            )
+            return (columns * (2 * signs - 1)[..., None]).flatten(2)
         if self.fisher_type == TYPE_2:
             columns = self._hessian_sqrt(output, generator)
         elif self.fisher_type == MC:
@@ -126,6 +141,10 @@ class OutputCurvature:
         Returns:
             The traces ``[batch]``; with ``"mc"`` their expectation.
         """
+        count = num_positions(target)
+        if count > 1:
+            points = output.reshape(len(target) * count, -1)
+            return self.traces(points, target.flatten(0, 1)).view(-1, count).sum(1)
         if self.fisher_type == EMPIRICAL:
             traces = _residual(self.loss_func, output, target).square().sum(1)
         elif self._loss_type is CrossEntropyLoss:
@@ -233,9 +252,14 @@ def example_losses(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
         target: Targets as in :meth:`OutputCurvature.columns`.
 
     Returns:
-        The loss of each example ``[batch]``, summed over its outputs; zero where its
-        target is ignored.
+        The loss of each example ``[batch]``, summed over its outputs and positions;
+        zero where its target is ignored.
     """
+    count = num_positions(target)
+    if count > 1:
+        points = output.reshape(len(target) * count, -1)
+        losses = example_losses(loss_func, points, target.flatten(0, 1))
+        return losses.view(-1, count).sum(1)
     loss_type = _type_of(loss_func)
     functionals: dict[type[Loss], Callable[..., Tensor]] = {
         MSELoss: torch.nn.functional.mse_loss,
@@ -259,8 +283,11 @@ def is_counted(loss_func: Loss, target: Tensor) -> Tensor:
         target: Targets as in :meth:`OutputCurvature.columns`.
 
     Returns:
-        Whether each counts ``[batch]``.
+        Whether each counts ``[batch]``, at a position at least.
     """
+    if num_positions(target) > 1:
+        counted = is_counted(loss_func, target.flatten(0, 1))
+        return counted.view(len(target), -1).any(1)
     is_class = target.ndim == 1 and not target.is_floating_point()
     if is_class and isinstance(loss_func, CrossEntropyLoss):
         return target != loss_func.ignore_index

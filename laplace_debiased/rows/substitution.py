@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import (
     TorchFunctionMode,
@@ -18,6 +19,7 @@ from torch.overrides import (
 from laplace_debiased.rows.arguments import arguments
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.model_state import is_plain, keeping_buffers
+from laplace_debiased.rows.positions import flat_output
 from laplace_debiased.rows.sharing import EAGERLY, everywhere
 
 
@@ -153,12 +155,37 @@ def run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
         **kwargs: Its further keywords.
 
     Returns:
-        Its output, or the logits that this holds.
+        Its output, or the logits that this holds, as a matrix if it has positions
+        (:mod:`~laplace_debiased.rows.positions`).
 
     Raises:
         ValueError: If the output is no tensor and holds no logits.
     """
-    original = getattr(model, "_orig_mod", model)
+    return flat_output(_original(model), _run(model, X, **kwargs))
+
+
+def output_shape(model: nn.Module, X: Inputs) -> tuple[int, ...]:
+    """Return the shape of a network's output, which may have positions.
+
+    Args:
+        model: The network.
+        X: Inputs, a tensor or a mapping.
+
+    Returns:
+        The shape.
+    """
+    with torch.no_grad():
+        return tuple(_run(model, X).shape)
+
+
+def _original(model: nn.Module) -> nn.Module:
+    """Return a network that may be compiled as it was before."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _run(model: nn.Module, X: Inputs, **kwargs: Any) -> Tensor:
+    """Call a network."""
+    original = _original(model)
     # under any mode, transformers do not take a fast path without derivatives, which
     # has other outputs where inputs are padded
     has_mode = _get_current_function_mode() is not None

@@ -27,6 +27,7 @@ from laplace_debiased.rows.output_curvature import (
     example_losses,
     is_counted,
 )
+from laplace_debiased.rows.positions import flat_targets, num_positions, points
 from laplace_debiased.rows.separation import SeparationCheck
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.rows.tape import Tape, record_rows
@@ -73,13 +74,13 @@ class SweepSummary:
         num_data: Number of examples.
         total_weight: Sum of the weights of those that the loss counts.
         loss: Weighted sum of their losses, a scalar tensor.
-        num_outputs: Number of network outputs.
+        num_outputs: Number of network outputs, at a position if there are several.
         are_probabilities: Whether the outputs are probabilities, where logits are
             expected.
         losses: Each example's loss ``[num_data]``, unweighted; None, as all that
             follows, if a backend of laplace-torch does not tell.
         traces: Trace of each example's output curvature ``[num_data]``, unweighted.
-        classes: Each example's class ``[num_data]``; None if targets are no classes.
+        classes: Each example's class ``[num_data]``; None if it has none, or several.
         contributions: Each example's weighted contribution to the traces of the layers'
             curvature, ``[num_data, layers]``; with K-FAC's factors, to that of G alone.
         squared_inputs: Sum of the squared entries of each example's input rows,
@@ -160,6 +161,7 @@ def sweep(
     ) as bar:
         for X, y in _parts(data, layers if backward else []):
             X, y = on_device(X, parameter.device), y.to(parameter.device)
+            y = flat_targets(model, y)
             check_finite_inputs(X)
             own = _weights_of_batch(weights, totals.num_data, len(y))
             own = own.to(parameter.device, weight_dtype)
@@ -244,13 +246,19 @@ class _Totals:
         precise, target = at_least_single(output.detach()), at_least_single(y)
         losses = example_losses(output_curvature.loss_func, precise, target)
         loss_func = output_curvature.loss_func
-        self.are_probabilities &= are_probabilities(loss_func, output)
+        classes = output.shape[1] // num_positions(y)
+        if self.num_outputs not in (0, classes):
+            raise ValueError(
+                f"Targets of shape {list(y.shape)} are not those of outputs with "
+                f"{self.num_outputs} classes."
+            )
+        self.are_probabilities &= are_probabilities(loss_func, points(output, classes))
         self.losses.append(losses)
         self.traces.append(output_curvature.traces(precise, target))
         self.targets.append(y)
         self.loss = self.loss + (weights * losses).sum()
         self.total_weight += weights.sum().item()
-        self.num_data, self.num_outputs = self.num_data + len(y), output.shape[1]
+        self.num_data, self.num_outputs = self.num_data + len(y), classes
 
     def summary(self, weights: Tensor | None) -> SweepSummary:
         """Check that there were as many points as weights, and sum up."""
@@ -270,7 +278,8 @@ class _Totals:
             raise ValueError(
                 f"The loss is {self.loss.item()}: model or targets are not finite."
             )
-        are_classes = not self.targets[-1].is_floating_point()
+        last = self.targets[-1]
+        are_classes = not last.is_floating_point() and last.ndim == 1
         return SweepSummary(
             self.num_data,
             self.total_weight,
