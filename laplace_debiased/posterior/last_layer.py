@@ -26,6 +26,7 @@ from laplace_debiased.predictive.last_layer import (
     last_layer_outputs,
 )
 from laplace_debiased.rows.inputs import Inputs, on_device
+from laplace_debiased.sampling.processes import own_module
 
 
 class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
@@ -139,12 +140,12 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             memory_limit,
             strict,
         )
+        model = own_module(model)
         network = (model, likelihood, sigma_noise, prior_precision, prior_mean)
         prediction = (temperature, enable_backprop, feature_reduction)
-        batches = (dict_key_x, dict_key_y)
         curvature = (backend, last_layer_name, damping, backend_kwargs)
-        given = (*network, *prediction, *batches, *curvature, asdl_fisher_kwargs)
-        KronLLLaplace.__init__(self, *given)
+        given = (*network, *prediction, dict_key_x, dict_key_y, *curvature)
+        KronLLLaplace.__init__(self, *given, asdl_fisher_kwargs)
         # laplace-torch's class forgets it on the way
         self.damping = damping
         self.model = PicklableExtractor(self.model)
