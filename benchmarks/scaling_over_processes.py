@@ -243,14 +243,15 @@ def main() -> None:
     results = {
         str(size): measure(size, arguments.points, arguments.repeats) for size in COUNTS
     }
-    settings = {k: v for k, v in vars(arguments).items() if k != "out"}
-    settings["load"] = os.getloadavg()
-    write_report(arguments.out, STUDY, settings, results, table(results))
     costs = {
         name: {str(size): cost(network, size) for size in (1, 8, 64)}
         for name, network in LARGE.items()
     }
-    write_report(arguments.out, "costs", {}, costs, cost_table(costs))
+    settings = {k: v for k, v in vars(arguments).items() if k != "out"}
+    settings["load"] = os.getloadavg()
+    report = results | {"costs": costs}
+    write_report(arguments.out, STUDY, settings, report, table(results))
+    (arguments.out / "costs.md").write_text(cost_table(costs) + "\n")
 
 
 if __name__ == "__main__":
