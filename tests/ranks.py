@@ -9,9 +9,33 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import distributed
 
 PROGRAM = "import sys; from tests.ranks import main; main(*sys.argv[1:])"
+
+
+def once(tmp_path_factory, name, compute):
+    """Let one of the workers that run tests compute what all of them need.
+
+    Args:
+        tmp_path_factory: The fixture.
+        name: A name for it.
+        compute: Computes it, given an empty folder.
+
+    Returns:
+        What was computed.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with FileLock(folder / f"{name}.lock"):
+        result = folder / f"{name}.pt"
+        if not result.exists():
+            own = folder / name
+            own.mkdir()
+            torch.save(compute(own), result)
+    return torch.load(result, weights_only=False)
 
 
 def run(functions, size, folder, timeout=60.0):

@@ -16,7 +16,7 @@ from laplace_debiased.sampling.processes import divided
 from tests import dense
 from tests.cases import batch, network
 from tests.fits import debiased
-from tests.ranks import run
+from tests.ranks import once, run
 
 SIZE = 37  # batches of 5 and 2
 FITS = {
@@ -265,6 +265,17 @@ def killed(rank, _folder):
     return None
 
 
+def other_backend(_rank, _folder):
+    """Each process does all of the work of a backend that has no rows."""
+    from laplace.curvature import AsdlGGN
+
+    torch.manual_seed(0)
+    la = debiased(network("mlp").float(), backend=AsdlGGN)
+    X, y = data("mlp").tensors
+    la.fit(loader(TensorDataset(X.float(), y), sampler=None))
+    return la.H.to_matrix()
+
+
 def sharded(_rank, _folder):
     """A model whose parameters are divided among the processes."""
     model = network("mlp")
@@ -274,23 +285,23 @@ def sharded(_rank, _folder):
     return str(error.value)
 
 
-TWO = [fits, wrapped, resumed, sharded, killed]
+TWO = [fits, wrapped, resumed, other_backend, sharded, killed]
 FOUR = [parts_of_the_data, few_points, stream, calibrated, failing]
 
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    return run(TWO, 2, tmp_path_factory.mktemp("two"))
+    return once(tmp_path_factory, "two", lambda folder: run(TWO, 2, folder))
 
 
 @pytest.fixture(scope="module")
 def fits_of_four(tmp_path_factory):
-    return run([fits], 4, tmp_path_factory.mktemp("fits"))
+    return once(tmp_path_factory, "fits", lambda folder: run([fits], 4, folder))
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return run(FOUR, 4, tmp_path_factory.mktemp("four"))
+    return once(tmp_path_factory, "four", lambda folder: run(FOUR, 4, folder))
 
 
 @pytest.mark.parametrize("ranks", ["of_two", "fits_of_four"])
@@ -399,6 +410,12 @@ def test_a_killed_rank_ends_the_fit_on_all(of_two):
     assert nothing is None
     assert kind == "ProcessError" and "another one is gone" in text
     assert unchanged and seconds < 10
+
+
+def test_other_backends_do_all_in_each_process(of_two):
+    first, second = of_two["other_backend"]
+    assert torch.equal(first, second)
+    assert torch.equal(first, other_backend(0, None))
 
 
 def test_models_in_parts_are_refused(of_two):
