@@ -16,6 +16,7 @@ PAGES = (
     BENCHMARKS.parent / "README.md",
     BENCHMARKS / "README.md",
     *sorted(BENCHMARKS.glob("results/*/README.md")),
+    *sorted(BENCHMARKS.parent.glob("docs/*.md")),
 )
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -21,9 +21,11 @@ The folders are in reading order; none imports one below it::
     posterior/fitting        assign the points, then update the posterior
     sampling/folds           draw points, split them into folds
     sampling/loaders             by their dataset indices
+    sampling/processes           those of all processes, if there are several
     rows/selection           which parameters are in which layers
     rows/tracing                 by running the network on few examples
     posterior/measuring      pool -> draw -> factors -> directions and magnitudes
+    posterior/resuming           but for what a checkpoint has
     posterior/sources            of the folds, by curvlinops' conventions
     rows/sweep                   a forward pass a batch, a backward pass a column
     rows/recorder                    records the uses of parameters

@@ -1,4 +1,9 @@
+import contextlib
+import io
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +43,45 @@ def test_snippets_of_the_knobs_run_in_order():
     assert found["worst"] < 0.2
     low, high = found["interval"]
     assert (low < high).all()
+
+
+SCALE = ROOT / "docs" / "scale.md"
+
+
+def test_snippets_of_scale_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = after_snippets(SCALE)
+    assert found["probabilities"].shape == (5, 2)
+    assert found["merged"].n_data == 400
+    assert list((tmp_path / "fit-of-tuesday").iterdir())
+
+
+def test_the_script_of_scale_runs_under_torchrun(tmp_path):
+    snippet = re.search(r"```python\n(# script.py.*?)```", SCALE.read_text(), re.DOTALL)
+    script = tmp_path / "script.py"
+    script.write_text(snippet[1])
+    options = ("--standalone", "--nproc-per-node=2")
+    launched = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "torch.distributed.run",
+            *options,
+            script,
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    namespace = {}
+    with contextlib.redirect_stdout(io.StringIO()) as alone:
+        exec(snippet[1], namespace)
+    first, second = map(float, re.findall(r"-\d+\.\d{6}", launched.stdout))
+    assert first == second
+    assert first == pytest.approx(float(alone.getvalue()), rel=1e-5)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -7,7 +7,7 @@ library's insides leaves as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 
@@ -235,3 +235,40 @@ def pool_positions(count: int | None) -> Iterator[None]:
         yield
     finally:
         sources.POOL_POSITIONS = default
+
+
+@contextmanager
+def stages_of_fits(
+    clocks: Callable[[], tuple[float, ...]],
+) -> Iterator[dict[str, list[float]]]:
+    """Time what fits spend on points, and on decompositions.
+
+    Args:
+        clocks: Returns the present times.
+
+    Yields:
+        By the kind of stage, what each clock has counted.
+    """
+    spent: dict[str, list[float]] = {}
+    kinds = dict.fromkeys(("inputs", "gradients", "factors", "curvatures"), "passes")
+    kinds["decompose"] = "decompositions"
+    originals = {name: getattr(sources.RowSource, name) for name in kinds}
+
+    def timed(name: str) -> Callable:
+        def stage(*args):
+            start = clocks()
+            result = originals[name](*args)
+            own = spent.setdefault(kinds[name], [0.0] * len(start))
+            for k, (before, after) in enumerate(zip(start, clocks(), strict=True)):
+                own[k] += after - before
+            return result
+
+        return stage
+
+    for name in kinds:
+        setattr(sources.RowSource, name, timed(name))
+    try:
+        yield spent
+    finally:
+        for name, original in originals.items():
+            setattr(sources.RowSource, name, original)

@@ -65,8 +65,17 @@ def _eigh(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
+def symmetric_eighs(
+    matrices: Sequence[Tensor], tolerance: float = 0.0
+) -> list[tuple[Tensor, Tensor]]:
+    """Decompose symmetric matrices one by one, as :func:`symmetric_eigh` does."""
+    return [symmetric_eigh(matrix, tolerance) for matrix in matrices]
+
+
 def decompose(
-    factors: Sequence[Kronecker], tolerance: float = 0.0
+    factors: Sequence[Kronecker],
+    tolerance: float = 0.0,
+    eighs: Callable[..., list[tuple[Tensor, Tensor]]] = symmetric_eighs,
 ) -> tuple[list[Kronecker], list[Kronecker]]:
     """Compute eigenvectors and eigenvalues of Kronecker factors.
 
@@ -76,25 +85,23 @@ def decompose(
     Args:
         factors: Factors of each layer.
         tolerance: See :func:`symmetric_eigh`.
+        eighs: Decomposes matrices, given them and the tolerance.
 
     Returns:
         Eigenvectors, and eigenvalues, of each layer.
     """
-    decompositions = [
-        [
-            None if matrix is None else symmetric_eigh(matrix, tolerance)
-            for matrix in pair
-        ]
-        for pair in ((own.gradients, own.inputs) for own in factors)
-    ]
+    matrices = [matrix for own in factors for matrix in own.tensors()]
+    decompositions = eighs(matrices, tolerance)
     eigenvalues, eigenvectors = (
-        [
-            Kronecker(*(None if part is None else part[index] for part in pair))
-            for pair in decompositions
-        ]
-        for index in (0, 1)
+        _like(factors, [pair[index] for pair in decompositions]) for index in (0, 1)
     )
     return eigenvectors, eigenvalues
+
+
+def _like(factors: Sequence[Kronecker], tensors: Sequence[Tensor]) -> list[Kronecker]:
+    """Give each layer the tensors that go with its factors."""
+    remaining = iter(tensors)
+    return [own.map(lambda _: next(remaining)) for own in factors]
 
 
 def eigenvectors(factors: Sequence[Kronecker]) -> list[Kronecker]:

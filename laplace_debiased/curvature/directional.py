@@ -10,6 +10,7 @@ from torch import Tensor
 from laplace_debiased.curvature.bases import rotated
 from laplace_debiased.curvature.factors import (
     Contributions,
+    Totals,
     accumulation_dtype,
     is_joint,
     with_bias_column,
@@ -104,6 +105,19 @@ class DirectionalCurvatures:
             squared = rotated(rows.flatten(2).sum(1), basis) ** 2
             spectrum.vector.add_(squared.sum(0))
             self.contributions.add(layer, squared.sum(1))
+
+    def per_example(self) -> dict[str, Tensor]:
+        """Return what is known of each example, by its name in a sweep's summary."""
+        return {"contributions": self.contributions.matrix()}
+
+    def add_up(self, totals: Totals) -> None:
+        """Add what others have seen, who have accumulators of the same directions.
+
+        Args:
+            totals: Adds tensors of all.
+        """
+        for name, own in self._spectra.items():
+            self._spectra[name] = own.map(lambda sums: totals([sums])[0])
 
     def spectra(self) -> list[Spectrum]:
         """Return the curvatures of each layer, in the directions' dtype."""

@@ -6,7 +6,7 @@ column of the output curvature's square root (:mod:`laplace_debiased.rows.sweep`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from laplace_debiased.rows.one_hot import OneHotRows
 
 # curvlinops' names of what is done with rows of several positions
 EXPAND, REDUCE = APPROXIMATIONS = ("expand", "reduce")
+
+# adds tensors of several processes, and may change them
+Totals = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -92,6 +95,7 @@ class KroneckerFactors:
         kfac_approx: ``"expand"`` or ``"reduce"``.
         joint: Whether a bias is a further column of its layer's matrix.
         takes_inputs: Whether there will be input rows.
+        takes_gradients: Whether there will be gradient rows.
 
     Attributes:
         contributions: Each example's part of tr G, which carries its weight.
@@ -109,9 +113,10 @@ class KroneckerFactors:
         kfac_approx: str = EXPAND,
         joint: bool = False,
         takes_inputs: bool = True,
+        takes_gradients: bool = True,
     ):
         check_approximation(kfac_approx)
-        self.takes_inputs = takes_inputs
+        self.takes_inputs, self.takes_gradients = takes_inputs, takes_gradients
         self._layers, self._expand, self._joint = layers, kfac_approx == EXPAND, joint
         self._dtype = accumulation_dtype(params[0].dtype) if layers else torch.float32
         # factors are large: they are allocated when the first rows come
@@ -185,6 +190,53 @@ class KroneckerFactors:
             return
         rows = rows.flatten(0, 1) if self._expand else rows.sum(1)
         _accumulate(self._gradients, layer.name, rows.T @ rows)
+
+    def per_example(self) -> dict[str, Tensor]:
+        """Return what is known of each example, by its name in a sweep's summary."""
+        own = {}
+        if self.takes_gradients:
+            own["contributions"] = self.contributions.matrix()
+        if self.takes_inputs:
+            own["squared_inputs"] = self.squared_inputs.matrix()
+            own["num_rows"] = self.num_rows.matrix()
+        return own
+
+    def add_up(self, totals: Totals) -> None:
+        """Add what others have seen, who have accumulators of the same layers.
+
+        Args:
+            totals: Adds tensors of all.
+        """
+        self._reduce_calls()
+        if self.takes_gradients:
+            self._add_up(
+                self._gradients, {own.name: own.d_out for own in self._layers}, totals
+            )
+        if not self.takes_inputs:
+            return
+        sizes = {
+            own.name: own.d_in + is_joint(own, self._joint)
+            for own in self._layers
+            if own.has_inputs
+        }
+        self._add_up(self._inputs, sizes, totals)
+        weights = [
+            torch.as_tensor(self._row_weights.get(name, 0.0)).to(
+                self._devices[name], torch.float64
+            )
+            for name in sizes
+        ]
+        self._row_weights = dict(zip(sizes, totals(weights), strict=True))
+
+    def _add_up(
+        self, sums: dict[str, Tensor], sizes: dict[str, int], totals: Totals
+    ) -> None:
+        """Add others' sums to those of each layer, which may have none yet."""
+        for name, size in sizes.items():
+            if name not in sums:
+                device = self._devices[name]
+                sums[name] = torch.zeros(size, size, dtype=torch.float64, device=device)
+        sums.update(zip(sizes, totals([sums[name] for name in sizes]), strict=True))
 
     def factors(self) -> list[Kronecker]:
         """Return the factors of each layer.

@@ -26,6 +26,7 @@ from laplace_debiased.rows.inputs import (
 from laplace_debiased.rows.model_state import evaluating
 from laplace_debiased.rows.output_curvature import is_counted
 from laplace_debiased.rows.positions import flat_targets, points
+from laplace_debiased.sampling.processes import present_group
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
@@ -69,6 +70,8 @@ def calibrate(
         y = check_targets(mean, y, loss)
         counted = is_counted(loss, y)
         parts.append((mean[counted], variance[counted], y[counted]))
+    gathered = present_group().gathered(parts, la._device)
+    parts = [part for own in gathered for part in own]
     if not parts:
         raise ValueError("`val_loader` yields no data.")
     mean, variance, y = (torch.cat(part) for part in zip(*parts, strict=True))

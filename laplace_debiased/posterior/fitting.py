@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from laplace_debiased.curvature.decomposition import Decompose
 from laplace_debiased.curvature.streams import GGNCurvature
 from laplace_debiased.posterior.asdl_backpack import BackendSource, check_installed
-from laplace_debiased.posterior.digests import identity
+from laplace_debiased.posterior.identity import check_same_fit, identity
 from laplace_debiased.posterior.measuring import Earlier, Estimate, measure
 from laplace_debiased.posterior.resuming import ResumedSource
 from laplace_debiased.posterior.sources import (
@@ -47,6 +47,7 @@ from laplace_debiased.sampling.folds import (
     draw_uniformly,
     explicit_folds,
 )
+from laplace_debiased.sampling.processes import ALONE, Alone, own_module
 from laplace_debiased.sampling.shares import best_share, effective_rank
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def assign(
     magnitude_loader: DataLoader | None,
     seen: Seen,
     is_batch: bool = False,
+    group: Alone = ALONE,
 ) -> Folds:
     """Assign points to folds: those to use, or those to draw from.
 
@@ -115,6 +117,7 @@ def assign(
         is_batch: Whether they are a batch of a stream. The points of both loaders are
             then all data, and their order means nothing; otherwise a point has the same
             fold if it is seen again.
+        group: The processes whose loaders together yield the points.
 
     Returns:
         The folds.
@@ -125,7 +128,9 @@ def assign(
     settings = la.settings
     points: Points | Folds
     if magnitude_loader is not None:
-        points = explicit_folds(loader, magnitude_loader, is_batch, la.dict_key_y)
+        points = explicit_folds(
+            loader, magnitude_loader, is_batch, la.dict_key_y, group
+        )
     else:
         draws = settings.draws(la._backend_cls)
         num_points = settings.num_candidates if draws else settings.budget
@@ -136,7 +141,7 @@ def assign(
             draw_seed = seen.seed(seed)
         name = "batch" if is_batch else "train_loader"
         points = draw_uniformly(
-            loader, num_points, seed, name, draw_seed, la.dict_key_y
+            loader, num_points, seed, name, draw_seed, la.dict_key_y, group
         )
     if not seen.weight:
         choose_parameters(la, points.first_batch())
@@ -157,6 +162,7 @@ def choose_parameters(la: KronDebiasedLaplace, batch: Any) -> None:
         ValueError: If the network mixes examples or is random, or no parameter is
             supported, or not all are and the posterior is strict.
     """
+    own_module(la.model)  # refuses parameters that were divided since
     with measuring(la.model):
         check_repeatable(la.model)
     X, y = split_batch(batch, la.dict_key_y)
@@ -247,7 +253,10 @@ def _best_share(la: KronDebiasedLaplace, points: Points) -> float:
 
 
 def source(
-    la: KronDebiasedLaplace, progress_bar: bool = False, room: int = 0
+    la: KronDebiasedLaplace,
+    progress_bar: bool = False,
+    room: int = 0,
+    group: Alone = ALONE,
 ) -> Source:
     """Return what measures the curvature of a posterior's backend.
 
@@ -255,6 +264,8 @@ def source(
         la: The posterior, whose layers are known.
         progress_bar: Whether to show progress bars.
         room: Bytes that rows may take which are needed again.
+        group: The processes that share the work. With another backend than curvlinops',
+            each does all of it.
 
     Returns:
         The source.
@@ -269,7 +280,7 @@ def source(
     )
     tolerance = la.settings.decomposition_tolerance
     if is_curvlinops(la._backend_cls):
-        options = progress_bar, room, tolerance
+        options = progress_bar, room, tolerance, group
         return RowSource(*common, la.settings.fisher_rank, *options)
     return BackendSource(*common, progress_bar, tolerance)
 
@@ -282,6 +293,7 @@ def update(
     num_data: float | None = None,
     progress_bar: bool = False,
     checkpoint: Path | None = None,
+    group: Alone = ALONE,
 ) -> None:
     """Add new points to the earlier ones, at the model's parameters.
 
@@ -294,9 +306,11 @@ def update(
             weight of all.
         progress_bar: Whether to show progress bars.
         checkpoint: A folder for what is done, if it is to be resumed there.
+        group: The processes that share the work.
 
     Raises:
-        ValueError: If the checkpoint is of another fit, or is damaged.
+        ValueError: If the checkpoint is of another fit, or is damaged, or processes
+            differ in what they fit.
     """
     remembered = decay * seen.weight
     weight = remembered + folds.num_data
@@ -309,9 +323,12 @@ def update(
             directions = Earlier(earlier.curvature.factors(), share)
     # rows are not in a checkpoint: they are computed again
     keeps = la.settings.measures_again(folds) and checkpoint is None
-    own = source(la, progress_bar, la.memory_limit if keeps else 0)
+    own = source(la, progress_bar, la.memory_limit if keeps else 0, group)
+    if group.size > 1:
+        check_same_fit(la, folds, (seen, decay, num_data), group)
     if checkpoint is not None:
-        own = ResumedSource(own, checkpoint, identity(la, folds, seen, decay, num_data))
+        fit = identity(la, folds, (seen, decay, num_data))
+        own = ResumedSource(own, checkpoint, fit, group)
     with measuring(la.model):
         estimate = measure(
             own,

@@ -71,6 +71,7 @@ from laplace_debiased.rows.selection import Selection
 from laplace_debiased.rows.sharing import thread_restored
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.sampling.loaders import loader_of_batch
+from laplace_debiased.sampling.processes import own_module, present_group
 
 _GENERATOR: ContextVar[torch.Generator | None] = ContextVar("generator", default=None)
 FORGOTTEN = (
@@ -251,7 +252,7 @@ class KronDebiasedLaplace(KronLaplace):
         prior = (sigma_noise, prior_precision, prior_mean, temperature)
         batches = (enable_backprop, dict_key_x, dict_key_y)
         curvature = (backend, damping, backend_kwargs, asdl_fisher_kwargs)
-        given = (model, likelihood, *prior, *batches, *curvature)
+        given = (own_module(model), likelihood, *prior, *batches, *curvature)
         super().__init__(*given)
         self._check_settings()
 
@@ -480,18 +481,26 @@ class KronDebiasedLaplace(KronLaplace):
             ValueError: If data or model are not valid, or the checkpoint is that of a
                 fit with other data, model or settings, or damaged.
         """
-        if not isinstance(override, bool):
-            raise TypeError(
-                f"`override` must be a bool, got {type(override).__name__}: pass "
-                "`magnitude_loader` by its name."
-            )
         seen = fitting.Seen() if override else self._seen
-        with unchanged_on_failure(self, *self.model.modules()):
+        group = present_group()
+        with unchanged_on_failure(self, *self.model.modules()), group.together():
+            if not isinstance(override, bool):
+                raise TypeError(
+                    f"`override` must be a bool, got {type(override).__name__}: pass "
+                    "`magnitude_loader` by its name."
+                )
             self._calibration = None
-            folds = fitting.assign(self, train_loader, magnitude_loader, seen)
+            folds = fitting.assign(
+                self, train_loader, magnitude_loader, seen, group=group
+            )
             path = None if checkpoint is None else Path(checkpoint)
             fitting.update(
-                self, folds, seen, progress_bar=progress_bar, checkpoint=path
+                self,
+                folds,
+                seen,
+                progress_bar=progress_bar,
+                checkpoint=path,
+                group=group,
             )
             for message in fitting.messages(self, seen, folds.explicit):
                 warn(message, stacklevel=3)
@@ -533,21 +542,21 @@ class KronDebiasedLaplace(KronLaplace):
             TypeError: If an argument has a wrong type.
             ValueError: If data, model or an argument are not valid.
         """
-        if not 0 < decay <= 1:
-            raise ValueError(f"`decay` must lie in (0, 1], got {decay}.")
-        if num_data is not None:
-            check_integer("num_data", num_data, 1)
-        loader = loader_of_batch(batch, "batch", self.dict_key_y)
-        magnitude_loader = None
-        if magnitude_batch is not None:
-            magnitude_loader = loader_of_batch(
-                magnitude_batch, "magnitude_batch", self.dict_key_y
-            )
-        seen = self._seen
-        with unchanged_on_failure(self, *self.model.modules()):
+        seen, group = self._seen, present_group()
+        key = self.dict_key_y
+        with unchanged_on_failure(self, *self.model.modules()), group.together():
+            if not 0 < decay <= 1:
+                raise ValueError(f"`decay` must lie in (0, 1], got {decay}.")
+            if num_data is not None:
+                check_integer("num_data", num_data, 1)
+            loader = loader_of_batch(batch, "batch", key, group)
+            magnitude_loader = None
+            if magnitude_batch is not None:
+                name = "magnitude_batch"
+                magnitude_loader = loader_of_batch(magnitude_batch, name, key, group)
             self._calibration = None
-            folds = fitting.assign(self, loader, magnitude_loader, seen, is_batch=True)
-            fitting.update(self, folds, seen, decay, num_data)
+            folds = fitting.assign(self, loader, magnitude_loader, seen, True, group)
+            fitting.update(self, folds, seen, decay, num_data, group=group)
             for message in fitting.messages(self, seen, explicit=True):
                 warn(message, stacklevel=3)
 
@@ -981,7 +990,7 @@ class KronDebiasedLaplace(KronLaplace):
                 likelihood has no maximum.
         """
         self._check_H_init()
-        with unchanged_on_failure(self):
+        with unchanged_on_failure(self), present_group().together():
             if optimize_prior:
                 self.optimize_prior_precision()
             chosen = calibrating.calibrate(self, val_loader, tolerance, progress_bar)

@@ -26,6 +26,7 @@ from laplace_debiased.predictive.last_layer import (
     last_layer_outputs,
 )
 from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.sampling.processes import own_module
 
 
 class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
@@ -147,6 +148,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             ),
             *limits,
         )
+        model = own_module(model)
         network = (model, likelihood, sigma_noise, prior_precision, prior_mean)
         prediction = (temperature, enable_backprop, feature_reduction, dict_key_x)
         curvature = (dict_key_y, backend, last_layer_name, damping, backend_kwargs)

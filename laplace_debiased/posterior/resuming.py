@@ -17,6 +17,7 @@ from laplace_debiased.posterior.sources import Source
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.sweep import SweepSummary
 from laplace_debiased.sampling.folds import Fold
+from laplace_debiased.sampling.processes import ALONE, Alone
 
 _FORMAT = 1
 Result = TypeVar("Result", bound=tuple[Any, Any])
@@ -35,6 +36,8 @@ class ResumedSource:
         source: The source.
         folder: The folder, which is made if need be.
         identity: What the results depend on, as digests by what they are of.
+        group: The processes that share the work, of which the first one alone reads and
+            writes.
 
     Raises:
         ValueError: If the folder has stages of another fit, or damaged ones.
@@ -43,10 +46,12 @@ class ResumedSource:
     source: Source
     folder: Path
     identity: Mapping[str, str]
+    group: Alone = ALONE
     _number: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.group.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -93,15 +98,17 @@ class ResumedSource:
         """Read what a stage gave, or let it be done and write it."""
         path = self.folder / f"{self._number:03d}-{name}.pt"
         self._number += 1
-        if path.exists():
-            return self._read(path)
+        device = self.params[0].device
+        if self.group.of_first(path.exists, device):
+            return _restored(self.group.of_first(lambda: self._read(path), device))
         result = compute()
-        entries = {"format": _FORMAT, "identity": dict(self.identity)}
-        checkpoint.write(entries | {"result": _plain(result)}, path)
+        if self.group.rank == 0:
+            entries = {"format": _FORMAT, "identity": dict(self.identity)}
+            checkpoint.write(entries | {"result": _plain(result)}, path)
         return result
 
     def _read(self, path: Path) -> Any:
-        """Read a stage's result, if it is of this fit."""
+        """Read a stage's result, if it is of this fit, as plain values."""
         saved = checkpoint.read(path, self.params[0].device)
         if saved.get("format") != _FORMAT or "result" not in saved:
             raise ValueError(f"{os.fspath(path)} is no stage of a fit.")
@@ -113,7 +120,7 @@ class ResumedSource:
                 f"{' and '.join(others)}, or of data that are drawn anew: give another "
                 "folder, or delete it."
             )
-        return _restored(saved["result"])
+        return saved["result"]
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from laplace.curvature import CurvatureInterface
@@ -33,6 +33,7 @@ from laplace_debiased.rows.positions import flat_targets
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
 from laplace_debiased.sampling.folds import Fold
+from laplace_debiased.sampling.processes import ALONE, Alone
 
 # neighbouring positions of a point tell much the same
 POOL_POSITIONS = 8
@@ -135,6 +136,7 @@ class RowSource:
         room: Bytes that rows may take which are kept for :meth:`curvatures` of the same
             folds, so that these need no passes.
         tolerance: How far large factors may be from what is decomposed.
+        group: The processes among which points and decompositions are divided.
 
     Raises:
         ValueError: If there is another option.
@@ -149,7 +151,8 @@ class RowSource:
     progress_bar: bool = False
     room: int = 0
     tolerance: float = 0.0
-    _kept: dict[Fold, tuple[KeptRows, SweepSummary]] = field(
+    group: Alone = ALONE
+    _kept: dict[Fold, tuple[KeptRows, SweepSummary | None]] = field(
         default_factory=dict, init=False
     )
 
@@ -167,23 +170,20 @@ class RowSource:
         """See :meth:`Source.factors`."""
         accumulator = self._kronecker_factors()
         summary = self._keeping_sweep(fold, accumulator, seed)
-        factors = scale_gradients(accumulator.factors(), self.backend.factor)
-        return factors, _with_inputs(
-            self._with_contributions(summary, accumulator), accumulator
-        )
+        return self._scaled(accumulator.factors()), summary
 
     def gradients(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
         """See :meth:`Source.gradients`."""
         accumulator = self._kronecker_factors(takes_inputs=False)
         summary = self._keeping_sweep(fold, accumulator, seed)
-        factors = scale_gradients(accumulator.gradients(), self.backend.factor)
-        return factors, self._with_contributions(summary, accumulator)
+        return self._scaled(accumulator.gradients()), summary
 
     def inputs(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
         """See :meth:`Source.inputs`."""
-        accumulator = self._kronecker_factors()
-        summary = self._sweep(fold, accumulator, seed, backward=False)
-        return accumulator.inputs(), _with_inputs(summary, accumulator)
+        accumulator = self._kronecker_factors(takes_gradients=False)
+        part = self._sweep(fold, accumulator, seed, backward=False)
+        summary = self._whole(part, accumulator)
+        return accumulator.inputs(), summary
 
     def curvatures(
         self, fold: Fold, directions: Directions, seed: int
@@ -191,19 +191,23 @@ class RowSource:
         """See :meth:`Source.curvatures`."""
         accumulator = DirectionalCurvatures(self.layers, directions)
         if fold in self._kept:
-            rows, summary = self._kept.pop(fold)
+            rows, part = self._kept.pop(fold)
             rows.replay(accumulator)
         else:
-            summary = self._sweep(fold, accumulator, seed)
+            part = self._sweep(fold, accumulator, seed)
+        summary = self._whole(part, accumulator)
         factor = self.backend.factor
         spectra = [own.map(lambda v: factor * v) for own in accumulator.spectra()]
-        return spectra, self._with_contributions(summary, accumulator)
+        return spectra, summary
+
+    def _scaled(self, factors: Factors) -> Factors:
+        return scale_gradients(factors, self.backend.factor)
 
     def decompose(
         self, factors: Sequence[Kronecker]
     ) -> tuple[list[Kronecker], list[Kronecker]]:
         """See :meth:`Source.decompose`."""
-        return decompose(factors, self.tolerance)
+        return decompose(factors, self.tolerance, self.group.eighs)
 
     @property
     def _output_curvature(self) -> OutputCurvature:
@@ -214,10 +218,8 @@ class RowSource:
     def _approximation(self) -> str:
         return self.options.get("kfac_approx", EXPAND)
 
-    def _kronecker_factors(self, takes_inputs: bool = True) -> KroneckerFactors:
-        return KroneckerFactors(
-            self.layers, self.params, self._approximation, takes_inputs=takes_inputs
-        )
+    def _kronecker_factors(self, **takes: bool) -> KroneckerFactors:
+        return KroneckerFactors(self.layers, self.params, self._approximation, **takes)
 
     def _keeping_sweep(
         self, fold: Fold, accumulator: KroneckerFactors, seed: int
@@ -225,54 +227,62 @@ class RowSource:
         """Make a pass, and keep its rows if there is room."""
         room = self.room - sum(rows.num_bytes for rows, _ in self._kept.values())
         if room <= 0:
-            return self._sweep(fold, accumulator, seed)
+            return self._whole(self._sweep(fold, accumulator, seed), accumulator)
         rows = KeptRows(accumulator, room, fold.num_points)
-        summary = self._sweep(fold, rows, seed)
+        part = self._sweep(fold, rows, seed)
         if rows.is_complete:
-            self._kept[fold] = rows, summary
-        return summary
+            self._kept[fold] = rows, part
+        return self._whole(part, accumulator)
 
     def _sweep(
         self, fold: Fold, accumulator: Accumulator, seed: int, backward: bool = True
-    ) -> SweepSummary:
-        summary = sweep(
+    ) -> SweepSummary | None:
+        """Make a pass over this process's part of a fold, if there is one."""
+        is_thinned = not backward and self._approximation == EXPAND
+        curvature = self._output_curvature
+        # what is drawn depends on the batch
+        part = fold.part(
+            self.group.rank, self.group.size, is_thinned or curvature.is_random
+        )
+        if part is None:
+            return None
+        return sweep(
             self.model,
             self.params,
             self.layers,
-            (inputs_and_targets(batch, self.backend) for batch in fold.loader),
-            self._output_curvature,
+            (inputs_and_targets(batch, self.backend) for batch in part.loader),
+            curvature,
             accumulator,
-            weights=fold.weights,
+            weights=part.weights,
             backward=backward,
-            positions=None
-            if backward or self._approximation != EXPAND
-            else POOL_POSITIONS,
+            positions=POOL_POSITIONS if is_thinned else None,
             seed=seed,
+            start=part.start,
             progress_bar=self.progress_bar,
             description="Computing Hessian",
-            num_points=fold.num_points,
-        )
-        assert summary.losses is not None
-        factor = self.backend.factor
-        return replace(
-            summary, loss=factor * summary.loss, losses=factor * summary.losses
+            num_points=part.num_points,
         )
 
-    def _with_contributions(
+    def _whole(
         self,
-        summary: SweepSummary,
+        part: SweepSummary | None,
         accumulator: KroneckerFactors | DirectionalCurvatures,
     ) -> SweepSummary:
-        contributions = self.backend.factor * accumulator.contributions.matrix()
-        return replace(summary, contributions=contributions)
-
-
-def _with_inputs(summary: SweepSummary, accumulator: KroneckerFactors) -> SweepSummary:
-    return replace(
-        summary,
-        squared_inputs=accumulator.squared_inputs.matrix(),
-        num_rows=accumulator.num_rows.matrix(),
-    )
+        """Put together what all processes have seen, in accumulator and summary."""
+        factor = self.backend.factor
+        if part is not None:
+            part = replace(part, **cast("Any", accumulator.per_example()))
+        accumulator.add_up(self.group.totals)
+        parts = self.group.gathered(part, self.params[0].device)
+        whole = SweepSummary.joined([own for own in parts if own is not None])
+        assert whole.losses is not None
+        contributions = whole.contributions
+        return replace(
+            whole,
+            loss=factor * whole.loss,
+            losses=factor * whole.losses,
+            contributions=None if contributions is None else factor * contributions,
+        )
 
 
 def checked_batches(

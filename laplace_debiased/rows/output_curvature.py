@@ -88,6 +88,11 @@ class OutputCurvature:
                 f"got {self.fisher_rank} with {self.fisher_type!r}."
             )
 
+    @property
+    def is_random(self) -> bool:
+        """Whether columns are drawn."""
+        return self.fisher_type == MC or self.fisher_rank is not None
+
     def columns(self, output: Tensor, target: Tensor, generator: Generator) -> Tensor:
         """Compute the columns to backpropagate.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from laplace.utils import select_rows
@@ -28,6 +28,7 @@ from laplace_debiased.rows.output_curvature import (
     is_counted,
 )
 from laplace_debiased.rows.positions import flat_targets, num_positions, points
+from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.separation import SeparationCheck
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.rows.tape import Tape, record_rows
@@ -100,6 +101,58 @@ class SweepSummary:
     squared_inputs: Tensor | None = None
     num_rows: Tensor | None = None
 
+    @classmethod
+    def joined(cls, parts: Sequence[SweepSummary]) -> SweepSummary:
+        """Put together what sweeps over parts of the data saw, in their order.
+
+        Args:
+            parts: The summaries.
+
+        Returns:
+            That of all data.
+
+        Raises:
+            ValueError: If no target counts.
+        """
+        first = parts[0]
+        per_example: dict[str, Any] = {
+            name: torch.cat([getattr(own, name) for own in parts])
+            for name in _PER_EXAMPLE
+            if getattr(first, name) is not None
+        }
+        whole = replace(
+            first,
+            num_data=sum(own.num_data for own in parts),
+            total_weight=sum(own.total_weight for own in parts),
+            loss=torch.stack([own.loss for own in parts]).sum(),
+            are_probabilities=all(own.are_probabilities for own in parts),
+            **per_example,
+        )
+        whole.check_counted()
+        return whole
+
+    def check_counted(self) -> None:
+        """Refuse data of which none counts.
+
+        Raises:
+            ValueError: If the loss ignores all targets.
+        """
+        if self.total_weight == 0:
+            raise ValueError(
+                "No target counts: the loss ignores all of them, or their weight is "
+                "zero."
+            )
+
+
+_PER_EXAMPLE = (
+    "losses",
+    "traces",
+    "classes",
+    "contributions",
+    "squared_inputs",
+    "num_rows",
+)
+
 
 def sweep(
     model: nn.Module,
@@ -113,6 +166,7 @@ def sweep(
     backward: bool = True,
     positions: int | None = None,
     seed: int = 0,
+    start: int | None = None,
     progress_bar: bool = False,
     description: str = "Curvature",
     num_points: int | None = None,
@@ -134,7 +188,10 @@ def sweep(
         backward: Whether to make backward passes; if not, layers have input rows only.
         positions: Number of positions of an example that give input rows of a layer, at
             most (:func:`~laplace_debiased.rows.thinning.thinnings`); None for all.
-        seed: Seed for sampled labels and positions.
+        seed: Seed for sampled labels and positions, which depend on how many examples
+            are before their batch.
+        start: Number of examples before these, if they are a part of the data: then
+            some of the others have to count. None if they are all.
         progress_bar: Whether to show a progress bar over the examples.
         description: The progress bar's label.
         num_points: The progress bar's total, if it is known.
@@ -148,13 +205,12 @@ def sweep(
             or the network mixes examples.
     """
     parameter = next(model.parameters())
-    generator = Generator(device=parameter.device).manual_seed(int(seed))
+    generator = Generator(device=parameter.device)
     if not backward:
         layers = [layer for layer in layers if layer.has_inputs]
     totals = _Totals(parameter.dtype, parameter.device)
     check_examples_are_separate = SeparationCheck()
     add_inputs = accumulator.add_inputs if accumulator.takes_inputs else None
-    random = Random(seed)
     weight_dtype = torch.promote_types(parameter.dtype, _SINGLE)
     with tqdm(
         desc=f"[{description}]", total=num_points, disable=not progress_bar
@@ -167,6 +223,9 @@ def sweep(
             own = own.to(parameter.device, weight_dtype)
             own = own * is_counted(output_curvature.loss_func, y)
             accumulator.start_batch(own)
+            own_seed = mixed_seed(seed, (start or 0) + totals.num_data)
+            generator.manual_seed(own_seed)
+            random = Random(own_seed)
             choices = None if positions is None else thinnings(positions, random)
             with (
                 torch.set_grad_enabled(backward),
@@ -184,7 +243,10 @@ def sweep(
                     accumulator.add_gradients(layer, rows)
             totals.add(output_curvature, output, y, own)
             bar.update(len(y))
-    return totals.summary(weights)
+    summary = totals.summary(weights)
+    if start is None:
+        summary.check_counted()
+    return summary
 
 
 _SINGLE = torch.float32
@@ -268,11 +330,6 @@ class _Totals:
             raise ValueError(
                 f"Got {len(weights)} weights for {self.num_data} examples: one each is "
                 "needed."
-            )
-        if self.total_weight == 0:
-            raise ValueError(
-                "No target counts: the loss ignores all of them, or their weight is "
-                "zero."
             )
         if not self.loss.isfinite():
             raise ValueError(

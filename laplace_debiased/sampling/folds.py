@@ -21,7 +21,9 @@ from laplace_debiased.sampling.loaders import (
     counted,
     loader_indices,
     loader_over_set,
+    subset_of,
 )
+from laplace_debiased.sampling.processes import ALONE, Alone
 
 MIN_POINTS = 2
 
@@ -34,10 +36,12 @@ class Fold:
         loader: Yields the points that get backward passes.
         weights: Their weights ``[points]``: weighted sums over the points estimate sums
             over all data. This is the one place where curvature is scaled to N.
+        start: Number of points before these, if they are a part of a fold.
     """
 
     loader: DataLoader
     weights: Tensor
+    start: int = 0
 
     @classmethod
     def of_all(cls, loader: DataLoader, num_points: int, num_data: float) -> Fold:
@@ -58,6 +62,30 @@ class Fold:
     def num_points(self) -> int:
         """Number of points."""
         return len(self.weights)
+
+    def part(self, index: int, count: int, whole_batches: bool) -> Fold | None:
+        """Return one of as many parts of about the same size, which follow each other.
+
+        Args:
+            index: The number of the part.
+            count: How many there are.
+            whole_batches: Whether a batch of the loader must not be divided.
+
+        Returns:
+            The part, None if there is nothing for it.
+        """
+        if count == 1:
+            return self
+        unit = (self.loader.batch_size or 1) if whole_batches else 1
+        num_units = -(-self.num_points // unit)
+        start, end = (
+            min(unit * (num_units * k // count), self.num_points)
+            for k in (index, index + 1)
+        )
+        if start == end:
+            return None
+        loader = subset_of(self.loader, torch.arange(start, end))
+        return Fold(loader, self.weights[start:end], start)
 
 
 @dataclass(frozen=True)
@@ -179,6 +207,7 @@ def draw_uniformly(
     name: str = "train_loader",
     draw_seed: int | None = None,
     target_key: str = "labels",
+    group: Alone = ALONE,
 ) -> Points:
     """Draw points of a loader without replacement.
 
@@ -190,6 +219,7 @@ def draw_uniformly(
         name: The loader's name in messages.
         draw_seed: Seed of another draw from the same folds; None for the first one.
         target_key: Key of the targets in mappings.
+        group: The processes whose loaders together yield the points.
 
     Returns:
         The points.
@@ -198,8 +228,8 @@ def draw_uniformly(
         ValueError: If the loader is empty, or its points cannot be counted.
     """
     own_seed = seed if draw_seed is None else draw_seed
-    loader, num_data = counted(loader, name, target_key, num_points, own_seed)
-    points = loader_indices(loader, name).unique()
+    loader, num_data = counted(loader, name, target_key, num_points, own_seed, group)
+    points = loader_indices(loader, name, group).unique()
     generator = torch.Generator().manual_seed(int(seed))
     order = points[torch.randperm(len(points), generator=generator)]
     num_points = len(points) if num_points is None else min(num_points, len(points))
@@ -228,6 +258,7 @@ def explicit_folds(
     magnitude_loader: DataLoader,
     all_count: bool = False,
     target_key: str = "labels",
+    group: Alone = ALONE,
 ) -> Folds:
     """Take two folds from two loaders.
 
@@ -237,6 +268,7 @@ def explicit_folds(
         all_count: Whether the points of both are all data; otherwise the dataset of
             ``direction_loader`` is.
         target_key: Key of the targets in mappings.
+        group: The processes whose loaders together yield the points.
 
     Returns:
         The two folds.
@@ -247,10 +279,14 @@ def explicit_folds(
     """
     if direction_loader is magnitude_loader:
         raise ValueError("`train_loader` and `magnitude_loader` must be disjoint.")
-    direction_loader, num_data = counted(direction_loader, "train_loader", target_key)
-    magnitude_loader, _ = counted(magnitude_loader, "magnitude_loader", target_key)
-    directions = loader_indices(direction_loader, "train_loader")
-    magnitudes = loader_indices(magnitude_loader, "magnitude_loader")
+    direction_loader, num_data = counted(
+        direction_loader, "train_loader", target_key, group=group
+    )
+    magnitude_loader, _ = counted(
+        magnitude_loader, "magnitude_loader", target_key, group=group
+    )
+    directions = loader_indices(direction_loader, "train_loader", group)
+    magnitudes = loader_indices(magnitude_loader, "magnitude_loader", group)
 
     base, own = base_indices(direction_loader.dataset, directions)
     other_base, other = base_indices(magnitude_loader.dataset, magnitudes)

@@ -18,6 +18,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from laplace_debiased.rows.digests import digest
 from laplace_debiased.sampling.in_memory import (
     PointsInMemory,
     RunLoader,
@@ -25,6 +26,7 @@ from laplace_debiased.sampling.in_memory import (
     own_generator,
     shapes,
 )
+from laplace_debiased.sampling.processes import ALONE, Alone
 
 
 def counted(
@@ -33,6 +35,7 @@ def counted(
     target_key: str = "labels",
     num_kept: int | None = None,
     seed: int = 0,
+    group: Alone = ALONE,
 ) -> tuple[DataLoader, int]:
     """Return a loader whose points can be drawn by index, and their number.
 
@@ -46,6 +49,7 @@ def counted(
         num_kept: Number of points to keep of an iterable, drawn uniformly; None for
             all.
         seed: Seed of that draw.
+        group: The processes that make a fit together, which all call this.
 
     Returns:
         The loader, and the number of training points N: the length of the dataset, or
@@ -53,15 +57,21 @@ def counted(
 
     Raises:
         ValueError: If there are no points, they cannot be counted, or are more than the
-            length of the dataset.
+            length of the dataset, or there are several processes and no indices.
     """
     dataset = getattr(loader, "dataset", None)
     size = len(dataset) if isinstance(dataset, Sized) else None
     if size == 0:
         raise ValueError(f"`{name}` is empty: its dataset has no points.")
-    own = _indexable(loader)
+    own = _indexable(loader, group)
     if own is not None and size is not None:
         return own, size
+    if group.size > 1:
+        raise ValueError(
+            f"`{name}` cannot be divided among processes, which could not tell whether "
+            "they read the same points: use a `DataLoader` over a map-style dataset, "
+            "`partial_fit`, or a fit to each part and `merge`."
+        )
     points = PointsInMemory(loader, target_key, num_kept, seed, name)
     if size is not None and points.num_seen > size:
         raise ValueError(
@@ -72,12 +82,15 @@ def counted(
     return points.loader(), points.num_seen if size is None else size
 
 
-def loader_indices(loader: DataLoader, name: str) -> Tensor:
+def loader_indices(loader: DataLoader, name: str, group: Alone = ALONE) -> Tensor:
     """Return the dataset indices that a loader yields in an epoch.
 
     Args:
         loader: A loader over an indexable dataset.
         name: Its name in messages.
+        group: The processes with such a loader of the same dataset. Loaders that yield
+            the same are one, and those that do not, such as with a
+            ``DistributedSampler``, are parts of one, in which a point counts once.
 
     Returns:
         Sorted indices.
@@ -85,9 +98,13 @@ def loader_indices(loader: DataLoader, name: str) -> Tensor:
     Raises:
         ValueError: If there are none.
     """
-    if len(loader) == 0:
+    own = training_indices(loader) if len(loader) else torch.arange(0)
+    all_indices = group.gathered(own.sort()[0])
+    if not any(len(indices) for indices in all_indices):
         raise ValueError(f"`{name}` is empty: it yields no batch.")
-    return training_indices(loader).sort()[0]
+    if all(torch.equal(indices, all_indices[0]) for indices in all_indices):
+        return all_indices[0]
+    return torch.cat(all_indices).unique()
 
 
 def loader_over(
@@ -161,7 +178,7 @@ def base_indices(dataset: Dataset, indices: Tensor) -> tuple[Dataset, Tensor]:
     return dataset, indices
 
 
-def _indexable(loader: Iterable) -> DataLoader | None:
+def _indexable(loader: Iterable, group: Alone) -> DataLoader | None:
     """Return a loader whose points can be drawn by index; None if it is not one."""
     if isinstance(loader, RunLoader):
         return loader
@@ -172,11 +189,11 @@ def _indexable(loader: Iterable) -> DataLoader | None:
         and not isinstance(loader.dataset, IterableDataset)
     ):
         is_plain = type(loader.batch_sampler) is BatchSampler
-        return loader if is_plain else _listed(loader)
+        return loader if is_plain else _listed(loader, group)
     return None
 
 
-def _listed(loader: DataLoader) -> DataLoader:
+def _listed(loader: DataLoader, group: Alone) -> DataLoader:
     """Return a loader over what a batch sampler of the user's own yields in an epoch.
 
     It may put together what can be stacked, such as sentences of one length. Without a
@@ -184,7 +201,8 @@ def _listed(loader: DataLoader) -> DataLoader:
     shapes change.
     """
     assert loader.batch_sampler is not None
-    batches = [[int(index) for index in batch] for batch in loader.batch_sampler]
+    own = [[int(index) for index in batch] for batch in loader.batch_sampler]
+    batches = [batch for part in _different(group.gathered(own)) for batch in part]
     kind, collate = DataLoader, loader.collate_fn
     if collate is default_collate:
         kind, collate = RunLoader, Runs(collate, shapes)
@@ -197,8 +215,16 @@ def _listed(loader: DataLoader) -> DataLoader:
     )
 
 
+def _different(values: list) -> list:
+    """Return the first of several values if all are the same, and else all."""
+    return values[:1] if len({digest(value) for value in values}) == 1 else values
+
+
 def loader_of_batch(
-    batch: Any, name: str = "batch", target_key: str = "labels"
+    batch: Any,
+    name: str = "batch",
+    target_key: str = "labels",
+    group: Alone = ALONE,
 ) -> DataLoader:
     """Return a loader over the points of one batch.
 
@@ -206,9 +232,11 @@ def loader_of_batch(
         batch: A pair ``(X, y)``, or a mapping.
         name: Its name in messages.
         target_key: Key of the targets in mappings.
+        group: The processes that call this, each with the same batch, or all with
+            different ones, which count together.
 
     Returns:
-        A loader that yields them in one batch.
+        A loader that yields them in one batch, or in one from each process.
 
     Raises:
         TypeError: If it is neither.
@@ -218,7 +246,8 @@ def loader_of_batch(
         raise TypeError(
             f"`{name}` must be a pair (X, y) or a mapping, got {type(batch).__name__}."
         )
-    points = PointsInMemory([batch], target_key, name=name)
+    batches = _different(group.gathered(batch))
+    points = PointsInMemory(batches, target_key, name=name)
     if len(points) == 0:
         raise ValueError(f"`{name}` is empty: it has no points.")
     return points.loader()

@@ -14,6 +14,7 @@ from laplace_debiased.posterior import checkpoint as files
 from laplace_debiased.posterior import sources
 from tests.cases import network
 from tests.fits import SIZE, SUBSETS, debiased, loader, posterior
+from tests.ranks import once
 
 SETTINGS = {
     "kfac": {"budget": 20, "pool_size": 40},
@@ -82,7 +83,10 @@ def same(la, other):
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """Folders of fits that were killed at each of their stages."""
-    folder = tmp_path_factory.mktemp("killed")
+    return once(tmp_path_factory, "killed", kill_all)
+
+
+def kill_all(folder):
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, folder],
         cwd=Path(__file__).parents[2],
