@@ -148,12 +148,11 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             ),
             *limits,
         )
-        model = own_module(model)
-        network = (model, likelihood, sigma_noise, prior_precision, prior_mean)
-        prediction = (temperature, enable_backprop, feature_reduction, dict_key_x)
-        curvature = (dict_key_y, backend, last_layer_name, damping, backend_kwargs)
-        given = (*network, *prediction, *curvature, asdl_fisher_kwargs)
-        KronLLLaplace.__init__(self, *given)
+        network = own_module(model), likelihood, sigma_noise, prior_precision
+        prediction = prior_mean, temperature, enable_backprop, feature_reduction
+        data = dict_key_x, dict_key_y, backend, last_layer_name, damping
+        options = backend_kwargs, asdl_fisher_kwargs
+        KronLLLaplace.__init__(self, *network, *prediction, *data, *options)
         # laplace-torch's class forgets it on the way
         self.damping = damping
         self.model = PicklableExtractor(self.model, dict_key_y)
