@@ -151,8 +151,8 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         network = own_module(model), likelihood, sigma_noise, prior_precision
         prediction = prior_mean, temperature, enable_backprop, feature_reduction
         data = dict_key_x, dict_key_y, backend, last_layer_name, damping
-        options = backend_kwargs, asdl_fisher_kwargs
-        KronLLLaplace.__init__(self, *network, *prediction, *data, *options)
+        given = (*network, *prediction, *data, backend_kwargs, asdl_fisher_kwargs)
+        KronLLLaplace.__init__(self, *given)
         # laplace-torch's class forgets it on the way
         self.damping = damping
         self.model = PicklableExtractor(self.model, dict_key_y)
