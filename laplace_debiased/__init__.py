@@ -30,6 +30,7 @@ The folders are in reading order; none imports one below it::
     rows/sweep                   a forward pass a batch, a backward pass a column
     rows/recorder                    records the uses of parameters
     rows/uses                            as rows
+    rows/copies                          or by a copy for each example
     curvature/factors                sums them to Kronecker factors
     sampling/draw                which points get backward passes
     curvature/debias             directions of some folds, magnitudes of others
@@ -39,6 +40,7 @@ The folders are in reading order; none imports one below it::
 and ``la(x)`` calls::
 
     posterior/laplace        probit, samples or moments
+    posterior/predicting     exact moments, or samples where outputs are many
     predictive/moments       covariance of the outputs
     predictive/blocks            block by block
     rows/linearization           rows of the Jacobian

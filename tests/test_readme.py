@@ -43,6 +43,7 @@ def test_snippets_of_the_knobs_run_in_order():
     assert found["worst"] < 0.2
     low, high = found["interval"]
     assert (low < high).all()
+    assert found["of_tokens"].shape == (2, 5, 3)
 
 
 SCALE = ROOT / "docs" / "scale.md"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from warnings import warn
 
@@ -113,10 +114,9 @@ def uncertainty(la: KronDebiasedLaplace, X: Inputs) -> Uncertainty:
     found = uncertainty_of_points(la, X)
     if la.class_axis is None:
         return found
-    parts: dict[str, Any] = dict(vars(found))
-    for name, value in parts.items():
-        parts[name] = value if value is None else of_output(la, X, value)
-    return Uncertainty(**parts)
+    parts: dict[str, Any] = {k: v for k, v in vars(found).items() if v is not None}
+    shaped = dict(zip(parts, of_output(la, X, list(parts.values())), strict=True))
+    return replace(found, **shaped)
 
 
 def uncertainty_of_points(la: KronDebiasedLaplace, X: Inputs) -> Uncertainty:

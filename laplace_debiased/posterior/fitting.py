@@ -37,7 +37,7 @@ from laplace_debiased.rows.inputs import (
 from laplace_debiased.rows.left_out import refusal, refusal_of_diagonals, warning
 from laplace_debiased.rows.model_state import check_repeatable, measuring
 from laplace_debiased.rows.output_curvature import ENDS_IN_SOFTMAX
-from laplace_debiased.rows.positions import check_positions
+from laplace_debiased.rows.positions import check_positions, set_class_axis
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.selection import Selection, select
 from laplace_debiased.rows.substitution import output_shape
@@ -126,6 +126,7 @@ def assign(
         ValueError: If data or model are not valid.
     """
     settings = la.settings
+    set_class_axis(la.model, la.class_axis)
     points: Points | Folds
     if magnitude_loader is not None:
         points = explicit_folds(

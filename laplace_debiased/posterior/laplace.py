@@ -279,7 +279,6 @@ class KronDebiasedLaplace(KronLaplace):
         """Refuse settings that do not go with laplace-torch's."""
         self.settings.check_damping(self.damping)
         fitting.check_backend(self)
-        set_class_axis(self.model, self.class_axis)
         # those with an own forward pass are not known before it is run
         self._candidates = list(self.params)
         self._is_tuned = bool((torch.as_tensor(self._prior_precision) != 1).any())
@@ -668,6 +667,8 @@ class KronDebiasedLaplace(KronLaplace):
 
     def _inputs(self, X: Inputs) -> Inputs:
         """Return what the network is called with, on its device."""
+        # another posterior of the same network may have another one
+        set_class_axis(self.model, self.class_axis)
         return on_device(without_targets(self.model, X, self.dict_key_y), self._device)
 
     @property
@@ -734,7 +735,8 @@ class KronDebiasedLaplace(KronLaplace):
         diagonal_output: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         if self.class_axis is not None:
-            return predicting.by_position(self, x, joint, link_approx)
+            prediction = predicting.by_position(self, x, joint, link_approx)
+            return cast("Tensor | tuple[Tensor, Tensor]", prediction)
         # laplace-torch computes the covariance of all outputs here, too
         if likelihood == Likelihood.REGRESSION:
             if diagonal_output and not joint:
@@ -794,7 +796,7 @@ class KronDebiasedLaplace(KronLaplace):
     ) -> Tensor:
         with evaluating(self.model):
             outputs = self._calibrated_outputs(X, n_samples, generator, **model_kwargs)
-            return torch.stack([predicting.of_output(self, X, f) for f in outputs])
+            return torch.stack(predicting.of_output(self, X, list(outputs)))
 
     @thread_restored
     def _nn_predictive_samples(
@@ -824,7 +826,8 @@ class KronDebiasedLaplace(KronLaplace):
             outputs = self._calibrated_outputs(X, n_samples, generator, **model_kwargs)
             for output in outputs:
                 total = total + predicting.softmax(self, output)
-            return predicting.of_output(self, X, total / n_samples)
+            (mean,) = predicting.of_output(self, X, [total / n_samples])
+            return mean
 
     @thread_restored
     def optimize_prior_precision(  # type: ignore[override]

@@ -13,12 +13,14 @@ from laplace_debiased.posterior.settings import check_integer
 from laplace_debiased.predictive.forward_mode import (
     MANY_OUTPUTS,
     NUM_SAMPLES,
+    ForwardModeError,
     SampledPredictive,
     relative_error,
 )
 from laplace_debiased.predictive.links import probit_probabilities
 from laplace_debiased.predictive.moments import LinearizedPredictive
 from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.model_state import evaluating
 from laplace_debiased.rows.positions import points, restored
 from laplace_debiased.rows.substitution import output_shape
 
@@ -43,7 +45,7 @@ class Predictive(Protocol):
 
 
 class SampledIfPossible:
-    """Samples, or exact moments where a function has no forward mode.
+    """Samples, or exact moments where a network has no forward derivative.
 
     Args:
         sampled: Moments by samples.
@@ -59,7 +61,7 @@ class SampledIfPossible:
         """See :meth:`Predictive.moments`."""
         try:
             return self._sampled.moments(X, batch_size, kind)
-        except NotImplementedError:
+        except ForwardModeError:
             return self._exact.moments(X, batch_size, kind)
 
     def variances(
@@ -68,7 +70,7 @@ class SampledIfPossible:
         """See :meth:`Predictive.variances`."""
         try:
             return self._sampled.variances(X, batch_size, shifts)
-        except NotImplementedError:
+        except ForwardModeError:
             return self._exact.variances(X, batch_size, shifts)
 
 
@@ -132,7 +134,7 @@ def predictive(la: KronDebiasedLaplace, posterior: EigenbasisMatrix) -> Predicti
 
 def by_position(
     la: KronDebiasedLaplace, X: Inputs, joint: bool, link_approx: str
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Predict each position.
 
     Args:
@@ -154,13 +156,15 @@ def by_position(
             "`joint=False` and `link_approx='probit'`, or with `pred_type='nn'`."
         )
     f_mu, f_var = la._glm_predictive_distribution(X, diagonal_output=True)
-    if is_regression:
-        return of_output(la, X, f_mu), of_output(la, X, f_var)
     mean, variance = (points(own, la.n_outputs) for own in (f_mu, f_var))
-    return of_output(la, X, probit_probabilities(mean, variance))
+    if is_regression:
+        return tuple(of_output(la, X, [mean, variance]))
+    return of_output(la, X, [probit_probabilities(mean, variance)])[0]
 
 
-def of_output(la: KronDebiasedLaplace, X: Inputs, values: Tensor) -> Tensor:
+def of_output(
+    la: KronDebiasedLaplace, X: Inputs, values: Sequence[Tensor]
+) -> list[Tensor]:
     """Give values of all positions the shape of the network's output.
 
     Args:
@@ -172,10 +176,11 @@ def of_output(la: KronDebiasedLaplace, X: Inputs, values: Tensor) -> Tensor:
         The values; as they are if there is no class axis.
     """
     if la.class_axis is None:
-        return values
-    shape = output_shape(la.model, la._inputs(X))
-    own = values if values.ndim == 1 else points(values, la.n_outputs)
-    return restored(own, shape, la.class_axis)
+        return list(values)
+    with evaluating(la.model):
+        shape = output_shape(la.model, la._inputs(X))
+    rows = [own if own.ndim == 1 else points(own, la.n_outputs) for own in values]
+    return [restored(own, shape, la.class_axis) for own in rows]
 
 
 def softmax(la: KronDebiasedLaplace, outputs: Tensor) -> Tensor:

@@ -23,11 +23,19 @@ from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, from_eigenba
 from laplace_debiased.predictive.blocks import Covariance
 from laplace_debiased.rows.inputs import Inputs, at_least_single
 from laplace_debiased.rows.seeds import mixed_seed
-from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere
-from laplace_debiased.rows.substitution import Substitution, run
+from laplace_debiased.rows.separation import some_examples
+from laplace_debiased.rows.sharing import (
+    DUAL_LEVEL,
+    MATH_ATTENTION,
+    NO_CUDNN,
+    everywhere,
+)
+from laplace_debiased.rows.substitution import Substitution, run, stand_ins
 
 # with more outputs than that, samples take far less time than backward passes
 NUM_SAMPLES, MANY_OUTPUTS = 64, 256
+_CHECK = 0xC4
+_REMEDY = "Predict by backward passes: set `la.forward_samples = None`."
 
 
 def relative_error(num_samples: int) -> float:
@@ -63,8 +71,16 @@ def sampled_change(
     return changes
 
 
+class ForwardModeError(ValueError):
+    """A network has no forward derivative, or another one than its backward pass."""
+
+
 def output_change(
-    model: nn.Module, params: Sequence[Tensor], changes: Sequence[Tensor], X: Inputs
+    model: nn.Module,
+    params: Sequence[Tensor],
+    changes: Sequence[Tensor],
+    X: Inputs,
+    differentiable: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run a network, and compute by how much its output changes with the parameters.
 
@@ -73,21 +89,89 @@ def output_change(
         params: Some of its parameters.
         changes: A change of each.
         X: Inputs, a tensor or a mapping.
+        differentiable: Whether gradients flow to the inputs.
 
     Returns:
         The output, and the Jacobian-vector product, of the same shape.
 
     Raises:
-        NotImplementedError: If a function of the network has no forward mode.
+        ForwardModeError: If the network fails in forward mode.
     """
-    with everywhere(MATH_ATTENTION), forward_ad.dual_level():
-        duals = {
-            id(param): forward_ad.make_dual(param.detach(), change)
-            for param, change in zip(params, changes, strict=True)
-        }
-        with Substitution(duals):
-            output, change = forward_ad.unpack_dual(run(model, X))
-    return output, torch.zeros_like(output) if change is None else change
+    if torch.is_inference_mode_enabled():  # tangents would be lost silently
+        raise ForwardModeError(
+            "There are no derivatives in `torch.inference_mode()`: use "
+            "`torch.no_grad()` instead."
+        )
+    values = stand_ins(model)
+    with (
+        torch.set_grad_enabled(differentiable),
+        everywhere(MATH_ATTENTION),
+        everywhere(NO_CUDNN),
+        everywhere(DUAL_LEVEL),
+    ):
+        for param, change in zip(params, changes, strict=True):
+            values[id(param)] = forward_ad.make_dual(values[id(param)], change)
+        try:
+            with Substitution(values):
+                dual = run(model, X)
+        except (RuntimeError, NotImplementedError) as error:
+            raise ForwardModeError(
+                f"The network fails in forward mode: {error} {_REMEDY}"
+            ) from error
+        output, change = forward_ad.unpack_dual(dual)
+        return output, torch.zeros_like(output) if change is None else change
+
+
+@torch.enable_grad()
+def check_forward_mode(
+    model: nn.Module, params: Sequence[Tensor], changes: Sequence[Tensor], X: Inputs
+) -> None:
+    """Compare a derivative in forward mode with one by a backward pass.
+
+    They differ where a network runs a part without gradients, for example.
+
+    Args:
+        model: The network.
+        params: Some of its parameters.
+        changes: A change of each.
+        X: Few inputs.
+
+    Raises:
+        ForwardModeError: If they differ.
+    """
+    output, change = output_change(model, params, changes, X)
+    generator = torch.Generator().manual_seed(_CHECK)
+    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    forward = (weights.to(output.device) * change.double()).sum().item()
+    backward = _backward_change(model, params, changes, X, weights.to(output))
+    size = (weights.norm() * change.double().norm().cpu()).item() + abs(backward)
+    if abs(forward - backward) > torch.finfo(output.dtype).eps ** 0.25 * size:
+        raise ForwardModeError(
+            "The network's forward derivative is another one than that of its backward "
+            f"pass, as where it runs a part under `torch.no_grad()`. {_REMEDY}"
+        )
+
+
+def _backward_change(
+    model: nn.Module,
+    params: Sequence[Tensor],
+    changes: Sequence[Tensor],
+    X: Inputs,
+    weights: Tensor,
+) -> float:
+    """Compute the change of a weighted sum of outputs by a backward pass."""
+    values = stand_ins(model, params)
+    with everywhere(NO_CUDNN), Substitution(values):
+        output = run(model, X)
+    if not output.requires_grad:
+        return 0.0
+    own = [values[id(param)] for param in params]
+    gradients = torch.autograd.grad(output, own, weights, allow_unused=True)
+    return sum(
+        (gradient.double() * change.double()).sum().item()
+        for gradient, change in zip(gradients, changes, strict=True)
+        if gradient is not None
+    )
 
 
 class SampledPredictive:
@@ -136,10 +220,10 @@ class SampledPredictive:
             The mean ``[batch, C]``, and the covariance of the kind's shape.
 
         Raises:
-            NotImplementedError: If a function of the network has no forward mode.
+            ForwardModeError: If the network has no forward derivative.
         """
         mean, total = torch.empty(0), torch.zeros(())
-        for output, change in self.changes(X):
+        for output, change in self.changes(X, batch_size):
             mean, total = output, total.to(change) + _term(change, kind)
         covariance = total / self._num_samples
         if kind != "diagonal":
@@ -162,7 +246,7 @@ class SampledPredictive:
             The mean ``[batch, C]``, and the variances ``[batch, C, K]``.
 
         Raises:
-            NotImplementedError: As in :meth:`moments`.
+            ForwardModeError: As in :meth:`moments`.
         """
         own = self._posterior
         mean, variances = torch.empty(0), []
@@ -175,20 +259,28 @@ class SampledPredictive:
             self._posterior = own
         return mean, torch.stack(variances, -1)
 
-    def changes(self, X: Inputs) -> Iterator[tuple[Tensor, Tensor]]:
+    def changes(self, X: Inputs, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the output, and its change by each sample.
 
         Args:
             X: Inputs, a tensor or a mapping.
+            batch_size: Number of examples.
 
         Yields:
             Both of the output's shape, the change in the posterior's dtype.
+
+        Raises:
+            ForwardModeError: As in :meth:`moments`.
         """
         for number in range(self._num_samples):
             seed = mixed_seed(self._seed, number)
             changes = sampled_change(self._posterior, self._params, seed)
-            with torch.set_grad_enabled(self._differentiable):
-                output, change = output_change(self._model, self._params, changes, X)
+            if number == 0 and batch_size:
+                few = some_examples(X, batch_size, min(batch_size, 2))
+                check_forward_mode(self._model, self._params, changes, few)
+            output, change = output_change(
+                self._model, self._params, changes, X, self._differentiable
+            )
             yield output, at_least_single(change)
 
 

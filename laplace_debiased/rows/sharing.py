@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch._C import _len_torch_function_stack, _pop_torch_function_stack
+from torch.autograd import forward_ad
 from torch.backends import cuda
 
 from laplace_debiased.rows.interrupts import afterwards
@@ -61,6 +62,17 @@ def _write_stance(stance: Any) -> None:
     eval_frame._set_stance(eval_frame.DynamoStance(stance) if is_name else stance)
 
 
+def _read_dual_level() -> int:
+    return forward_ad._current_level
+
+
+def _write_dual_level(level: int) -> None:
+    if level > forward_ad._current_level:
+        forward_ad.enter_dual_level()
+    elif level < forward_ad._current_level:
+        forward_ad.exit_dual_level()
+
+
 _ATTENTION = (
     (cuda.math_sdp_enabled, cuda.enable_math_sdp),
     (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
@@ -71,6 +83,8 @@ _ATTENTION = (
 MATH_ATTENTION = Setting(_read_attention, _write_attention, [True, False, False, False])
 # whose recurrent layers have no backward pass in eval mode
 NO_CUDNN = Setting(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False)
+# one level of dual numbers is shared by all threads: torch does not nest them
+DUAL_LEVEL = Setting(_read_dual_level, _write_dual_level, 0)
 EAGERLY = Setting(_read_stance, _write_stance, "force_eager")
 
 

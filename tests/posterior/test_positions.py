@@ -172,19 +172,13 @@ def test_the_loss_is_the_sum_over_positions(kind):
     assert la.n_data == SIZE
 
 
-@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
-def test_curvature_is_unbiased(magnitudes):
-    """The head's is known exactly: its trace, over several signs."""
+def test_curvature_is_unbiased():
+    """Its trace is that of the exact one, over several signs."""
     traces = []
     for seed in range(25):
-        la, X, _ = fitted(
-            "tokens", magnitudes=magnitudes, seed=seed, estimator="two_batch"
-        )
+        la, X, _ = fitted("tokens", magnitudes="ggn", seed=seed, estimator="two_batch")
         traces.append(la.H.to_matrix().trace())
     traces = torch.stack(traces)
-    if magnitudes == "kfac":
-        assert traces.std() < traces.mean()
-        return
     J = jacobians(la, X)
     p = la.model(X).softmax(-1)
     blocks = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
@@ -278,3 +272,11 @@ def test_regressions_have_a_variance_for_each_position():
     assert torch.allclose(f_mu, model(X)) and f_var.shape == y.shape
     loss = 0.5 * nn.functional.mse_loss(model(X), y, reduction="sum")
     assert torch.allclose(la.loss, loss)
+
+
+def test_posteriors_of_a_network_may_have_other_axes():
+    la, X, _ = fitted("pixels")
+    before = la(X)
+    debiased(la.model)  # would have an output without positions
+    assert torch.equal(la(X), before)
+    la.fit(DataLoader(TensorDataset(*pixels()), 5), override=False)

@@ -1,6 +1,7 @@
 """Moments by samples of the parameters, against Jacobians."""
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, to_eigenbasis
 from laplace_debiased.predictive import forward_mode
 from laplace_debiased.predictive.forward_mode import (
+    ForwardModeError,
     SampledPredictive,
+    check_forward_mode,
     output_change,
     relative_error,
     sampled_change,
@@ -90,6 +93,7 @@ def test_moments_are_exact_over_a_complete_basis(kind, monkeypatch):
         ]
 
     monkeypatch.setattr(forward_mode, "sampled_change", axis)
+    monkeypatch.setattr(forward_mode, "check_forward_mode", lambda *_: None)
     monkeypatch.setattr(forward_mode, "mixed_seed", lambda _, number: number)
     predictive = SampledPredictive(la.model, la.fitted_params, posterior, size)
     mean, covariance = predictive.moments(X, 2, kind)
@@ -199,7 +203,7 @@ def test_functions_without_a_forward_mode_take_backward_passes():
     la.forward_samples = None
     assert torch.equal(sampled, la(X))
     la.forward_samples = 10
-    with pytest.raises(NotImplementedError, match="jvp"):
+    with pytest.raises(ForwardModeError, match="forward_samples = None"):
         la(X)
 
 
@@ -215,3 +219,53 @@ def test_gradients_flow_to_the_inputs():
     X = X.clone().requires_grad_()
     _, f_var = la._glm_predictive_distribution(X)
     assert torch.autograd.grad(f_var.sum(), X)[0].any()
+
+
+class PartlyWithoutGradients(nn.Module):
+    def __init__(self, mode):
+        super().__init__()
+        self.body, self.head, self.mode = nn.Linear(4, 6), nn.Linear(6, 300), mode
+
+    def forward(self, x):
+        with self.mode():
+            hidden = self.body(x).tanh()
+        return self.head(hidden.clone())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_backward_passes_do_not_see_is_not_sampled():
+    """Forward mode sees what is run without gradients; exact moments do not."""
+    torch.manual_seed(0)
+    model = PartlyWithoutGradients(torch.no_grad).double()
+    X, y = torch.randn(40, 4).double(), torch.randint(300, (40,))
+    la = debiased(model, fisher_rank=5)
+    la.fit(loader(X, y, 20))
+    assert la.parameter_kinds["body.weight"] == "left out"
+    changes = [torch.ones_like(param) for param in model.parameters()]
+    with pytest.raises(ForwardModeError, match="no_grad"):
+        check_forward_mode(model, list(model.parameters()), changes, X[:2])
+
+
+def test_inference_mode_is_refused():
+    la, X = fitted("mlp, in place")
+    la.forward_samples = 5
+    with torch.inference_mode(), pytest.raises(ForwardModeError, match="inference"):
+        la(X)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_threads_may_sample_side_by_side():
+    la, X = fitted("vision transformer")
+    la.forward_samples = 20
+    alone = [la(X + shift) for shift in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda shift: la(X + shift), list(range(4)) * 5))
+    for k, own in enumerate(together):
+        assert torch.equal(own, alone[k % 4])
+
+
+def test_a_batch_may_be_empty():
+    la, X = fitted("mlp, in place")
+    la.forward_samples = 3
+    f_mu, f_var = la._glm_predictive_distribution(X[:0])
+    assert f_mu.shape == (0, 3) and f_var.shape == (0, 3, 3)
