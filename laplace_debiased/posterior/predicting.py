@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
+from warnings import warn
 
 from laplace.utils.enums import Likelihood, LinkApprox
 from torch import Tensor
@@ -61,7 +62,8 @@ class SampledIfPossible:
         """See :meth:`Predictive.moments`."""
         try:
             return self._sampled.moments(X, batch_size, kind)
-        except ForwardModeError:
+        except ForwardModeError as error:
+            _warn_of(error)
             return self._exact.moments(X, batch_size, kind)
 
     def variances(
@@ -70,8 +72,13 @@ class SampledIfPossible:
         """See :meth:`Predictive.variances`."""
         try:
             return self._sampled.variances(X, batch_size, shifts)
-        except ForwardModeError:
+        except ForwardModeError as error:
+            _warn_of(error)
             return self._exact.variances(X, batch_size, shifts)
+
+
+def _warn_of(error: ForwardModeError) -> None:
+    warn(f"{error} For now, there is one for each output.", stacklevel=6)
 
 
 def check_forward_samples(value: int | str | None) -> None:

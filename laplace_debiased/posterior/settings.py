@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 from laplace.curvature import CurvatureInterface
 
-from laplace_debiased.curvature.decomposition import decompose
-from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.curvature.operator import check_magnitudes
 from laplace_debiased.posterior.upstream import is_curvlinops, is_empirical
 from laplace_debiased.sampling.folds import Folds
@@ -92,19 +89,6 @@ class Settings:
                 f"`num_folds` must be at most `budget`, got {self.num_folds} folds for "
                 f"{self.budget} points."
             )
-
-    def decompose(
-        self, factors: Sequence[Kronecker]
-    ) -> tuple[list[Kronecker], list[Kronecker]]:
-        """Decompose factors, large ones up to the tolerance.
-
-        Args:
-            factors: Factors of each layer.
-
-        Returns:
-            As :func:`~laplace_debiased.curvature.decomposition.decompose`.
-        """
-        return decompose(factors, self.decomposition_tolerance)
 
     def check_damping(self, damping: bool) -> None:
         """Refuse laplace-torch's damping where eigenvalues do not factor."""

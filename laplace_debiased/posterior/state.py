@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from laplace import ParametricLaplace
 from torch import Tensor
 
+from laplace_debiased.curvature.decomposition import decompose
 from laplace_debiased.curvature.factors import EXPAND
 from laplace_debiased.curvature.streams import CURVATURE_TYPES
 from laplace_debiased.posterior.checkpoint import flat, is_same, nested
@@ -146,7 +148,8 @@ def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
     la._selection = Selection(layers, [], saved["example_size"], saved["outputs_size"])
     la._estimate = estimate_of(saved, layers)
     la._seen = Seen(**saved["seen"])
-    la.H = la._estimate.curvature.decompose(la.damping, la.settings.decompose)
+    decomposition = partial(decompose, tolerance=la.settings.decomposition_tolerance)
+    la.H = la._estimate.curvature.decompose(la.damping, decomposition)
     calibration = saved["calibration"]
     la._calibration = calibration and Calibration(**calibration)
     differing = la.state_dict().keys() ^ names
