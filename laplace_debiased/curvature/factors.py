@@ -209,34 +209,33 @@ class KroneckerFactors:
         """
         self._reduce_calls()
         if self.takes_gradients:
-            self._add_up(
-                self._gradients, {own.name: own.d_out for own in self._layers}, totals
-            )
+            shapes = {own.name: _gradient_shape(own) for own in self._layers}
+            self._add_up(self._gradients, shapes, totals)
         if not self.takes_inputs:
             return
-        sizes = {
-            own.name: own.d_in + is_joint(own, self._joint)
+        shapes = {
+            own.name: _input_shape(own, self._joint)
             for own in self._layers
             if own.has_inputs
         }
-        self._add_up(self._inputs, sizes, totals)
+        self._add_up(self._inputs, shapes, totals)
         weights = [
             torch.as_tensor(self._row_weights.get(name, 0.0)).to(
                 self._devices[name], torch.float64
             )
-            for name in sizes
+            for name in shapes
         ]
-        self._row_weights = dict(zip(sizes, totals(weights), strict=True))
+        self._row_weights = dict(zip(shapes, totals(weights), strict=True))
 
     def _add_up(
-        self, sums: dict[str, Tensor], sizes: dict[str, int], totals: Totals
+        self, sums: dict[str, Tensor], shapes: dict[str, list[int]], totals: Totals
     ) -> None:
         """Add others' sums to those of each layer, which may have none yet."""
-        for name, size in sizes.items():
+        for name, shape in shapes.items():
             if name not in sums:
                 device = self._devices[name]
-                sums[name] = torch.zeros(size, size, dtype=torch.float64, device=device)
-        sums.update(zip(sizes, totals([sums[name] for name in sizes]), strict=True))
+                sums[name] = torch.zeros(shape, dtype=torch.float64, device=device)
+        sums.update(zip(shapes, totals([sums[name] for name in shapes]), strict=True))
 
     def factors(self) -> list[Kronecker]:
         """Return the factors of each layer.
@@ -269,21 +268,29 @@ class KroneckerFactors:
     def _gradient_covariance(self, layer: Layer) -> Tensor:
         if layer.name in self._gradients:
             return self._gradients[layer.name].to(self._dtype)
-        sides = 1 if layer.is_diagonal else 2
-        return self._zeros(layer, *sides * [layer.d_out])
+        return self._zeros(layer, _gradient_shape(layer))
 
     def _input_covariance(self, layer: Layer) -> Tensor:
         if layer.name in self._inputs:
             total = self._row_weights[layer.name]
             mean = self._inputs[layer.name] / (total if total > 0 else 1.0)
             return mean.to(self._dtype)
-        size = layer.d_in + is_joint(layer, self._joint)
-        return self._zeros(layer, *([size] if layer.is_embedding else [size, size]))
+        return self._zeros(layer, _input_shape(layer, self._joint))
 
-    def _zeros(self, layer: Layer, *shape: int) -> Tensor:
+    def _zeros(self, layer: Layer, shape: list[int]) -> Tensor:
         """The covariance of a layer that these examples do not use."""
         device = self._devices[layer.name]
         return torch.zeros(shape, dtype=self._dtype, device=device)
+
+
+def _gradient_shape(layer: Layer) -> list[int]:
+    """Shape of a layer's gradient covariance, or of its diagonal."""
+    return (1 if layer.is_diagonal else 2) * [layer.d_out]
+
+
+def _input_shape(layer: Layer, joint: bool) -> list[int]:
+    """Shape of a layer's input covariance, or of its diagonal."""
+    return (1 if layer.is_embedding else 2) * [layer.d_in + is_joint(layer, joint)]
 
 
 def _squared_norms(rows: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from laplace_debiased.rows.inputs import (
 from laplace_debiased.rows.kept import KeptRows
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import OutputCurvature
-from laplace_debiased.rows.positions import flat_targets
+from laplace_debiased.rows.positions import class_axis_of, flat_targets
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
 from laplace_debiased.sampling.folds import Fold
@@ -240,10 +240,10 @@ class RowSource:
         """Make a pass over this process's part of a fold, if there is one."""
         is_thinned = not backward and self._approximation == EXPAND
         curvature = self._output_curvature
-        # what is drawn depends on the batch
-        part = fold.part(
-            self.group.rank, self.group.size, is_thinned or curvature.is_random
-        )
+        # what is drawn depends on the batch, as do the signs of positions
+        draws = is_thinned or curvature.is_random
+        draws = draws or class_axis_of(self.model) is not None
+        part = fold.part(self.group.rank, self.group.size, draws)
         if part is None:
             return None
         return sweep(

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from laplace_debiased.curvature.decomposition import symmetric_eighs
+from laplace_debiased.curvature.decomposition import symmetric_eigh, symmetric_eighs
 
 Value = TypeVar("Value")
 
@@ -151,13 +151,18 @@ class Group(Alone):
         self, matrices: Sequence[Tensor], tolerance: float = 0.0
     ) -> list[tuple[Tensor, Tensor]]:
         """See :meth:`Alone.eighs`."""
-        owners = divided([len(matrix) ** 3 for matrix in matrices], self.size)
-        mine = [k for k, owner in enumerate(owners) if owner == self.rank]
+        # diagonals take no time
+        costs = [len(own) ** 3 if own.ndim > 1 else 0 for own in matrices]
+        owners = divided(costs, self.size)
+        mine = [k for k, owner in enumerate(owners) if owner == self.rank and costs[k]]
         own = symmetric_eighs([matrices[k] for k in mine], tolerance)
         done = dict(zip(mine, own, strict=True))
         self._agree()
         found = []
         for k, (matrix, owner) in enumerate(zip(matrices, owners, strict=True)):
+            if not costs[k]:
+                found.append(symmetric_eigh(matrix))
+                continue
             # eigenvectors are columns: their transpose is what lies in memory
             values, rows = matrix.new_empty(len(matrix)), torch.empty_like(matrix)
             if k in done:

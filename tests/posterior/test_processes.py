@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from laplace_debiased.posterior import sources
 from laplace_debiased.sampling.processes import divided
-from tests import dense
+from tests import dense, zoo
 from tests.cases import batch, network
 from tests.fits import debiased
+from tests.posterior.test_positions import Tagger, tokens
 from tests.ranks import once, run
 
 SIZE = 37  # batches of 5 and 2
@@ -32,11 +33,23 @@ FITS = {
     "fewer columns": ("mlp", {"fisher_rank": 1, "budget": 16}),
     "last layer": ("mlp", {"subset": "last_layer"}),
     "three folds": ("transformer", {"num_folds": 3}),
+    "embeddings": ("decoder, causal", {"budget": 16}),
+    "embeddings, ggn": ("decoder, causal", {"magnitudes": "ggn"}),
+    "positions": ("tokens", {"class_axis": -1, "budget": 16}),
 }
 
 
 def data(name, size=SIZE):
-    return TensorDataset(*batch(name, size))
+    if name == "tokens":
+        return TensorDataset(*tokens(size))
+    of = zoo.data if name in zoo.ZOO else batch
+    return TensorDataset(*of(name, size))
+
+
+def model_of(name):
+    if name == "tokens":
+        return Tagger()
+    return zoo.build(name) if name in zoo.ZOO else network(name)
 
 
 def loader(dataset, **options):
@@ -46,7 +59,7 @@ def loader(dataset, **options):
 def summary(la, X):
     """What must be the same on all ranks, and near that of a single process."""
     la.prior_precision = 2.0
-    _, variances = la._glm_predictive_distribution(X)
+    _, variances = la._glm_predictive_distribution(X, diagonal_output=True)
     error = la.sampling_error
     return {
         "factors": [own.map(torch.clone) for own in factors(la)],
@@ -67,13 +80,14 @@ def factors(la):
 
 def fitted(name, wrap=nn.Module.eval, sampler=None, double=True):
     case, settings = FITS[name]
-    model = network(case)
+    model = model_of(case)
     model = model.double() if double else model.float()
     la = debiased(wrap(model), **settings)
     dataset = data(case)
     if not double:
         X, y = dataset.tensors
-        dataset = TensorDataset(X.float(), y)
+        X = X.float() if X.is_floating_point() else X
+        dataset = TensorDataset(X, y)
     la.fit(loader(dataset, sampler=sampler and sampler(dataset)))
     return summary(la, dataset.tensors[0])
 
