@@ -90,7 +90,10 @@ def _events(network: Network, candidates: Sequence[int], count: int) -> list[Eve
 
 
 def _layer(name: str, position: int, param: Tensor, calls: tuple[Call, ...]) -> Layer:
-    scales = any(call.function in _SCALES for call in calls)
+    # a scale of activations, not one of another parameter
+    scales = any(
+        call.function in _SCALES and not call.is_of_parameters for call in calls
+    )
     return Layer(
         name,
         None,

@@ -176,6 +176,25 @@ def test_a_parameter_that_mixes_examples_is_refused():
         select(model, list(model.parameters()), torch.rand(SIZE, 4), SIZE)
 
 
+def test_scales_of_activations_are_like_those_of_normalizations():
+    """Their prior has their trained values as its mean; masked weights' has not."""
+
+    def forward(self, x):
+        masked = F.linear(x, self.weight * self.mask)
+        return self.head(masked * self.scale)
+
+    model = Model(
+        forward,
+        weight=nn.Parameter(torch.rand(4, 4)),
+        scale=nn.Parameter(torch.rand(4)),
+        head=nn.Linear(4, 3),
+    )
+    model.register_buffer("mask", torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    found = select(model, list(model.parameters()), torch.rand(SIZE, 4), SIZE)
+    kinds = {layer.name: layer.is_normalization for layer in found.layers}
+    assert kinds == {"weight": False, "scale": True, "head": False}
+
+
 def test_large_parameters_keep_a_diagonal():
     side = LARGEST_EXACT // 4
 
