@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=200, help="and as many foreign")
     settings = parse(parser)
     if settings.quick:
-        settings.train, settings.validation, settings.test = 50, 25, 25
+        settings.train, settings.validation, settings.test = 50, 10, 10
     warnings.simplefilter("ignore")
     progress = Progress(settings, STUDY)
     seeds = []

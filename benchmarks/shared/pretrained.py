@@ -161,7 +161,7 @@ def scores_of(test: Predicted, others: Predicted, y: Tensor) -> dict[str, float]
     uncertain = test.uncertainty.double(), others.uncertainty.double()
     found = asdict(classification_scores(test.probabilities, y, uncertain, None))
     names = [*SCORES, "foreign"]
-    return {name: found[name] for name in names}
+    return {name: found[name] for name in names if found[name] is not None}
 
 
 def table(seeds: list[dict[str, dict]], columns: dict[str, tuple[str, int]]) -> str:
@@ -254,12 +254,26 @@ def _their_last_layer(task: Task, score: Callable[..., dict]) -> dict[str, float
 
 def _their_weights(task: Task) -> dict[str, str]:
     """Say why laplace-torch's ``kron`` of all weights does not take the network."""
-    la = Laplace(task.model, "classification", "all", "kron")
+    la = Laplace(_OfBatches(task.model), "classification", "all", "kron")
     try:
         la.fit(task.train)
     except (NotImplementedError, ValueError, RuntimeError, TypeError) as error:
         return {"refused": shorten(f"{type(error).__name__}: {error}", 80)}
     raise AssertionError("It fits by now: the study should score it.")
+
+
+class _OfBatches(nn.Module):
+    """A network as laplace-torch calls it: mappings are its only argument."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Tensor | dict[str, Tensor]) -> Tensor:
+        """Compute logits ``[batch, classes]``."""
+        if isinstance(batch, Tensor):
+            return self.model(batch)
+        return self.model(**{k: v for k, v in batch.items() if k != "labels"})
 
 
 def _ours(
