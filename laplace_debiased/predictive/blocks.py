@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +29,10 @@ from laplace_debiased.rows.linearization import contract_positions
 from laplace_debiased.rows.one_hot import OneHotRows
 
 KINDS = ("full", "diagonal", "joint")
-# what fits into a processor's cache, and the memory allocator uses again
+# what fits into a processor's cache
 JACOBIAN_BYTES = 2**22
+# examples that a layer's precisions are read for at once
+FEW = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ class BlockPosterior:
 
     eigenvectors: Sequence[Tensor]
     precisions: Tensor
+
+    @cached_property
+    def _variances(self) -> Tensor:
+        """``[d_out, d_in]``, with one input for a vector."""
+        matrix = self.precisions.reshape(len(self.eigenvectors[0]), -1)
+        return matrix.reciprocal()
 
     def of_rows(self, layer: Layer) -> BlockPosterior:
         """Return the block of the matrix that rows give, ``[d_out, d_in]``.
@@ -94,10 +103,16 @@ class BlockPosterior:
             return flat @ flat.T
         if gradients.shape[2:4] == (1, 1) and isinstance(inputs, Tensor):
             return self._without_sharing(gradients, inputs, kind, jacobian_bytes)
-        parts = self._parts(gradients, inputs, jacobian_bytes)
-        return torch.cat(
-            [block._with_sharing(some, rows, kind) for block, some, rows in parts]
-        )
+        parts = []
+        least = 1 if kind == "full" else FEW
+        for block, some, rows in self._parts(gradients, inputs, jacobian_bytes, least):
+            if kind == "full":
+                flat = block._scaled_jacobians(some, rows).flatten(2)
+                parts.append(flat @ flat.mT)
+            else:
+                own = block._weighted(some, rows, [block._variances], jacobian_bytes)
+                parts.append(own.squeeze(2))
+        return torch.cat(parts)
 
     def variances(
         self,
@@ -129,13 +144,9 @@ class BlockPosterior:
             ]
             return torch.cat(of_shifts, 2)
         parts = []
-        for block, some, rows in self._parts(gradients, inputs, jacobian_bytes):
-            squares = rotated_jacobians(some, rows, basis).square_().flatten(2)
-            of_shifts = [
-                squares @ (block.precisions + shift).reciprocal_().flatten()
-                for shift in shifts
-            ]
-            parts.append(torch.stack(of_shifts, 2))
+        for block, some, rows in self._parts(gradients, inputs, jacobian_bytes, FEW):
+            inverses = [(block.precisions + shift).reciprocal_() for shift in shifts]
+            parts.append(block._weighted(some, rows, inverses, jacobian_bytes))
         return torch.cat(parts)
 
     def _with_inputs(
@@ -156,12 +167,16 @@ class BlockPosterior:
         return BlockPosterior(self.eigenvectors, self.precisions[:, numbers]), rows
 
     def _parts(
-        self, gradients: Tensor, inputs: Tensor | OneHotRows, jacobian_bytes: int
+        self,
+        gradients: Tensor,
+        inputs: Tensor | OneHotRows,
+        jacobian_bytes: int,
+        least: int = 1,
     ) -> Iterator[tuple[BlockPosterior, Tensor, Tensor]]:
-        """Yield as many examples as have no larger Jacobians."""
+        """Yield as many examples as have no larger Jacobians, or a least number."""
         num_inputs = inputs.shape[3] if isinstance(inputs, Tensor) else inputs.shape[1]
         entries = gradients.shape[1] * len(self.eigenvectors[0]) * num_inputs
-        size = max(1, jacobian_bytes // (entries * gradients.element_size()))
+        size = max(least, jacobian_bytes // (entries * gradients.element_size()))
         for some, rows in zip(gradients.split(size), inputs.split(size), strict=True):
             block, dense = self._dense(rows)
             yield block, some, dense
@@ -171,8 +186,7 @@ class BlockPosterior:
     ) -> Tensor:
         """Contract Jacobians of rank one, which are never formed."""
         turned = rotated(gradients.flatten(2), self.eigenvectors[0])
-        precisions = self.precisions.reshape(turned.shape[2], -1)
-        variances = (inputs.flatten(1) ** 2 @ precisions.reciprocal().T)[:, None]
+        variances = (inputs.flatten(1) ** 2 @ self._variances.T)[:, None]
         if len(turned) > 1:
             if kind == "diagonal":
                 return (variances @ turned.mT**2).squeeze(1)
@@ -188,15 +202,32 @@ class BlockPosterior:
             covariance[part] = (rows * variances[part]) @ rows.T
         return covariance
 
-    def _with_sharing(self, gradients: Tensor, inputs: Tensor, kind: str) -> Tensor:
-        """Contract the Jacobians of some examples."""
-        # [batch, C, d_out * d_in], contracted over the last
-        if kind == "diagonal":
-            jacobians = rotated_jacobians(gradients, inputs, self.eigenvectors[0])
-            variances = self.precisions.reciprocal().flatten()
-            return jacobians.square_().flatten(2) @ variances
-        flat = self._scaled_jacobians(gradients, inputs).flatten(2)
-        return flat @ flat.mT
+    def _weighted(
+        self,
+        gradients: Tensor,
+        inputs: Tensor,
+        weights: Sequence[Tensor],
+        jacobian_bytes: int,
+    ) -> Tensor:
+        """Sum the squares of the Jacobians of some examples, by weights.
+
+        Args:
+            gradients: As in :meth:`covariance`.
+            inputs: As in :meth:`covariance`.
+            weights: Weights ``[d_out, d_in]``, K times.
+            jacobian_bytes: As in :meth:`covariance`.
+
+        Returns:
+            Sums ``[batch, C, K]``.
+        """
+        sums = gradients.new_zeros(*gradients.shape[:2], len(weights))
+        for rows, jacobians in _jacobians_by_rows(
+            gradients, inputs, self.eigenvectors[0], jacobian_bytes
+        ):
+            squares = jacobians.square_().flatten(2)
+            own = [squares @ matrix[rows].flatten() for matrix in weights]
+            sums = sums + torch.stack(own, 2)
+        return sums
 
     def _scaled_jacobians(self, gradients: Tensor, inputs: Tensor) -> Tensor:
         """Rotate the Jacobians, and divide by the root of the precision.
@@ -211,6 +242,10 @@ class BlockPosterior:
 
 class Moment(Protocol):
     """What is asked of the outputs: the sum of the blocks' shares."""
+
+    @property
+    def is_by_output(self) -> bool:
+        """Whether each output has its own, without the rows of others."""
 
     def shape(self, batch_size: int, num_outputs: int) -> tuple[int, ...]:
         """Its shape."""
@@ -230,6 +265,11 @@ class Covariance:
     """See :meth:`BlockPosterior.covariance`."""
 
     kind: str
+
+    @property
+    def is_by_output(self) -> bool:
+        """See :attr:`Moment.is_by_output`."""
+        return self.kind == "diagonal"
 
     def shape(self, batch_size: int, num_outputs: int) -> tuple[int, ...]:
         """See :meth:`Moment.shape`."""
@@ -255,6 +295,7 @@ class Variances:
     """See :meth:`BlockPosterior.variances`."""
 
     shifts: tuple[float, ...]
+    is_by_output: ClassVar[bool] = True
 
     def shape(self, batch_size: int, num_outputs: int) -> tuple[int, ...]:
         """See :meth:`Moment.shape`."""
@@ -282,12 +323,48 @@ def rotated_jacobians(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tenso
     Returns:
         The Jacobian ``[batch, C, d_out, d_in]``.
     """
-    _, positions, num_groups, d_in = inputs.shape
-    if num_groups > 1 or positions > d_in:
+    if _is_small(inputs):
         return columns_rotated(contract_positions(gradients, inputs), basis)
+    return contract_positions(_turned(gradients, basis), inputs)
+
+
+def _is_small(inputs: Tensor) -> bool:
+    """Whether a Jacobian has fewer entries than gradient rows, or has groups."""
+    _, positions, num_groups, d_in = inputs.shape
+    return num_groups > 1 or positions > d_in
+
+
+def _turned(gradients: Tensor, basis: Tensor) -> Tensor:
+    """Rotate gradient rows ``[batch, C, S, 1, d_out]``, in their own layout."""
+    if gradients.stride(4) == 1:
+        return rotated(gradients, basis)
     # [batch, C, d_out, S], the order in which convolutions have their gradients
-    turned = columns_rotated(gradients.squeeze(3).mT, basis)
-    return (turned.flatten(1, 2) @ inputs.squeeze(2)).view(*turned.shape[:3], d_in)
+    return columns_rotated(gradients.squeeze(3).mT, basis).mT.unsqueeze(3)
+
+
+def _jacobians_by_rows(
+    gradients: Tensor, inputs: Tensor, basis: Tensor, jacobian_bytes: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some rows of the rotated Jacobians after the others.
+
+    Args:
+        gradients: As in :func:`rotated_jacobians`.
+        inputs: As in :func:`rotated_jacobians`.
+        basis: As in :func:`rotated_jacobians`.
+        jacobian_bytes: What they may take, but for a single row.
+
+    Yields:
+        Which rows, r of them, and ``[batch, C, r, d_in]``.
+    """
+    if _is_small(inputs):
+        yield slice(None), rotated_jacobians(gradients, inputs, basis)
+        return
+    turned = _turned(gradients, basis)
+    row_bytes = gradients.shape[:2].numel() * inputs.shape[3] * inputs.element_size()
+    size = max(1, jacobian_bytes // row_bytes)
+    for start in range(0, turned.shape[4], size):
+        rows = slice(start, start + size)
+        yield rows, contract_positions(turned[..., rows], inputs)
 
 
 def block_posteriors(posterior: EigenbasisMatrix) -> list[BlockPosterior]:
