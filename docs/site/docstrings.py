@@ -1,0 +1,37 @@
+"""Docstrings as the reference shows them: their roles as Markdown."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from griffe import Extension, NameResolutionError, Object
+
+_FORMULA = re.compile(r":math:`([^`]+)`")
+_NAME = re.compile(r":(?:class|meth|func|attr|mod):`(~?)([^`]+)`")
+
+
+class Roles(Extension):
+    """Turns names into links, and formulas into those of Markdown."""
+
+    def on_object(self, *, obj: Object, **_: Any) -> None:
+        """Rewrite an object's docstring."""
+        if obj.docstring is None:
+            return
+
+        def link(match: re.Match[str]) -> str:
+            short, name = match.groups()
+            shown = name.rpartition(".")[2] if short else name
+            target = _path(obj, name)
+            return f"<autoref identifier={target!r} optional><code>{shown}</code></autoref>"
+
+        text = _FORMULA.sub(lambda match: f"${' '.join(match[1].split())}$", obj.docstring.value)
+        obj.docstring.value = _NAME.sub(link, text).replace("::\n", ":\n")
+
+
+def _path(obj: Object, name: str) -> str:
+    """Return the full path of a name that an object's docstring uses."""
+    try:
+        return obj.resolve(name)
+    except NameResolutionError:
+        return name
