@@ -22,11 +22,18 @@ class Roles(Extension):
         def link(match: re.Match[str]) -> str:
             short, name = match.groups()
             shown = name.rpartition(".")[2] if short else name
-            target = _path(obj, name)
-            return f"<autoref identifier={target!r} optional><code>{shown}</code></autoref>"
+            return (
+                f"<autoref identifier={_path(obj, name)!r} optional>"
+                f"<code>{shown}</code></autoref>"
+            )
 
-        text = _FORMULA.sub(lambda match: f"${' '.join(match[1].split())}$", obj.docstring.value)
+        text = _FORMULA.sub(_formula, obj.docstring.value)
         obj.docstring.value = _NAME.sub(link, text).replace("::\n", ":\n")
+
+
+def _formula(match: re.Match[str]) -> str:
+    """Return a formula on one line."""
+    return f"${' '.join(match[1].split())}$"
 
 
 def _path(obj: Object, name: str) -> str:
