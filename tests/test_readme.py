@@ -1,3 +1,4 @@
+import configparser
 import contextlib
 import io
 import os
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import laplace_debiased
 from tests import pages
 
 ROOT = Path(__file__).parents[1]
@@ -142,3 +144,45 @@ def test_commands_are_the_ones_that_ci_runs():
     lines = README.read_text().splitlines()
     assert 'pip install ".[test]" && python -m pytest' in lines
     assert 'pip install ".[benchmarks]" && python -m laplace_debiased' in lines
+
+
+def test_public_names_are_in_the_reference():
+    reference = "".join(page.read_text() for page in ROOT.glob("docs/reference/*.md"))
+    shown = set(re.findall(r"^::: laplace_debiased\.(\S+)$", reference, re.M))
+    callbacks = {
+        f"integrations.{module}.LaplaceCallback"
+        for module in ("hugging_face", "lightning")
+    }
+    # laplace-torch documents its function
+    names = {*laplace_debiased.__all__} - {"Laplace", "__version__"}
+    assert names | callbacks <= shown
+
+
+def test_versions_agree():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    version = laplace_debiased.__version__
+    assert settings["metadata"]["version"] == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize(
+    ("link", "is_broken"),
+    [
+        ("other.html", False),
+        ("other.html#there", False),
+        ("other.html#nowhere", True),
+        ("#nowhere", True),
+        ("nowhere.html", True),
+        ("https://example.org/nowhere", False),
+    ],
+)
+def test_broken_links_of_the_site_are_found(tmp_path, link, is_broken):
+    (tmp_path / "index.html").write_text(f'<a href="{link}">a link</a>')
+    (tmp_path / "other.html").write_text('<p id="there">a place</p>')
+    checker = ROOT / "docs" / "site" / "check_links.py"
+    checked = subprocess.run(
+        [sys.executable, checker, tmp_path], capture_output=True, text=True
+    )
+    assert checked.returncode == is_broken
+    assert (f"index.html -> {link}" in checked.stdout) == is_broken

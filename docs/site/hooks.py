@@ -55,4 +55,6 @@ def _file(path: Path, config: MkDocsConfig) -> File:
 
 def _mathml(match: re.Match[str]) -> str:
     display = "block" if match[1] == "div" else "inline"
-    return convert(unescape(match[2]), display=display)
+    formula = convert(unescape(match[2]), display=display)
+    # a transpose sign is no operator, which browsers would stretch
+    return formula.replace("<mo>&#x022A4;</mo>", "<mi>&#x022A4;</mi>")

@@ -1,3 +1,5 @@
+"""From a trained network to a report of its posterior."""
+
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -9,7 +11,9 @@ from laplace_debiased import Laplace
 torch.manual_seed(0)
 images, digits = (torch.as_tensor(part) for part in load_digits(return_X_y=True))
 data = TensorDataset(images.float() / 16, digits)
-train, val, test = (DataLoader(part, 50) for part in random_split(data, [900, 400, 497]))
+train, val, test = (
+    DataLoader(part, 50) for part in random_split(data, [900, 400, 497])
+)
 model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
 for _ in range(20):
