@@ -44,8 +44,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Set a page's formulas."""
-    return _FORMULA.sub(_mathml, html)
+    """Set a page's formulas, and keep numbers with their errors in a line."""
+    return _FORMULA.sub(_mathml, html).replace(
+        " ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+    )
 
 
 def _file(path: Path, config: MkDocsConfig) -> File:
