@@ -27,8 +27,10 @@ class Roles(Extension):
                 f"<code>{shown}</code></autoref>"
             )
 
-        text = _FORMULA.sub(_formula, obj.docstring.value)
-        obj.docstring.value = _NAME.sub(link, text).replace("::\n", ":\n")
+        text = _NAME.sub(link, _FORMULA.sub(_formula, obj.docstring.value))
+        # of these sections, griffe knows the plural alone
+        text = re.sub(r"^Example:$", "Examples:", text, flags=re.M)
+        obj.docstring.value = text.replace("::\n", ":\n")
 
 
 def _formula(match: re.Match[str]) -> str:
