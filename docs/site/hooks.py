@@ -1,8 +1,8 @@
 """What the site's build adds to mkdocs.
 
 The site's tree is the repository's: pages of docs/ and those outside of it keep their
-paths, so that a link works on the code host and in the site. Formulas become MathML,
-which browsers show without scripts.
+paths, so that a link works on the code host and in the site. Studies are listed as
+their overview lists them. Formulas become MathML, which browsers show without scripts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,18 @@ OUTSIDE = (
     "benchmarks/shared/*.py",
     "laplace_debiased/*/*.py",
 )
+_STUDY = re.compile(r"\[([^]]+)\]\((results/[^/]+/README\.md)\)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """List the studies in the order of the benchmarks' page."""
+    overview = "benchmarks/README.md"
+    studies = _STUDY.findall((ROOT / overview).read_text())
+    pages = [{title: f"benchmarks/{path}"} for title, path in studies]
+    for entry in config.nav or []:
+        if overview in entry.values():
+            entry["Benchmarks"] = [overview, *pages]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
