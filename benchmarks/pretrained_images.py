@@ -25,6 +25,7 @@ from shared.pretrained import (
     SCORES,
     Task,
     package_file,
+    parameters_before,
     run_methods,
     scores_of,
 )
@@ -111,11 +112,7 @@ def run_seed(settings: argparse.Namespace, seed: int) -> dict[str, dict[str, Any
     """Score all methods on one fine-tuned network."""
     own = loaders(settings, seed)
     model = pretrained(seed)
-    head = set(model._fc.parameters())
-    before = {
-        name: (torch.zeros_like if param in head else torch.clone)(param.detach())
-        for name, param in model.named_parameters()
-    }
+    before = parameters_before(model, model._fc)
     fine_tune(model, own[0], seed)
 
     def features(X: Tensor) -> Tensor:

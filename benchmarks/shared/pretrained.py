@@ -110,6 +110,17 @@ def package_file(package: str, *parts: str) -> Path:
     return Path(spec.origin).parent.joinpath(*parts)
 
 
+def parameters_before(model: nn.Module, head: nn.Linear) -> dict[str, Tensor]:
+    """Copy the parameters before fine-tuning, by name; those of a new head are zero."""
+    of_head = {id(param) for param in head.parameters()}
+    return {
+        name: (torch.zeros_like if id(param) in of_head else torch.clone)(
+            param.detach()
+        )
+        for name, param in model.named_parameters()
+    }
+
+
 def inputs_of(batch: Sequence[Tensor] | Mapping[str, Tensor]) -> tuple[Inputs, Tensor]:
     """Split a batch, a tuple or a mapping, into inputs and labels."""
     if isinstance(batch, Mapping):
