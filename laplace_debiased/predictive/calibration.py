@@ -144,16 +144,19 @@ def calibration_of(
         raise ValueError("There are no validation points to calibrate with.")
     if not tolerance >= 0:
         raise ValueError(f"`tolerance` must be at least zero, got {tolerance}.")
-    mean, variance = mean.double().cpu(), variance.double().cpu()
-    labels = one_hot(y.cpu(), mean.shape[1]).double()
+    # with the points last, softmax is several times as fast
+    mean, variance, labels = (
+        own.double().cpu().T.contiguous()
+        for own in (mean, variance, one_hot(y, mean.shape[1]))
+    )
     share = _PRIOR_POINTS / (len(y) + _PRIOR_POINTS)
-    mixed = (1 - share) * labels + share * mean.softmax(1)
+    mixed = (1 - share) * labels + share * mean.softmax(0)
     candidates = [_Outputs(mean, pi / 8 * s * variance) for s in SCALES]
     slope = 1 / (_PRIOR_SPREAD * (len(y) + _PRIOR_POINTS))
     logs = [_best_log_temperature(own, mixed, slope) for own in candidates]
     found = [c.log_probabilities(x) for c, x in zip(candidates, logs, strict=True)]
-    losses = [-(mixed * own).sum(1) for own in found]
-    nlls = [-(labels * own).sum(1).mean().item() for own in found]
+    losses = [-(mixed * own).sum(0) for own in found]
+    nlls = [-(labels * own).sum(0).mean().item() for own in found]
     chosen = _largest_scale(losses, tolerance)
     return Calibration(
         exp(logs[chosen]),
@@ -170,7 +173,7 @@ class _Outputs:
     """Gaussian outputs, as a function of the logarithm x of their temperature.
 
     Args:
-        mean: Means of the outputs ``[points, classes]``.
+        mean: Means of the outputs ``[classes, points]``.
         spread: Their variances times pi / 8, of the same shape: logits are those of
             :func:`~laplace_debiased.predictive.links.probit_logits`.
     """
@@ -179,15 +182,15 @@ class _Outputs:
     spread: Tensor
 
     def log_probabilities(self, x: float) -> Tensor:
-        """Compute the classes' log probabilities ``[points, classes]``."""
-        return (self.mean * (exp(2 * x) + self.spread).rsqrt()).log_softmax(1)
+        """Compute the classes' log probabilities ``[classes, points]``."""
+        return (self.mean * (exp(2 * x) + self.spread).rsqrt()).log_softmax(0)
 
     def slope(self, x: float, labels: Tensor) -> float:
         """Compute the derivative of the labels' mean cross entropy."""
         total = exp(2 * x) + self.spread
         logits = self.mean * total.rsqrt()
-        errors = (labels - logits.softmax(1)).mul_(logits).div_(total)
-        return exp(2 * x) * errors.sum().item() / len(labels)
+        errors = (labels - logits.softmax(0)).mul_(logits).div_(total)
+        return exp(2 * x) * errors.sum().item() / labels.shape[1]
 
 
 def _best_log_temperature(outputs: _Outputs, labels: Tensor, prior: float) -> float:
@@ -224,5 +227,5 @@ def _temperature_error(outputs: _Outputs, x: float, labels: Tensor) -> float:
     """Standard error of the temperature's logarithm, by the curvature there."""
     step = 0.05
     low, high = (outputs.slope(x + own, labels) for own in (-step, step))
-    curvature = len(labels) * (high - low) / (2 * step)
+    curvature = labels.shape[1] * (high - low) / (2 * step)
     return curvature**-0.5 if curvature > 0 else inf

@@ -2,7 +2,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from torch.nn.functional import cross_entropy
 
 from laplace_debiased.predictive.calibration import calibration_of
