@@ -202,6 +202,8 @@ def certain_entropy(outputs: Moments) -> Tensor:
 
 def _difference(values: list[float], base: float) -> str:
     gaps = np.array(values) - base
+    if not np.isfinite(gaps).all():  # a confident mistake at a temperature near zero
+        return "infinite"
     error = f" ± {sem(gaps):.4f}" if len(gaps) > 1 else ""
     return f"{gaps.mean():+.4f}{error} ({gaps.max():+.4f})"
 

@@ -80,6 +80,8 @@ QUICK = [
     ("coverage_of_intervals",),
     ("calibrated_predictions",),
     ("published_results",),
+    ("calibration_by_few_images",),
+    ("priors_and_intervals",),
 ]
 
 

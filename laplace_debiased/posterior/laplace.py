@@ -969,7 +969,7 @@ class KronDebiasedLaplace(KronLaplace):
 
         The marginal likelihood chooses the prior precision. The validation data then
         choose a temperature of the network's outputs, and the share of the posterior's
-        covariance that probabilities keep, which may be none
+        covariance that probabilities keep, which may be none: few data change little
         (:mod:`~laplace_debiased.predictive.calibration`). From then on, all predictions
         are calibrated: those of ``la(x)``, whatever its arguments, and samples of
         outputs, while :meth:`uncertainty` tells what the whole posterior knows. A
@@ -981,7 +981,7 @@ class KronDebiasedLaplace(KronLaplace):
             optimize_prior: Whether to choose the prior precision; else it stays.
             tolerance: Mean negative log likelihood of the validation data in nats that
                 may be given up for more covariance, which inputs need that have changed
-                since training.
+                since training; ``math.inf`` keeps all of it.
             progress_bar: Whether to show a progress bar.
 
         Returns:
