@@ -158,9 +158,9 @@ def of_priors(name: str, settings: argparse.Namespace) -> dict[str, dict[str, fl
 
 def of_grids(settings: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Time grid searches, and tell what they choose."""
-    root = settings.data_root
+    root, count = settings.data_root, 2 if settings.quick else NUM_GRID_IMAGES
     problem = Problem.load("MLP", "fashion-mnist", root, settings.quick)
-    X, y = (own[:NUM_GRID_IMAGES] for own in validation_data("fashion-mnist", root))
+    X, y = (own[:count] for own in validation_data("fashion-mnist", root))
     validation = DataLoader(TensorDataset(X, y), 50)
     points = DataLoader(TensorDataset(*problem.train[:5000]), 250)
     result = {}
@@ -280,7 +280,7 @@ def main() -> None:
                 )
                 for split in range(settings.seeds)
             ]
-            for dataset, name in CONFORMAL
+            for dataset, name in CONFORMAL[: 1 if settings.quick else None]
         },
         "diabetes": [
             progress.run(f"diabetes {k}", partial(interval_coverage, k)) for k in splits
