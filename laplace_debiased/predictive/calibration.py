@@ -34,7 +34,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-TOLERANCE = 1e-3
+TOLERANCE = 2e-3
 SCALES = (0.0, *np.logspace(-3, 0, 13).tolist())
 # points that the trained network labels, and mean of the absolute logarithm of the
 # temperature, both before any data were seen
