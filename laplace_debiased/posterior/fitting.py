@@ -327,7 +327,7 @@ def update(
             directions = Earlier(earlier.curvature.factors(), share)
     written = checkpoint is not None
     memory = of_fit(la, folds, earlier is not None, written, group)
-    own = source(la, progress_bar, memory.rows, group)
+    own = source(la, progress_bar, memory.room, group)
     progress = seen, decay, num_data, memory.at_a_time
     if group.size > 1:
         check_same_fit(la, folds, progress, group)

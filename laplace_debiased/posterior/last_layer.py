@@ -152,12 +152,11 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             *limits,
         )
         network = own_module(model), likelihood, sigma_noise, prior_precision
-        prediction = prior_mean, temperature, enable_backprop, feature_reduction
-        data = dict_key_x, dict_key_y, backend, last_layer_name, damping
-        given = (*network, *prediction, *data, backend_kwargs, asdl_fisher_kwargs)
+        data = prior_mean, temperature, enable_backprop, feature_reduction, dict_key_x
+        rest = dict_key_y, backend, last_layer_name, damping, backend_kwargs
+        given = (*network, *data, *rest, asdl_fisher_kwargs)
         KronLLLaplace.__init__(self, *given)
-        # laplace-torch's class forgets it on the way
-        self.damping = damping
+        self.damping = damping  # laplace-torch's class forgets it on the way
         self.model = PicklableExtractor(self.model, dict_key_y)
         self._check_settings()
 

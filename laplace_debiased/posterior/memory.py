@@ -144,16 +144,21 @@ class Scheme:
 
     def _decomposing(self, own: Entries) -> int:
         """Averages and eigenvectors, beside the factors of folds."""
+        count, largest = self.num_folds, WORKSPACE * own.largest
         if not self.is_cross_fit:
-            bases = own.factors
-        elif not self.is_pooled:  # of all, and the average and eigenvectors of others
-            bases = 3 * own.factors
+            entries = own.factors + largest
+        elif not self.is_pooled:  # eigenvectors of all, average and those of others
+            entries = 3 * own.factors + largest
         elif self.is_ggn:  # eigenvectors of inputs are those of all
-            bases = 2 * own.factors + own.outer
+            entries = 2 * own.factors + own.outer + largest
         else:  # one after the other
-            bases = max(3 * own.outer, own.outer + 2 * own.inner)
-        spectra = (self.num_folds + 1) * own.spectra if self.is_ggn else 0
-        return self.itemsize * (bases + spectra + WORKSPACE * own.largest)
+            entries = max(3 * own.outer, own.outer + 2 * own.inner) + largest
+        if self.is_ggn:  # the last fold is measured once its directions are there
+            bases = 2 if self.is_cross_fit else 1
+            earlier = (count - 1) * own.spectra if self.is_cross_fit else 0
+            measuring = bases * own.factors + 2 * own.spectra
+            entries = max(entries, measuring) + earlier
+        return self.itemsize * entries
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,7 @@ class FitMemory:
             the fit is done.
         held: Bytes of the new posterior.
         rows: Bytes of rows that are kept for ``ggn`` magnitudes, a part of the peak.
+        room: Bytes that these may take.
         at_a_time: How many of the layers are measured at a time, one number after the
             other: for each, there are passes over the points.
         decomposed_at_a_time: How many ``kfac`` factors' layers are decomposed at a
@@ -177,6 +183,7 @@ class FitMemory:
     peak: int
     held: int
     rows: int
+    room: int
     at_a_time: tuple[int, ...]
     decomposed_at_a_time: tuple[int, ...]
     of_layers: dict[str, int]
@@ -206,6 +213,7 @@ def fit_memory(
     scheme: Scheme,
     limit: int | None = None,
     rows: int = 0,
+    room: int = 0,
 ) -> FitMemory:
     """Count what a fit takes, and divide its layers so that a limit holds.
 
@@ -213,8 +221,8 @@ def fit_memory(
         layers: The layers.
         scheme: What it depends on.
         limit: Bytes that it may take; None for any number.
-        rows: Bytes that rows may take which need not be computed again, if the limit
-            leaves room for them.
+        rows: Bytes of rows that need not be computed again if they are kept.
+        room: Bytes that these may take, as far as the limit allows.
 
     Returns:
         The bytes. Without a limit, all layers are measured at a time.
@@ -236,11 +244,13 @@ def fit_memory(
         done += size
     peak = max(peaks)
     if limit is not None:
-        rows = max(0, min(rows, limit - peak))
+        room = max(0, min(room, limit - peak))
+    rows = min(rows, room)  # those of the first folds, if not all
     found = FitMemory(
         peak + rows,
         scheme.held(whole) + scheme.mean,
         rows,
+        room,
         tuple(at_a_time),
         tuple([1] * len(layers) if scheme.decomposes_singly else at_a_time),
         of_layers,
@@ -317,12 +327,12 @@ def of_fit(
         if scheme.is_ggn:
             added = whole.factors + 2 * whole.spectra
         present += scheme.itemsize * added
-    rows = 0
+    rows = scheme.itemsize * _row_entries(la, folds)
     # rows are not in a checkpoint: they are computed again
-    if settings.measures_again(folds) and not checkpoint:
-        rows = min(la.memory_limit, scheme.itemsize * _row_entries(la, folds))
+    keeps = settings.measures_again(folds) and not checkpoint
+    kept = (rows, la.memory_limit) if keeps else (0, 0)
     scheme = replace(scheme, fixed=present)
-    return fit_memory(layers, scheme, la.fit_memory_limit, rows)
+    return fit_memory(layers, scheme, la.fit_memory_limit, *kept)
 
 
 def check_limit(la: KronDebiasedLaplace) -> None:

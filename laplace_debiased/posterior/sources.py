@@ -249,6 +249,7 @@ class RowSource:
             return self._whole(self._sweep(fold, accumulator, seed), accumulator)
         rows = KeptRows(accumulator, room, fold.num_points)
         part = self._sweep(fold, rows, seed)
+        rows.release()
         if rows.is_complete:
             self._kept[fold] = rows, part
         return self._whole(part, accumulator)
