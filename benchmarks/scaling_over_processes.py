@@ -265,7 +265,7 @@ def cost_table(results: dict) -> str:
 def main() -> None:
     """Run the benchmark and write its results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--points", type=int, default=128)
+    parser.add_argument("--points", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     add_out(parser, STUDY)
     arguments = parser.parse_args()

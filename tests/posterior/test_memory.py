@@ -11,7 +11,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import TensorDataset
 
-from laplace_debiased.posterior import memory, sources
+from laplace_debiased.posterior import fitting, memory, sources
 from laplace_debiased.posterior.memory import Entries, in_units
 from tests.cases import batch, network
 from tests.fits import SUBSETS, TWO_BATCH, debiased
@@ -129,6 +129,20 @@ def test_what_is_stated_holds(name):
     if la.settings.magnitudes == "ggn":  # the others hold all factors in the end
         assert limit < 0.6 * free.peak
     assert peak_of(lambda: la.fit(train)) < 1.1 * limit
+
+
+def test_what_is_stated_holds_if_all_are_decomposed_at_a_time(tmp_path):
+    la, train = deep(budget=16)
+    stated = []
+
+    def stating(*args):
+        stated.append(memory.of_fit(*args))
+        return stated[0]
+
+    with mock.patch.object(fitting, "of_fit", stating):
+        measured = peak_of(lambda: la.fit(train, checkpoint=tmp_path))
+    assert stated[0].decomposed_at_a_time == (11,)
+    assert 0.75 * measured < stated[0].peak < 1.25 * measured
 
 
 def test_posteriors_have_the_stated_bytes():
