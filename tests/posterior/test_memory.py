@@ -17,7 +17,7 @@ from tests.cases import batch, network
 from tests.fits import SUBSETS, TWO_BATCH, debiased
 from tests.posterior.test_processes import FITS, data, loader, model_of, same, summary
 
-CASES = {name: own for name, own in FITS.items() if name != "last layer"} | {
+CASES = {name: own for name, own in FITS.items() if name != "layer by layer"} | {
     "ggn, two batches": ("mlp", {"magnitudes": "ggn", "estimator": "two_batch"}),
     "paper's": ("cnn-stride-padding", TWO_BATCH),
     "ggn of convolutions": ("cnn-padding", {"magnitudes": "ggn", "budget": 16}),
@@ -31,10 +31,10 @@ def dataset(name, likelihood="classification"):
     return data(name)
 
 
-def posterior(name, limit=None):
+def posterior(name):
     case, settings = CASES[name]
     torch.manual_seed(0)
-    return debiased(model_of(case).double(), fit_memory_limit=limit, **settings)
+    return debiased(model_of(case).double(), **settings)
 
 
 def train(name):

@@ -32,6 +32,7 @@ FITS = {
     "ggn": ("mlp", {"magnitudes": "ggn", "budget": 16}),
     "ggn of kept rows": ("mlp", {"magnitudes": "ggn"}),
     "no rows kept": ("mlp", {"magnitudes": "ggn", "memory_limit": 1}),
+    "layer by layer": ("mlp", {"magnitudes": "ggn", "fit_memory_limit": 3500}),
     "two batches": ("mlp", {"estimator": "two_batch", "direction_fraction": "auto"}),
     "sampled": ("mlp", {"backend_kwargs": {"stochastic": True}}),
     "fewer columns": ("mlp", {"fisher_rank": 1, "budget": 16}),
