@@ -61,7 +61,7 @@ def train(task: Task, steps: int, batch_size: int = 16, rate: float = 3e-3) -> N
 
 
 class UNet(nn.Module):
-    """A U-Net of three levels.
+    """A U-Net of three levels; its last layer is linear in each pixel's channels.
 
     Args:
         width: Channels of the first level.
@@ -76,7 +76,7 @@ class UNet(nn.Module):
         self.deep = nn.Conv2d(4 * width, 4 * width, 3, padding=2, dilation=2)
         self.back = nn.Conv2d(6 * width, 2 * width, 3, padding=1)
         self.out = nn.Conv2d(3 * width, 2 * width, 3, padding=1)
-        self.head = nn.Conv2d(2 * width, classes, 1)
+        self.head = nn.Linear(2 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``[batch, classes, height, width]``."""
@@ -85,7 +85,7 @@ class UNet(nn.Module):
         third = self.deep(self.third(second).relu()).relu()
         up = self.back(torch.cat([interpolate(third, scale_factor=2), second], 1))
         up = self.out(torch.cat([interpolate(up.relu(), scale_factor=2), first], 1))
-        return self.head(up.relu())
+        return self.head(up.relu().movedim(1, -1)).movedim(-1, 1)
 
 
 def mosaics(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
