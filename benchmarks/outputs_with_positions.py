@@ -57,9 +57,9 @@ POSTERIORS = (
 MINUTES = 20
 
 
-def loader(data: tuple[Tensor, Tensor]) -> DataLoader:
+def loader(data: tuple[Tensor, Tensor], at_once: int = AT_ONCE) -> DataLoader:
     """Yield examples in small batches."""
-    return DataLoader(TensorDataset(*data), AT_ONCE)
+    return DataLoader(TensorDataset(*data), at_once)
 
 
 def fitted(kind: str, task: Task) -> Any:
@@ -74,16 +74,19 @@ def fitted(kind: str, task: Task) -> Any:
     """
     if kind == PEER:
         la = DiagLaplace(task.network, "classification")
-    else:
-        la = Laplace(
-            task.network,
-            "classification",
-            SUBSETS[kind.removesuffix(CALIBRATED)],
-            "kron_debiased",
-            budget=FIT,
-            fisher_rank=RANK,
-            class_axis=task.class_axis,
-        )
+        # its Jacobians are the smaller the fewer examples there are at once
+        la.fit(loader(tuple(part[:FIT] for part in task.train), 1))
+        la.optimize_prior_precision()
+        return la
+    la = Laplace(
+        task.network,
+        "classification",
+        SUBSETS[kind.removesuffix(CALIBRATED)],
+        "kron_debiased",
+        budget=FIT,
+        fisher_rank=RANK,
+        class_axis=task.class_axis,
+    )
     la.fit(loader(task.train))
     if kind.endswith(CALIBRATED):
         la.calibrate(loader(task.validation))

@@ -99,7 +99,7 @@ def entropies(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     size = max(1, _CHUNK_ENTRIES // normal.numel())
     # small results of each chunk would lie between its large ones in memory, and keep
     # the next chunk from taking their places
-    predictive, expected = mean.new_empty(2, len(mean))
+    predictive, expected = (mean.new_empty(len(mean)) for _ in range(2))
     for start in range(0, len(mean), size):
         rows = slice(start, start + size)
         # [batch, 1, classes] + [batch, 1, classes] * [samples, classes]
