@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import resource
 import time
 import warnings
 from collections.abc import Callable
@@ -54,7 +56,7 @@ POSTERIORS = (
     "all weights" + CALIBRATED,
     PEER,
 )
-MINUTES = 20
+MINUTES, PEER_BYTES = 20, 8 * 2**30
 
 
 def loader(data: tuple[Tensor, Tensor], at_once: int = AT_ONCE) -> DataLoader:
@@ -74,6 +76,7 @@ def fitted(kind: str, task: Task) -> Any:
     """
     if kind == PEER:
         la = DiagLaplace(task.network, "classification")
+        resource.setrlimit(resource.RLIMIT_AS, (PEER_BYTES, PEER_BYTES))
         # its Jacobians are the smaller the fewer examples there are at once
         la.fit(loader(tuple(part[:FIT] for part in task.train), 1))
         la.optimize_prior_precision()
@@ -196,7 +199,7 @@ def run_case(name: str, kind: str, seed: int, weights: Path, root: Path) -> dict
         fit_seconds, start = time.process_time() - start, time.process_time()
         found = predictions(predict, task)
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        return {"error": (str(error).splitlines() or [type(error).__name__])[0]}
+        return {"error": _reason(error)}
     seconds, peak = time.process_time() - start, peak_megabytes()
     return {
         "fit_seconds": fit_seconds,
@@ -205,6 +208,15 @@ def run_case(name: str, kind: str, seed: int, weights: Path, root: Path) -> dict
         "peak_mb": peak,
         "scores": scores(found, task.test[1].flatten()),
     }
+
+
+def _reason(error: Exception) -> str:
+    """Shorten what the allocator says."""
+    wanted = re.search(r"allocate (\d+) bytes", str(error))
+    if wanted is None:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    memory = f"{int(wanted[1]) / 1e9:.1f} GB more"
+    return f"one example needs {memory} than fits into {PEER_BYTES / 2**30:.0f} GB"
 
 
 def train_case(name: str, seed: int, weights: Path, root: Path, steps: int) -> dict:

@@ -134,6 +134,7 @@ def predictive(la: KronDebiasedLaplace, posterior: EigenbasisMatrix) -> Predicti
         posterior,
         count,
         la.settings.seed,
+        la.memory_limit,
         la.enable_backprop,
     )
     return SampledIfPossible(sampled, exact) if la.forward_samples == AUTO else sampled

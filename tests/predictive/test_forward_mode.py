@@ -54,8 +54,8 @@ def test_changes_are_jacobian_vector_products(name):
 
 
 @pytest.mark.parametrize("name", ["mlp, in place", "vision transformer"])
-def test_samples_have_the_posterior_as_their_distribution(name):
-    """White in the eigenbasis, when scaled by the posterior's spectrum."""
+def test_samples_have_the_posterior_as_their_covariance(name):
+    """Random signs in the eigenbasis, when scaled by the posterior's spectrum."""
     la, _ = fitted(name)
     posterior = la.posterior_precision
     white = []
@@ -70,8 +70,10 @@ def test_samples_have_the_posterior_as_their_distribution(name):
         ]
         white.append(torch.cat([part.flatten() for part in parts]))
     white = torch.stack(white)
-    assert abs(white.mean()) < 0.02 and abs(white.var() - 1) < 0.02
-    assert white.var(0).min() > 0.6 and white.var(0).max() < 1.5
+    assert torch.allclose(white.abs(), torch.ones_like(white))
+    assert abs(white.mean()) < 0.02 and white.mean(0).abs().max() < 0.3
+    products = white.T @ white / len(white) - torch.eye(la.n_params)
+    assert products.abs().max() < 0.4
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "full", "joint"])
@@ -119,6 +121,35 @@ def test_errors_of_variances_are_what_is_said():
     errors = torch.stack(errors)
     assert abs(errors.mean()) < 0.05
     assert 0.8 < errors.square().mean().sqrt() / relative_error(count) < 1.2
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["diagonal", "full", "joint"])
+def test_examples_are_run_in_chunks_that_fit_into_memory(name, kind, monkeypatch):
+    la, X = fitted(name)
+    size, ran = 8, []
+
+    def moments(limit):
+        predictive = SampledPredictive(
+            la.model, la.fitted_params, la.posterior_precision, 3, memory_limit=limit
+        )
+        return predictive.moments(X, size, kind)
+
+    whole = moments(2**30)
+    change = forward_mode.output_change
+
+    def counting(*args):
+        result = change(*args)
+        ran.append(len(result[0]))
+        return result
+
+    monkeypatch.setattr(forward_mode, "output_change", counting)
+    entry = forward_mode.largest_activation(la.model, first(X, 2)) / 2
+    parts = moments(int(3.5 * 8 * entry))
+    # two for the check, and then all examples of each of the samples
+    assert ran == [2, *3 * [3, 3, 2]]
+    for own, expected in zip(parts, whole, strict=True):
+        assert torch.allclose(own, expected, atol=1e-12)
 
 
 def test_covariances_have_cholesky_factors():
@@ -186,13 +217,13 @@ def test_many_outputs_are_sampled(count, sampled):
 def test_all_predictions_can_be_sampled(link_approx):
     la, X = fitted("mlp, in place", 20)
     exact = la(X, link_approx=link_approx, generator=torch.Generator())
-    la.forward_samples = 3000
+    la.forward_samples = 1500
     sampled = la(X, link_approx=link_approx, generator=torch.Generator())
-    assert torch.allclose(sampled, exact, atol=0.03)
+    assert torch.allclose(sampled, exact, atol=0.04)
     assert torch.equal(la(X), la(X))
     found = la.uncertainty(X)
     la.forward_samples = None
-    assert torch.allclose(found.epistemic, la.uncertainty(X).epistemic, atol=0.02)
+    assert torch.allclose(found.epistemic, la.uncertainty(X).epistemic, atol=0.03)
 
 
 def test_functions_without_a_forward_mode_take_backward_passes():
