@@ -80,6 +80,8 @@ QUICK = [
     ("coverage_of_intervals",),
     ("calibrated_predictions",),
     ("published_results",),
+    ("outputs_with_positions",),
+    ("predictions_by_samples",),
 ]
 
 

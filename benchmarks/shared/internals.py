@@ -26,6 +26,7 @@ from laplace_debiased.predictive.calibration import calibration_of as calibratio
 from laplace_debiased.predictive.links import (
     probit_probabilities as probit_probabilities,
 )
+from laplace_debiased.predictive.moments import LinearizedPredictive
 from laplace_debiased.predictive.scores import auroc as auroc
 from laplace_debiased.predictive.scores import calibration_errors as calibration_errors
 from laplace_debiased.predictive.scores import nll as nll
@@ -176,6 +177,37 @@ def output_variances(
                 )
         variances.append(total)
     return linear.output.detach(), variances
+
+
+class _First(nn.Module):
+    """A network that returns its first outputs alone."""
+
+    def __init__(self, network: nn.Module, count: int):
+        super().__init__()
+        self.network, self.count = network, count
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.network(X)[:, : self.count]
+
+
+def variances_of_first_outputs(
+    laplace: KronDebiasedLaplace, X: Tensor, count: int
+) -> Tensor:
+    """Compute the exact variances of a few outputs, by a backward pass for each.
+
+    Args:
+        laplace: The fit, of all parameters.
+        X: Inputs ``[batch, ...]``.
+        count: Number of outputs.
+
+    Returns:
+        Variances ``[batch, count]``.
+    """
+    model, params = _First(laplace.model, count), laplace.fitted_params
+    layers = find_layers(model, params, X, len(X))
+    given = model, params, layers, laplace.posterior_precision, count, X[0].numel()
+    predictive = LinearizedPredictive(*given, laplace.memory_limit)
+    return predictive.moments(X, len(X), "diagonal")[1]
 
 
 def _matrix(directions: Factors, values: Factors) -> EigenbasisMatrix:

@@ -42,7 +42,7 @@ def first(X, count):
 def test_changes_are_jacobian_vector_products(name):
     la, X = fitted(name)
     X = first(X, 3)
-    changes = sampled_change(la.posterior_precision, la.fitted_params, 5)
+    changes = sampled_change(la.posterior_precision, la.fitted_params, 2, 4, seed=5)
     before = [param.clone() for param in la.model.parameters()]
     output, change = output_change(la.model, la.fitted_params, changes, X)
     J = jacobians(zoo.plain(la.model), X, 3, la.fitted_params)
@@ -53,27 +53,53 @@ def test_changes_are_jacobian_vector_products(name):
         assert torch.equal(param, old) and type(param) is nn.Parameter
 
 
-@pytest.mark.parametrize("name", ["mlp, in place", "vision transformer"])
-def test_samples_have_the_posterior_as_their_covariance(name):
-    """Random signs in the eigenbasis, when scaled by the posterior's spectrum."""
-    la, _ = fitted(name)
+def white(la, number, count, seed):
+    """Coordinates of a sample in the eigenbasis, scaled by the posterior's spectrum."""
     posterior = la.posterior_precision
-    white = []
-    for seed in range(300):
-        changes = sampled_change(posterior, la.fitted_params, seed)
-        parts = [
-            to_eigenbasis(own.reshape([len(v) for v in vectors]), vectors)
-            * values.sqrt()
-            for own, vectors, values in zip(
-                changes, posterior.eigenvectors, posterior.spectra(), strict=True
-            )
-        ]
-        white.append(torch.cat([part.flatten() for part in parts]))
-    white = torch.stack(white)
-    assert torch.allclose(white.abs(), torch.ones_like(white))
-    assert abs(white.mean()) < 0.02 and white.mean(0).abs().max() < 0.3
-    products = white.T @ white / len(white) - torch.eye(la.n_params)
-    assert products.abs().max() < 0.4
+    changes = sampled_change(posterior, la.fitted_params, number, count, seed)
+    blocks = zip(changes, posterior.eigenvectors, posterior.spectra(), strict=True)
+    parts = [
+        to_eigenbasis(own.reshape([len(v) for v in vectors]), vectors) * values.sqrt()
+        for own, vectors, values in blocks
+    ]
+    return torch.cat([part.flatten() for part in parts])
+
+
+@pytest.mark.parametrize("name", [*NAMES, "gpt-2's matrices"])
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_each_coordinate_is_in_one_bucket(name, count):
+    la, _ = fitted(name)
+    z = torch.stack([white(la, number, count, 2) for number in range(count)])
+    in_bucket = z.abs() > 1e-6
+    assert (in_bucket.sum(0) == 1).all()
+    assert torch.allclose(z.abs().sum(0), z.new_tensor(count**0.5))
+    # buckets are about as large as one another, and signs as frequent
+    assert in_bucket.sum(1).max() < 2 * la.n_params / count + 3
+    assert abs(z[in_bucket].sign().sum()) < 4 * la.n_params**0.5
+    other = torch.stack([white(la, number, count, 3) for number in range(count)])
+    if count > 1:
+        assert not torch.equal(other.abs() > 1e-6, in_bucket)
+
+
+def test_pairs_of_coordinates_share_a_bucket_less_often_than_by_chance():
+    la, _ = fitted("mlp, in place")
+    count, shared = 7, 0.0
+    for seed in range(60):
+        z = torch.stack([white(la, number, count, seed) for number in range(count)])
+        same = (z.T.abs() @ z.abs() > 1e-6).double()
+        shared += (same.sum() - la.n_params) / la.n_params / (la.n_params - 1) / 60
+    assert 0.7 / count < shared < 1 / count
+
+
+def test_samples_are_exact_if_no_two_coordinates_share_a_bucket():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, bias=False).double()
+    X = torch.randn(20, 4).double()
+    la = debiased(model, prior_precision=0.5)
+    la.fit(loader(X, torch.randint(3, (20,)), 10))
+    exact = la(X[:5])
+    la.forward_samples = 12
+    assert torch.allclose(la(X[:5]), exact)
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "full", "joint"])
@@ -83,9 +109,9 @@ def test_moments_are_exact_over_a_complete_basis(kind, monkeypatch):
     X, posterior = X[:2], la.posterior_precision
     size = la.n_params
 
-    def axis(own, params, seed):
+    def axis(own, params, number, count, seed):
         unit = torch.zeros(size, dtype=torch.float64)
-        unit[seed] = size**0.5
+        unit[number] = size**0.5
         root = own.bmm(unit[None, None], -0.5).flatten()
         return [
             part.view_as(param)
@@ -96,7 +122,6 @@ def test_moments_are_exact_over_a_complete_basis(kind, monkeypatch):
 
     monkeypatch.setattr(forward_mode, "sampled_change", axis)
     monkeypatch.setattr(forward_mode, "check_forward_mode", lambda *_: None)
-    monkeypatch.setattr(forward_mode, "mixed_seed", lambda _, number: number)
     predictive = SampledPredictive(la.model, la.fitted_params, posterior, size)
     mean, covariance = predictive.moments(X, 2, kind)
     joint, diagonal = kind == "joint", kind == "diagonal"
@@ -120,7 +145,7 @@ def test_errors_of_variances_are_what_is_said():
         errors.append(variances / exact - 1)
     errors = torch.stack(errors)
     assert abs(errors.mean()) < 0.05
-    assert 0.8 < errors.square().mean().sqrt() / relative_error(count) < 1.2
+    assert 0.5 < errors.square().mean().sqrt() / relative_error(count) < 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -209,7 +234,7 @@ def test_many_outputs_are_sampled(count, sampled):
     assert torch.equal(p, exact) != sampled
     assert (p - exact).abs().max() < 0.2 * exact.max()
     la.forward_samples = 2000
-    assert (la(X) - exact).abs().max() < 0.02 * exact.max()
+    assert (la(X) - exact).abs().max() < 0.04 * exact.max()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -217,7 +242,7 @@ def test_many_outputs_are_sampled(count, sampled):
 def test_all_predictions_can_be_sampled(link_approx):
     la, X = fitted("mlp, in place", 20)
     exact = la(X, link_approx=link_approx, generator=torch.Generator())
-    la.forward_samples = 1500
+    la.forward_samples = 1000
     sampled = la(X, link_approx=link_approx, generator=torch.Generator())
     assert torch.allclose(sampled, exact, atol=0.04)
     assert torch.equal(la(X), la(X))
@@ -273,9 +298,8 @@ def test_what_backward_passes_do_not_see_is_not_sampled():
     la = debiased(model, fisher_rank=5)
     la.fit(loader(X, y, 20))
     assert la.parameter_kinds["body.weight"] == "left out"
-    changes = [torch.ones_like(param) for param in model.parameters()]
     with pytest.raises(ForwardModeError, match="no_grad"):
-        check_forward_mode(model, list(model.parameters()), changes, X[:2])
+        check_forward_mode(model, list(model.parameters()), X[:2])
 
 
 def test_inference_mode_is_refused():
