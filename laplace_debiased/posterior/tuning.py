@@ -31,16 +31,19 @@ from torch.distributions import MultivariateNormal
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from laplace_debiased.posterior import predicting
 from laplace_debiased.posterior.evidence import best_prior_precision
 from laplace_debiased.posterior.upstream import inputs_and_targets
 from laplace_debiased.predictive.links import probit_probabilities
-from laplace_debiased.predictive.prior_path import PriorInterval
+from laplace_debiased.predictive.prior_path import TOLERANCE, PriorInterval
 from laplace_debiased.rows.positions import flat_targets, points
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 
 Loss = torchmetrics.Metric | Callable[..., Tensor]
+# of variances between the nodes of a path, where those at the nodes are by samples
+_SAMPLED_TOLERANCE = 1e-2
 
 
 class GaussianNLL(torchmetrics.Metric):
@@ -292,7 +295,10 @@ def _losses_from_one_pass(
     progress_bar: bool,
 ) -> list[float]:
     """Compute a metric at all prior precisions from one pass over the data."""
-    path = PriorInterval(interval.min().item(), interval.max().item())
+    ends = interval.min().item(), interval.max().item()
+    # with samples, each node takes a pass for each of them, and has their error
+    is_sampled = predicting.num_samples(la) is not None
+    path = PriorInterval(*ends, _SAMPLED_TOLERANCE if is_sampled else TOLERANCE)
     metric.reset()
     metrics = [deepcopy(metric) for _ in interval]
     for batch in tqdm(val_loader, disable=not progress_bar, desc="[Grid search]"):

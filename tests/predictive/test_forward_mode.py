@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, to_eigenbasis
+from laplace_debiased.posterior import tuning
 from laplace_debiased.predictive import forward_mode
 from laplace_debiased.predictive.forward_mode import (
     ForwardModeError,
@@ -195,6 +196,31 @@ def test_variances_for_several_priors_are_those_of_each():
     for k, delta in enumerate([0.5, 2.0]):
         own = SampledPredictive(*arguments, curvature + torch.tensor(delta), 7)
         assert torch.allclose(variances[..., k], own.moments(X, 1, "diagonal")[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_grid_search_by_samples_has_fewer_nodes_and_the_same_losses(monkeypatch):
+    la, X = fitted("mlp, in place", 20)
+    val = loader(X, torch.randint(3, (20,)), 10)
+    nodes, losses = [], []
+    own, choose = la._variances_by_prior, tuning._losses_from_one_pass
+
+    def counting(X, priors):
+        nodes.append(len(priors))
+        return own(X, priors)
+
+    def keeping(*args):
+        losses.append(choose(*args))
+        return losses[-1]
+
+    monkeypatch.setattr(la, "_variances_by_prior", counting)
+    monkeypatch.setattr(tuning, "_losses_from_one_pass", keeping)
+    grid = {"log_prior_prec_min": -1, "log_prior_prec_max": 1, "grid_size": 9}
+    for samples in (None, 100):
+        la.forward_samples = samples
+        la.optimize_prior_precision(method="gridsearch", val_loader=val, **grid)
+    assert nodes[-1] < 0.7 * nodes[0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 class Custom(torch.autograd.Function):
