@@ -1,14 +1,14 @@
 """Variances of many outputs by samples in forward mode, beside backward passes.
 
 Two questions. What do predictions of all weights of a ResNet-50 cost, with 1,000
-classes and 8 images of 224 x 224? Its weights and inputs are random, since time and
-memory depend on shapes alone; the price of a backward pass for each class is
-extrapolated from that of a few classes. And how good are the likelihoods? A trained
-network with 100 classes (pairs of MNIST's digits) predicts test images by samples, with
-several seeds, and by exact variances, at the prior precision that the marginal
-likelihood chooses, and at wider posteriors.
+classes and 8 images of 224 x 224? Weights, inputs and posterior are random, since time
+and memory depend on shapes alone; the price of a backward pass for each class is
+extrapolated from those of one and two. And how good are the likelihoods? A small
+convolutional network is trained to tell 100 random images under noise. Its posterior
+predicts test images by samples, with several seeds, and by exact variances, at the
+prior precision that the marginal likelihood chooses, and at a tenth of it.
 
-    python benchmarks/predictions_by_samples.py --data-root DATA
+    python benchmarks/predictions_by_samples.py
 """
 
 from __future__ import annotations
@@ -25,24 +25,27 @@ from typing import Any
 import numpy as np
 import torch
 from shared.command_line import parse, study_parser
-from shared.data import PAIRS, problem_data
-from shared.internals import nll, variances_of_first_outputs
+from shared.internals import (
+    nll,
+    sampled_variances,
+    variances_of_first_outputs,
+)
 from shared.processes import in_own_process, peak_megabytes, reset_peak
 from shared.reports import write_report
 from shared.tables import mean_and_std
-from shared.training import trained
-from torch import Tensor
-from torch.utils.data import DataLoader, Subset, TensorDataset
-from torchvision.models import resnet18, resnet50
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import resnet50, shufflenet_v2_x0_5
 
-from laplace_debiased import KronDebiasedLaplace
+from laplace_debiased import EigenbasisMatrix, KronDebiasedLaplace
 
 STUDY = Path(__file__).stem
-SAMPLES = (16, 32, 64, 128, 256)
+SAMPLES, DEFAULT = (16, 32, 64, 128, 256), 64
 WIDER = (1, 10)
-FIT, IMAGES, CLASSES, FEW = 8, 8, 1000, (1, 2)
-BUDGET, RANK, TEST = 128, 10, 500
-THREADS, MINUTES = 2, 40
+IMAGES, CLASSES, FEW = 8, 1000, (1, 2)
+BUDGET, RANK, EPOCHS = 64, 10, 12
+PATTERNS, SIZE, NOISE, TRAIN, TEST = 100, 8, 1.3, 3000, 1000
+THREADS, MINUTES = 2, 60
 
 
 def timed(measured: Callable[[], Any]) -> dict[str, float]:
@@ -64,6 +67,18 @@ def timed(measured: Callable[[], Any]) -> dict[str, float]:
     }
 
 
+def random_posterior(model: nn.Module) -> EigenbasisMatrix:
+    """Make a posterior precision of a network's parameters, with random eigenbases."""
+    vectors, values = [], []
+    for param in model.parameters():
+        sizes = param.flatten(1).shape if param.ndim > 1 else param.shape
+        normal = [torch.randn(size, size) for size in sizes]
+        # columns lie one after the other, as those of eigenvectors do
+        vectors.append([torch.linalg.qr(own)[0].T.contiguous().T for own in normal])
+        values.append([1e4 * torch.rand(*sizes)])
+    return EigenbasisMatrix(vectors, values) + torch.tensor(100.0)
+
+
 def costs(quick: bool) -> dict[str, Any]:
     """Measure predictions of a ResNet in this process.
 
@@ -71,28 +86,56 @@ def costs(quick: bool) -> dict[str, Any]:
         quick: Whether to take a small one.
 
     Returns:
-        Costs of fit and prediction, and of exact variances of few classes.
+        Costs of a prediction, and of exact variances of few classes.
     """
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    model = resnet18(num_classes=300) if quick else resnet50(num_classes=CLASSES)
-    size = 32 if quick else 224
-    X, y = torch.randn(FIT + IMAGES, 3, size, size), torch.randint(300, (FIT,))
-    la = KronDebiasedLaplace(
-        model.eval(), "classification", estimator="two_batch", fisher_rank=1
-    )
-    loader = DataLoader(TensorDataset(X[:FIT], y), FIT)
-    found = {"fit": timed(lambda: la.fit(loader))}
-    # the scale of the precision is that of the prior
-    la.prior_precision = 1e4
-    # the posterior alone, without what fits leave behind
-    found["prediction"] = timed(lambda: la(X[FIT:]))
-    for count in FEW:
-        exact = timed(
-            lambda count=count: variances_of_first_outputs(la, X[FIT:], count)
-        )
-        found[f"exact variances of {count}"] = exact
+    model = (shufflenet_v2_x0_5 if quick else resnet50)(num_classes=CLASSES).eval()
+    posterior, size = random_posterior(model), 32 if quick else 224
+    X, count = torch.randn(IMAGES, 3, size, size), 2 if quick else DEFAULT
+    given = model, posterior, X
+    found = {f"{count} samples": timed(lambda: sampled_variances(*given, count))}
+    for few in FEW:
+        measured = timed(lambda few=few: variances_of_first_outputs(*given, few))
+        found[f"exact variances of {few}"] = measured
     return found
+
+
+def noisy_patterns(patterns: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Draw images of random patterns under noise, and their classes."""
+    y = torch.randint(len(patterns), (count,))
+    X = patterns[y]
+    return X + NOISE * torch.randn_like(X), y
+
+
+def trained_network(X: Tensor, y: Tensor, epochs: int) -> nn.Module:
+    """Train a convolutional network.
+
+    Args:
+        X: Images.
+        y: Their classes.
+        epochs: Number of passes over them.
+
+    Returns:
+        The network.
+    """
+    network = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * SIZE**2, 64),
+        nn.ReLU(),
+        nn.Linear(64, PATTERNS),
+    )
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(X)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(X[rows]), y[rows]).backward()
+            optimizer.step()
+    return network.eval()
 
 
 def differences(
@@ -188,28 +231,21 @@ def main() -> None:
     if settings.costs:
         print(json.dumps(costs(settings.quick)))
         return
-    data = problem_data(PAIRS, settings.data_root)
-    model = trained("pair-classifier", PAIRS, settings.data_root)
+    torch.manual_seed(0)
+    patterns = torch.randn(PATTERNS, 1, SIZE, SIZE)
+    train, test = (noisy_patterns(patterns, count) for count in (TRAIN, TEST))
+    model = trained_network(*train, 1 if settings.quick else EPOCHS)
     samples = list(SAMPLES[:1] if settings.quick else SAMPLES)
-    points = Subset(data.train, range(500 if settings.quick else len(data.train)))
-    la = KronDebiasedLaplace(
-        model,
-        "classification",
-        budget=16 if settings.quick else BUDGET,
-        fisher_rank=RANK,
-    )
-    la.fit(DataLoader(points, 64))
+    la = KronDebiasedLaplace(model, "classification", budget=BUDGET, fisher_rank=RANK)
+    la.fit(DataLoader(TensorDataset(*train), 64))
     la.optimize_prior_precision()
     chosen, rows = la.prior_precision.item(), []
-    count = 20 if settings.quick else TEST
-    X, y = data.test_inputs[:count], data.test_labels[:count]
     for factor in WIDER:
         la.prior_precision = chosen / factor
-        rows.append(differences(la, X, y, settings.seeds, samples))
-        print(table_of_differences(rows[-1:]), flush=True)
+        rows.append(differences(la, *test, settings.seeds, samples))
     options = ["--costs", *["--quick"] * settings.quick]
     results = {"costs": in_own_process(__file__, options, 60 * MINUTES), "nll": rows}
-    given = {"seeds": settings.seeds, "samples": samples, "test": count}
+    given = {"seeds": settings.seeds, "samples": samples, "threads": THREADS}
     write_report(settings.out, STUDY, given, results, table(results))
 
 

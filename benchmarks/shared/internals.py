@@ -23,6 +23,7 @@ from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.posterior import sources
 from laplace_debiased.predictive.blocks import rotated_jacobians
 from laplace_debiased.predictive.calibration import calibration_of as calibration_of
+from laplace_debiased.predictive.forward_mode import SampledPredictive
 from laplace_debiased.predictive.links import (
     probit_probabilities as probit_probabilities,
 )
@@ -191,22 +192,42 @@ class _First(nn.Module):
 
 
 def variances_of_first_outputs(
-    laplace: KronDebiasedLaplace, X: Tensor, count: int
+    model: nn.Module, posterior: EigenbasisMatrix, X: Tensor, count: int
 ) -> Tensor:
     """Compute the exact variances of a few outputs, by a backward pass for each.
 
     Args:
-        laplace: The fit, of all parameters.
+        model: The network, all parameters of which are in the posterior.
+        posterior: Posterior precision.
         X: Inputs ``[batch, ...]``.
         count: Number of outputs.
 
     Returns:
         Variances ``[batch, count]``.
     """
-    model, params = _First(laplace.model, count), laplace.fitted_params
-    layers = find_layers(model, params, X, len(X))
-    given = model, params, layers, laplace.posterior_precision, count, X[0].numel()
-    predictive = LinearizedPredictive(*given, laplace.memory_limit)
+    first, params = _First(model, count), list(model.parameters())
+    layers = find_layers(first, params, X, len(X))
+    size = X[0].numel()
+    predictive = LinearizedPredictive(first, params, layers, posterior, count, size)
+    return predictive.moments(X, len(X), "diagonal")[1]
+
+
+def sampled_variances(
+    model: nn.Module, posterior: EigenbasisMatrix, X: Tensor, num_samples: int
+) -> Tensor:
+    """Estimate the variances of all outputs by samples of the parameters.
+
+    Args:
+        model: As in :func:`variances_of_first_outputs`.
+        posterior: Posterior precision.
+        X: Inputs ``[batch, ...]``.
+        num_samples: Number of samples.
+
+    Returns:
+        Variances ``[batch, outputs]``.
+    """
+    params = list(model.parameters())
+    predictive = SampledPredictive(model, params, posterior, num_samples)
     return predictive.moments(X, len(X), "diagonal")[1]
 
 
