@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 RESULTS = FOLDER / "results"
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py"))
 SHARED = sorted(f"shared.{path.stem}" for path in FOLDER.glob("shared/*.py"))
-STUDIES = [name for name in MODULES if name != "fill_tables"]
+STUDIES = [name for name in MODULES if name not in ("fill_tables", "run")]
 
 
 @pytest.fixture
@@ -196,6 +196,60 @@ def test_quick_results_are_kept_apart(benchmarks, monkeypatch, tmp_path):
     assert out() == RESULTS / "study"
     assert out("--quick") == RESULTS / "quick" / "study"
     assert out("--quick", "--out", str(tmp_path)) == tmp_path
+
+
+def test_stale_studies_are_run_in_the_order_of_worth(benchmarks, monkeypatch, capsys):
+    import run
+
+    assert sorted(run.studies()) == sorted([*STUDIES, "default_comparison"])
+    ran = []
+    monkeypatch.setattr(run, "is_stale", lambda study: study in ("limit", "fit_cost"))
+    monkeypatch.setattr(run, "run", lambda study, _: ran.append(study))
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    run.main()
+    assert capsys.readouterr().out.split() == ["fit_cost", "limit"]
+    monkeypatch.setattr(sys, "argv", ["run.py", "--all"])
+    with pytest.raises(SystemExit, match="Not finished: fit_cost, limit"):
+        run.main()
+    assert ran == ["fit_cost", "limit"]
+    monkeypatch.setattr(sys, "argv", ["run.py", "--all", "--hours", "0"])
+    run.main()
+    assert "No time for: fit_cost, limit" in capsys.readouterr().out
+
+
+def test_results_are_stale_once_their_code_has_changed(
+    benchmarks, monkeypatch, tmp_path
+):
+    import run
+
+    def git(*arguments):
+        person = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+        command = ["git", *person, *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    folder = tmp_path / "benchmarks"
+    for path in (
+        "benchmarks/cost.py",
+        "benchmarks/shared/a.py",
+        "laplace_debiased/b.py",
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "code")
+    report = {"environment": {"commit": git("rev-parse", "--short", "HEAD")}}
+    (folder / "results" / "cost").mkdir(parents=True)
+    (folder / "results" / "cost" / "cost.json").write_text(json.dumps(report))
+    monkeypatch.setattr(run, "FOLDER", folder)
+    monkeypatch.setattr(run, "RESULTS", folder / "results")
+    assert not run.is_stale("cost")
+    (folder / "other.py").write_text("2\n")
+    assert not run.is_stale("cost")
+    (tmp_path / "laplace_debiased" / "b.py").write_text("2\n")
+    assert run.is_stale("cost")
 
 
 def test_tables_are_put_between_their_marks(benchmarks, tmp_path):

@@ -1,3 +1,4 @@
+import configparser
 import contextlib
 import io
 import os
@@ -8,16 +9,37 @@ from pathlib import Path
 
 import pytest
 
+import laplace_debiased
+from tests import pages
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+SCALE = ROOT / "docs" / "scale.md"
 PAGES = [
-    README,
+    *sorted(ROOT.glob("*.md")),
     ROOT / "benchmarks" / "README.md",
     *sorted(ROOT.glob("benchmarks/results/*/README.md")),
-    ROOT / "CHANGELOG.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
 ]
+WITH_SNIPPETS = [page for page in PAGES if pages.snippets(page)]
+# of what the snippets of a page define
+CLAIMS = {
+    "README.md": ["probabilities.shape == (5, 3)"],
+    "docs/knobs.md": [
+        "worst < 0.2",
+        "(interval[0] < interval[1]).all()",
+        "of_tokens.shape == (2, 5, 3)",
+    ],
+    "docs/scale.md": [
+        "probabilities.shape == (5, 2)",
+        "merged.n_data == 400",
+        "any(__import__('pathlib').Path('fit-of-tuesday').iterdir())",
+    ],
+}
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
 
 
 def shown_tables(page):
@@ -26,35 +48,32 @@ def shown_tables(page):
     )
 
 
-def after_snippets(page):
-    """What the snippets of a page define, run in order."""
-    namespace = {}
-    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(snippet, namespace)
-    return namespace
-
-
-def test_snippets_run_in_order():
-    assert after_snippets(README)["probabilities"].shape == (5, 3)
-
-
-def test_snippets_of_the_knobs_run_in_order():
-    found = after_snippets(ROOT / "docs" / "knobs.md")
-    assert found["worst"] < 0.2
-    low, high = found["interval"]
-    assert (low < high).all()
-    assert found["of_tokens"].shape == (2, 5, 3)
-
-
-SCALE = ROOT / "docs" / "scale.md"
-
-
-def test_snippets_of_scale_run_in_order(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=name_of)
+def test_snippets_run_and_print_what_pages_show(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = after_snippets(SCALE)
-    assert found["probabilities"].shape == (5, 2)
-    assert found["merged"].n_data == 400
-    assert list((tmp_path / "fit-of-tuesday").iterdir())
+    ran = pages.run(page)
+    for snippet, printed in zip(pages.snippets(page), ran.outputs, strict=True):
+        if snippet["output"] is not None:
+            assert pages.says_the_same(snippet["output"], printed), printed
+        if snippet["title"]:
+            assert (page.parent / snippet["title"]).read_text() == snippet["code"]
+    shown = re.findall(r"!\[[^]]*\]\(([^/)]+)\)", page.read_text())
+    assert name_of(page).startswith("benchmarks") or {*shown} <= ran.figures.keys()
+    for claim in CLAIMS.get(name_of(page), []):
+        assert eval(claim, ran.namespace), claim
+
+
+def test_every_python_snippet_is_found():
+    for page in PAGES:
+        count = len(re.findall(r"^ *```\s*(?:python|py)\b", page.read_text(), re.M))
+        assert count == len(pages.snippets(page)), page
+
+
+def test_output_is_compared_but_for_last_digits():
+    assert pages.says_the_same("NLL 0.21 of  5 points", "NLL 0.23 of 5 points")
+    assert not pages.says_the_same("NLL 0.21", "NLL 0.41")
+    assert not pages.says_the_same("NLL 0.21", "ECE 0.21")
+    assert not pages.says_the_same("0.21", "0.21 0.21")
 
 
 def test_the_script_of_scale_runs_under_torchrun(tmp_path):
@@ -85,7 +104,7 @@ def test_the_script_of_scale_runs_under_torchrun(tmp_path):
     assert first == pytest.approx(float(alone.getvalue()), rel=1e-5)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_tables_are_the_committed_results(page):
     for path, table in shown_tables(page):
         assert table == (page.parent / f"{path}.md").read_text(), path
@@ -105,7 +124,7 @@ def test_every_result_is_shown():
     assert {path.resolve() for path in results} == shown
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_and_figures_lead_somewhere(page):
     targets = re.findall(r"\]\((.*?)\)", page.read_text())
     for target in targets:
@@ -125,3 +144,45 @@ def test_commands_are_the_ones_that_ci_runs():
     lines = README.read_text().splitlines()
     assert 'pip install ".[test]" && python -m pytest' in lines
     assert 'pip install ".[benchmarks]" && python -m laplace_debiased' in lines
+
+
+def test_public_names_are_in_the_reference():
+    reference = "".join(page.read_text() for page in ROOT.glob("docs/reference/*.md"))
+    shown = set(re.findall(r"^::: laplace_debiased\.(\S+)$", reference, re.M))
+    callbacks = {
+        f"integrations.{module}.LaplaceCallback"
+        for module in ("hugging_face", "lightning")
+    }
+    # laplace-torch documents its function
+    names = {*laplace_debiased.__all__} - {"Laplace", "__version__"}
+    assert names | callbacks <= shown
+
+
+def test_versions_agree():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    version = laplace_debiased.__version__
+    assert settings["metadata"]["version"] == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize(
+    ("link", "is_broken"),
+    [
+        ("other.html", False),
+        ("other.html#there", False),
+        ("other.html#nowhere", True),
+        ("#nowhere", True),
+        ("nowhere.html", True),
+        ("https://example.org/nowhere", False),
+    ],
+)
+def test_broken_links_of_the_site_are_found(tmp_path, link, is_broken):
+    (tmp_path / "index.html").write_text(f'<a href="{link}">a link</a>')
+    (tmp_path / "other.html").write_text('<p id="there">a place</p>')
+    checker = ROOT / "docs" / "site" / "check_links.py"
+    checked = subprocess.run(
+        [sys.executable, checker, tmp_path], capture_output=True, text=True
+    )
+    assert checked.returncode == is_broken
+    assert (f"index.html -> {link}" in checked.stdout) == is_broken

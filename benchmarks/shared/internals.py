@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from laplace_debiased import EigenbasisMatrix, KronDebiasedLaplace
 from laplace_debiased.curvature.debias import average, project
 from laplace_debiased.curvature.decomposition import eigenvectors
+from laplace_debiased.curvature.jacobians import rotated_jacobians
 from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.posterior import sources
-from laplace_debiased.predictive.blocks import rotated_jacobians
 from laplace_debiased.predictive.calibration import calibration_of as calibration_of
 from laplace_debiased.predictive.forward_mode import SampledPredictive
 from laplace_debiased.predictive.links import (

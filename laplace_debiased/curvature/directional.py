@@ -15,6 +15,7 @@ from laplace_debiased.curvature.factors import (
     is_joint,
     with_bias_column,
 )
+from laplace_debiased.curvature.jacobians import rotated_jacobians
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.rows.layers import Layer, join_positions
 from laplace_debiased.rows.one_hot import OneHotRows
@@ -137,24 +138,18 @@ def _squared_gradients(
     Returns:
         The sums over the batch ``[d_out, d_in]``, and over the gradient ``[batch]``.
     """
-    _, positions, groups, d_in = inputs.shape
-    if groups == 1:
-        gradients = gradients @ basis
-        if positions == 1:
-            g, x = (rows.flatten(1) ** 2 for rows in (gradients, inputs))
-            # [batch, d_out], [batch, d_in] -> [d_out, d_in]
-            return g.T @ x, g.sum(1) * x.sum(1)
+    if inputs.shape[1:3] == (1, 1):
+        rows = rotated(gradients.flatten(1), basis)
+        g, x = (own**2 for own in (rows, inputs.flatten(1)))
+        # [batch, d_out], [batch, d_in] -> [d_out, d_in]
+        return g.T @ x, g.sum(1) * x.sum(1)
 
-    total = inputs.new_zeros(len(basis), d_in)
+    total = inputs.new_zeros(len(basis), inputs.shape[3])
     of_examples = []
     size = max(1, _CHUNK_ENTRIES // total.numel())
-    # [batch, groups, positions, features]: one matrix product for an example and group
-    gradients, inputs = gradients.transpose(1, 2), inputs.transpose(1, 2)
     for g, x in zip(gradients.split(size), inputs.split(size), strict=True):
-        products = (g.mT @ x).flatten(1, 2)  # [batch, d_out, d_in]
-        if groups > 1:
-            products = basis.T @ products
-        squares = products.square_()
+        # [batch, d_out, d_in]
+        squares = rotated_jacobians(g[:, None], x, basis).squeeze(1).square_()
         total += squares.sum(0)
         of_examples.append(squares.sum((1, 2)))
     return total, torch.cat(of_examples)

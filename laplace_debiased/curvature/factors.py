@@ -188,8 +188,8 @@ class KroneckerFactors:
             squares = rows.sum(1).square().sum(0)
             _accumulate(self._gradients, layer.name, squares)
             return
-        rows = rows.flatten(0, 1) if self._expand else rows.sum(1)
-        _accumulate(self._gradients, layer.name, rows.T @ rows)
+        rows = rows if self._expand else rows.sum(1, keepdim=True)
+        _accumulate(self._gradients, layer.name, _uncentred(rows))
 
     def per_example(self) -> dict[str, Tensor]:
         """Return what is known of each example, by its name in a sweep's summary."""
@@ -295,12 +295,22 @@ def _input_shape(layer: Layer, joint: bool) -> list[int]:
 
 def _squared_norms(rows: Tensor) -> Tensor:
     """Return the squared norm of each example's rows ``[batch, S, features]``."""
-    return torch.linalg.vector_norm(rows.flatten(1), dim=1).square()
+    return torch.linalg.vector_norm(rows, dim=(1, 2)).square()
 
 
 def is_joint(layer: Layer, joint: bool) -> bool:
     """Whether a layer's bias is a further column of its matrix."""
     return joint and layer.matrix is not None and layer.vector is not None
+
+
+def _uncentred(rows: Tensor) -> Tensor:
+    """Sum the outer products of rows ``[batch, S, d]`` to ``[d, d]``."""
+    _, positions, size = rows.shape
+    if rows.stride(2) != 1 and 2 * positions >= size:
+        # rows of convolutions, whose positions are neighbours: copying takes longer
+        return (rows.mT @ rows).sum(0)
+    flat = rows.flatten(0, 1)
+    return flat.T @ flat
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, term: Tensor) -> None:

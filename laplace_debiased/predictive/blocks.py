@@ -16,20 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from laplace_debiased.curvature.bases import columns_rotated, rotated
+from laplace_debiased.curvature.bases import rotated
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, transposed
+from laplace_debiased.curvature.jacobians import jacobians_by_rows, rotated_jacobians
 from laplace_debiased.rows.layers import Layer
-from laplace_debiased.rows.linearization import contract_positions
 from laplace_debiased.rows.one_hot import OneHotRows
 
 KINDS = ("full", "diagonal", "joint")
-# what fits into a processor's cache, and the memory allocator uses again
+# what fits into a processor's cache
 JACOBIAN_BYTES = 2**22
+# examples that a layer's precisions are read for at once
+FEW = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ class BlockPosterior:
 
     eigenvectors: Sequence[Tensor]
     precisions: Tensor
+
+    @cached_property
+    def _variances(self) -> Tensor:
+        """``[d_out, d_in]``, with one input for a vector."""
+        matrix = self.precisions.reshape(len(self.eigenvectors[0]), -1)
+        return matrix.reciprocal()
 
     def of_rows(self, layer: Layer) -> BlockPosterior:
         """Return the block of the matrix that rows give, ``[d_out, d_in]``.
@@ -94,10 +103,16 @@ class BlockPosterior:
             return flat @ flat.T
         if gradients.shape[2:4] == (1, 1) and isinstance(inputs, Tensor):
             return self._without_sharing(gradients, inputs, kind, jacobian_bytes)
-        parts = self._parts(gradients, inputs, jacobian_bytes)
-        return torch.cat(
-            [block._with_sharing(some, rows, kind) for block, some, rows in parts]
-        )
+        parts = []
+        least = 1 if kind == "full" else FEW
+        for block, some, rows in self._parts(gradients, inputs, jacobian_bytes, least):
+            if kind == "full":
+                flat = block._scaled_jacobians(some, rows).flatten(2)
+                parts.append(flat @ flat.mT)
+            else:
+                own = block._weighted(some, rows, [block._variances], jacobian_bytes)
+                parts.append(own.squeeze(2))
+        return torch.cat(parts)
 
     def variances(
         self,
@@ -129,13 +144,9 @@ class BlockPosterior:
             ]
             return torch.cat(of_shifts, 2)
         parts = []
-        for block, some, rows in self._parts(gradients, inputs, jacobian_bytes):
-            squares = rotated_jacobians(some, rows, basis).square_().flatten(2)
-            of_shifts = [
-                squares @ (block.precisions + shift).reciprocal_().flatten()
-                for shift in shifts
-            ]
-            parts.append(torch.stack(of_shifts, 2))
+        for block, some, rows in self._parts(gradients, inputs, jacobian_bytes, FEW):
+            inverses = [(block.precisions + shift).reciprocal_() for shift in shifts]
+            parts.append(block._weighted(some, rows, inverses, jacobian_bytes))
         return torch.cat(parts)
 
     def _with_inputs(
@@ -156,12 +167,16 @@ class BlockPosterior:
         return BlockPosterior(self.eigenvectors, self.precisions[:, numbers]), rows
 
     def _parts(
-        self, gradients: Tensor, inputs: Tensor | OneHotRows, jacobian_bytes: int
+        self,
+        gradients: Tensor,
+        inputs: Tensor | OneHotRows,
+        jacobian_bytes: int,
+        least: int = 1,
     ) -> Iterator[tuple[BlockPosterior, Tensor, Tensor]]:
-        """Yield as many examples as have no larger Jacobians."""
+        """Yield as many examples as have no larger Jacobians, or a least number."""
         num_inputs = inputs.shape[3] if isinstance(inputs, Tensor) else inputs.shape[1]
         entries = gradients.shape[1] * len(self.eigenvectors[0]) * num_inputs
-        size = max(1, jacobian_bytes // (entries * gradients.element_size()))
+        size = max(least, jacobian_bytes // (entries * gradients.element_size()))
         for some, rows in zip(gradients.split(size), inputs.split(size), strict=True):
             block, dense = self._dense(rows)
             yield block, some, dense
@@ -171,8 +186,7 @@ class BlockPosterior:
     ) -> Tensor:
         """Contract Jacobians of rank one, which are never formed."""
         turned = rotated(gradients.flatten(2), self.eigenvectors[0])
-        precisions = self.precisions.reshape(turned.shape[2], -1)
-        variances = (inputs.flatten(1) ** 2 @ precisions.reciprocal().T)[:, None]
+        variances = (inputs.flatten(1) ** 2 @ self._variances.T)[:, None]
         if len(turned) > 1:
             if kind == "diagonal":
                 return (variances @ turned.mT**2).squeeze(1)
@@ -188,15 +202,32 @@ class BlockPosterior:
             covariance[part] = (rows * variances[part]) @ rows.T
         return covariance
 
-    def _with_sharing(self, gradients: Tensor, inputs: Tensor, kind: str) -> Tensor:
-        """Contract the Jacobians of some examples."""
-        # [batch, C, d_out * d_in], contracted over the last
-        if kind == "diagonal":
-            jacobians = rotated_jacobians(gradients, inputs, self.eigenvectors[0])
-            variances = self.precisions.reciprocal().flatten()
-            return jacobians.square_().flatten(2) @ variances
-        flat = self._scaled_jacobians(gradients, inputs).flatten(2)
-        return flat @ flat.mT
+    def _weighted(
+        self,
+        gradients: Tensor,
+        inputs: Tensor,
+        weights: Sequence[Tensor],
+        jacobian_bytes: int,
+    ) -> Tensor:
+        """Sum the squares of the Jacobians of some examples, by weights.
+
+        Args:
+            gradients: As in :meth:`covariance`.
+            inputs: As in :meth:`covariance`.
+            weights: Weights ``[d_out, d_in]``, K times.
+            jacobian_bytes: As in :meth:`covariance`.
+
+        Returns:
+            Sums ``[batch, C, K]``.
+        """
+        sums = gradients.new_zeros(*gradients.shape[:2], len(weights))
+        for rows, jacobians in jacobians_by_rows(
+            gradients, inputs, self.eigenvectors[0], jacobian_bytes
+        ):
+            squares = jacobians.square_().flatten(2)
+            own = [squares @ matrix[rows].flatten() for matrix in weights]
+            sums = sums + torch.stack(own, 2)
+        return sums
 
     def _scaled_jacobians(self, gradients: Tensor, inputs: Tensor) -> Tensor:
         """Rotate the Jacobians, and divide by the root of the precision.
@@ -211,6 +242,10 @@ class BlockPosterior:
 
 class Moment(Protocol):
     """What is asked of the outputs: the sum of the blocks' shares."""
+
+    @property
+    def is_by_output(self) -> bool:
+        """Whether each output has its own, without the rows of others."""
 
     def shape(self, batch_size: int, num_outputs: int) -> tuple[int, ...]:
         """Its shape."""
@@ -230,6 +265,11 @@ class Covariance:
     """See :meth:`BlockPosterior.covariance`."""
 
     kind: str
+
+    @property
+    def is_by_output(self) -> bool:
+        """See :attr:`Moment.is_by_output`."""
+        return self.kind == "diagonal"
 
     def shape(self, batch_size: int, num_outputs: int) -> tuple[int, ...]:
         """See :meth:`Moment.shape`."""
@@ -255,6 +295,7 @@ class Variances:
     """See :meth:`BlockPosterior.variances`."""
 
     shifts: tuple[float, ...]
+    is_by_output: ClassVar[bool] = True
 
     def shape(self, batch_size: int, num_outputs: int) -> tuple[int, ...]:
         """See :meth:`Moment.shape`."""
@@ -269,25 +310,6 @@ class Variances:
     ) -> Tensor:
         """See :meth:`Moment.of_block`."""
         return block.variances(gradients, inputs, self.shifts, jacobian_bytes)
-
-
-def rotated_jacobians(gradients: Tensor, inputs: Tensor, basis: Tensor) -> Tensor:
-    """Rotate the Jacobian in a layer's weight into its eigenbasis.
-
-    Args:
-        gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]``.
-        inputs: Rotated input rows ``[batch, S, groups, d_in]``.
-        basis: Eigenvectors for the gradients ``[d_out, d_out]``.
-
-    Returns:
-        The Jacobian ``[batch, C, d_out, d_in]``.
-    """
-    _, positions, num_groups, d_in = inputs.shape
-    if num_groups > 1 or positions > d_in:
-        return columns_rotated(contract_positions(gradients, inputs), basis)
-    # [batch, C, d_out, S], the order in which convolutions have their gradients
-    turned = columns_rotated(gradients.squeeze(3).mT, basis)
-    return (turned.flatten(1, 2) @ inputs.squeeze(2)).view(*turned.shape[:3], d_in)
 
 
 def block_posteriors(posterior: EigenbasisMatrix) -> list[BlockPosterior]:

@@ -24,7 +24,12 @@ from laplace_debiased.predictive.blocks import (
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.linearization import linearize, rows_per_example
+from laplace_debiased.rows.one_hot import OneHotRows
 from laplace_debiased.rows.substitution import run
+
+# rows of a chunk, which the memory allocator uses again for the next one; and examples
+# that a network runs on without waste
+ROW_BYTES, MANY = 2**26, 32
 
 
 class LinearizedPredictive:
@@ -91,7 +96,7 @@ class LinearizedPredictive:
             return self._of_no_examples(X, kind)
         covariance = Covariance(kind)
         if kind == "joint":
-            return self._chunk(X, batch_size, covariance)
+            return self._chunk(X, batch_size, covariance, self._num_outputs)
         return self._chunks(X, batch_size, covariance)
 
     def variances(
@@ -115,19 +120,22 @@ class LinearizedPredictive:
     def _chunks(
         self, X: Inputs, batch_size: int, moment: Moment
     ) -> tuple[Tensor, Tensor]:
-        size = self._chunk_size(X, batch_size)
+        size, outputs = self._sizes(X, batch_size, moment)
         if size >= batch_size:
-            return self._chunk(X, batch_size, moment)
+            return self._chunk(X, batch_size, moment, outputs)
         chunks = [
-            self._chunk(select_rows(X, indices, batch_size), len(indices), moment)
+            self._chunk(
+                select_rows(X, indices, batch_size), len(indices), moment, outputs
+            )
             for indices in torch.arange(batch_size).split(size)
         ]
         means, covariances = zip(*chunks, strict=True)
         return torch.cat(means), torch.cat(covariances)
 
     def _chunk(
-        self, X: Inputs, batch_size: int, moment: Moment
+        self, X: Inputs, batch_size: int, moment: Moment, outputs: int
     ) -> tuple[Tensor, Tensor]:
+        """Compute moments of some examples, by the rows of so many outputs at once."""
         linear = linearize(
             self._model,
             self._params,
@@ -136,23 +144,40 @@ class LinearizedPredictive:
             batch_size,
             self._differentiable,
         )
-        covariances = [
-            moment.of_block(
-                posterior,
-                linear.gradients[layer.name],
-                posterior.rotate_inputs(linear.inputs.pop(layer.name))
-                if is_matrix
-                else None,
-                self._jacobian_bytes,
-            )
+        inputs = {
+            layer.name: posterior.rotate_inputs(linear.inputs.pop(layer.name))
             for layer, is_matrix, posterior in self._blocks
-            if layer.name in linear.gradients
+            if is_matrix and layer.name in linear.inputs
+        }
+        shares = [
+            self._share(moment, gradients, inputs, linear.output[:, some])
+            for some, gradients in linear.backward(outputs)
         ]
-        # layers that a batch does not use have no part in it
-        covariance = sum(covariances, self._zeros(moment, linear.output))
+        covariance = torch.cat(shares, 1) if len(shares) > 1 else shares[0]
         if self._differentiable:
             return linear.output, covariance
         return linear.output.detach(), covariance.detach()
+
+    def _share(
+        self,
+        moment: Moment,
+        gradients: dict[str, Tensor],
+        inputs: dict[str, Tensor | OneHotRows],
+        output: Tensor,
+    ) -> Tensor:
+        """Add the shares of all blocks in the moment of some outputs."""
+        shares = [
+            moment.of_block(
+                posterior,
+                gradients[layer.name],
+                inputs[layer.name] if is_matrix else None,
+                self._jacobian_bytes,
+            )
+            for layer, is_matrix, posterior in self._blocks
+            # layers that a batch does not use have no part in it
+            if layer.name in gradients
+        ]
+        return sum(shares, self._zeros(moment, output))
 
     @torch.no_grad()
     def _of_no_examples(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
@@ -163,10 +188,30 @@ class LinearizedPredictive:
     def _zeros(self, moment: Moment, output: Tensor) -> Tensor:
         return output.new_zeros(moment.shape(*output.shape), dtype=self._dtype)
 
-    def _chunk_size(self, X: Inputs, batch_size: int) -> int:
+    def _sizes(self, X: Inputs, batch_size: int, moment: Moment) -> tuple[int, int]:
+        """Tell how many examples, and outputs of them, have their rows at once."""
+        if not moment.is_by_output:
+            return self._chunk_size(X, batch_size), self._num_outputs
+        of_rows = min(ROW_BYTES, self._memory_limit // 2)
+        each = self._scale(X, batch_size) * rows_per_example(self._layers, 1)
+        examples = min(
+            batch_size,
+            self._chunk_size(X, batch_size, num_outputs=1),
+            max(MANY, int(of_rows // (each * self._dtype.itemsize))),
+        )
+        outputs = int(of_rows // (examples * each * self._dtype.itemsize))
+        return examples, min(max(1, outputs), self._num_outputs)
+
+    def _scale(self, X: Inputs, batch_size: int) -> float:
+        """Tell how much larger examples are than those that the layers are known of."""
+        return max(1.0, _example_size(X, batch_size) / self._example_size)
+
+    def _chunk_size(
+        self, X: Inputs, batch_size: int, num_outputs: int | None = None
+    ) -> int:
         """Tell how many examples fit into the memory limit."""
-        count, entry = self._num_outputs, self._dtype.itemsize
-        scale = max(1.0, _example_size(X, batch_size) / self._example_size)
+        count = self._num_outputs if num_outputs is None else num_outputs
+        entry, scale = self._dtype.itemsize, self._scale(X, batch_size)
         entries = scale * (rows_per_example(self._layers, count) + count**2)
         # with a single position, Jacobians are never formed
         shared = [

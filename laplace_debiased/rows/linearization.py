@@ -6,8 +6,9 @@ gradient rows and input rows, so that both together hold it in far less memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from laplace_debiased.rows.layers import Layer, join_positions
 from laplace_debiased.rows.one_hot import OneHotRows
 from laplace_debiased.rows.separation import check_examples_are_separate
 from laplace_debiased.rows.substitution import run
-from laplace_debiased.rows.tape import record_rows
+from laplace_debiased.rows.tape import Tape, record_rows
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,49 @@ class Linearization:
         output: The network's output ``[batch, C]``.
         inputs: Input rows ``[batch, S, groups, d_in]``, dense or one-hot, of each layer
             that has inputs, by its name.
-        gradients: Gradient rows ``[batch, C, S, groups, d_out / groups]`` of each layer
-            that influences the output.
+        tape: What gives gradient rows.
+        differentiable: Whether gradients flow to the inputs.
     """
 
     output: Tensor
     inputs: dict[str, Tensor | OneHotRows]
-    gradients: dict[str, Tensor]
+    tape: Tape
+    differentiable: bool = False
+
+    @cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradient rows of all outputs at once, see :meth:`backward`."""
+        ((_, rows),) = self.backward(self.output.shape[1])
+        return rows
+
+    def backward(self, count: int) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """Run the network backward once for each output.
+
+        Args:
+            count: Number of outputs, c, whose rows are held at once.
+
+        Yields:
+            Some outputs after the others, and their gradient rows ``[batch, c, S,
+            groups, d_out / groups]``, of each layer that influences the output.
+        """
+        columns = torch.eye(self.output.shape[1], dtype=self.output.dtype)
+        columns = columns.to(self.output.device)
+        for start in range(0, len(columns), count):
+            some = slice(start, start + count)
+            gradients: dict[str, list[Tensor]] = {}
+            for column in columns[some]:
+                for layer, rows in self._backward(column):
+                    gradients.setdefault(layer.name, []).append(rows)
+            yield some, {name: _stacked(own) for name, own in gradients.items()}
+
+    @torch.enable_grad()
+    def _backward(self, column: Tensor) -> list[tuple[Layer, Tensor]]:
+        return self.tape.gradient_rows(
+            self.output,
+            column.expand_as(self.output),
+            retain_graph=True,
+            create_graph=self.differentiable,
+        )
 
     def dense_inputs(self, layer: Layer) -> Tensor:
         """Return a layer's input rows ``[batch, S, groups, d_in]``, if not one-hot."""
@@ -54,7 +91,7 @@ def linearize(
     differentiable: bool = False,
     check: bool = False,
 ) -> Linearization:
-    """Run a network forward once, and backward once for each output.
+    """Run a network forward once, so that it may run backward once for each output.
 
     Args:
         model: The network.
@@ -87,18 +124,17 @@ def linearize(
         )
     if check or not tape.runs_as_found(layers):
         check_examples_are_separate(tape, output)
-    gradients: dict[str, list[Tensor]] = {}
-    for column in torch.eye(output.shape[1], dtype=output.dtype).unbind():
-        column = column.to(output.device).expand_as(output)
-        for layer, rows in tape.gradient_rows(
-            output, column, retain_graph=True, create_graph=differentiable
-        ):
-            gradients.setdefault(layer.name, []).append(rows)
-    return Linearization(
-        output,
-        {name: join_positions(rows) for name, rows in calls.items()},
-        {name: torch.stack(rows, 1) for name, rows in gradients.items()},
-    )
+    inputs = {name: join_positions(rows) for name, rows in calls.items()}
+    return Linearization(output, inputs, tape, differentiable)
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    """Stack rows ``[batch, S, ...]`` along a new second axis, in their own layout."""
+    if len(rows) == 1:
+        return rows[0].unsqueeze(1)
+    if rows[0].stride(1) == 1:  # those of convolutions: positions are neighbours
+        return torch.stack([own.movedim(1, -1) for own in rows], 1).movedim(-1, 2)
+    return torch.stack(rows, 1)
 
 
 def rows_per_example(layers: Sequence[Layer], num_outputs: int) -> int:

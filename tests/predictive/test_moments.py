@@ -7,6 +7,7 @@ from laplace_debiased import EigenbasisMatrix
 from laplace_debiased.predictive.blocks import KINDS
 from laplace_debiased.predictive.last_layer import last_layer_covariance
 from laplace_debiased.predictive.moments import LinearizedPredictive
+from laplace_debiased.rows.linearization import Linearization
 from laplace_debiased.rows.selection import select
 from tests.cases import NETWORKS, NUM_OUTPUTS, MeanOverSequence, batch, network
 from tests.curvature.test_eigenbasis import random_matrix
@@ -85,7 +86,7 @@ def test_chunks_do_not_matter(name, limit, kind):
     chunked = predictive_of(model, X, posterior, memory_limit=limit)
     sizes = []
     chunked._chunk, chunk = (
-        lambda X, size, kind: (sizes.append(size), chunk(X, size, kind))[1],
+        lambda X, size, *args: (sizes.append(size), chunk(X, size, *args))[1],
         chunked._chunk,
     )
     for a, b in zip(
@@ -108,6 +109,29 @@ def test_jacobians_of_few_examples_at_a_time_do_not_matter(monkeypatch, name, ki
     predictive = predictive_of(*args)
     for a, b in zip(predictive.moments(X, SIZE, kind), expected, strict=True):
         assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn-stride-padding", "cnn-groups"])
+def test_outputs_one_after_the_other_do_not_matter(monkeypatch, name):
+    model = network(name)
+    X, _ = batch(name, SIZE)
+    predictive = predictive_of(model, X)
+    expected = predictive.moments(X, SIZE, "diagonal")[1]
+    of_priors = predictive.variances(X, SIZE, [0.0, 1.0])[1]
+    counts, backward = [], Linearization.backward
+
+    def counting(linear, count):
+        counts.append(count)
+        return backward(linear, count)
+
+    monkeypatch.setattr("laplace_debiased.predictive.moments.ROW_BYTES", 1)
+    monkeypatch.setattr(Linearization, "backward", counting)
+    assert torch.allclose(predictive.moments(X, SIZE, "diagonal")[1], expected)
+    assert torch.allclose(predictive.variances(X, SIZE, [0.0, 1.0])[1], of_priors)
+    assert counts == [1, 1]
+    variances = predictive.moments(X, SIZE, "full")[1].diagonal(dim1=1, dim2=2)
+    assert torch.allclose(variances, expected)
+    assert counts[2:] == [expected.shape[1]]
 
 
 def test_larger_examples_come_in_smaller_chunks():
