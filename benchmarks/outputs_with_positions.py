@@ -56,7 +56,18 @@ POSTERIORS = (
     "all weights" + CALIBRATED,
     PEER,
 )
+QUICK = (NETWORK, "all weights" + CALIBRATED)
 MINUTES, PEER_BYTES = 20, 8 * 2**30
+
+
+def made(name: str, seed: int, root: Path, quick: bool) -> Task:
+    """Make a task, in the same way in each process."""
+    torch.manual_seed(seed)
+    if not quick:
+        return TASKS[name](root)
+    task = TASKS[name](root, 4)
+    few = [tuple(part[:2] for part in own) for own in (task.validation, task.test)]
+    return task._replace(validation=few[0], test=few[1])
 
 
 def loader(data: tuple[Tensor, Tensor], at_once: int = AT_ONCE) -> DataLoader:
@@ -174,7 +185,9 @@ def scores(found: list[Tensor], y: Tensor) -> dict[str, float | None]:
     }
 
 
-def run_case(name: str, kind: str, seed: int, weights: Path, root: Path) -> dict:
+def run_case(
+    name: str, kind: str, seed: int, weights: Path, root: Path, quick: bool = False
+) -> dict:
     """Fit and predict in this process.
 
     Args:
@@ -183,13 +196,13 @@ def run_case(name: str, kind: str, seed: int, weights: Path, root: Path) -> dict
         seed: Seed of data and network.
         weights: The network's weights.
         root: Folder of torchvision's datasets.
+        quick: Whether to take few examples.
 
     Returns:
         Seconds, peak memory and scores, or the error.
     """
     warnings.simplefilter("ignore")
-    torch.manual_seed(seed)
-    task = TASKS[name](root)
+    task = made(name, seed, root, quick)
     task.network.load_state_dict(torch.load(weights))
     task.network.eval()
     reset_peak()
@@ -219,7 +232,9 @@ def _reason(error: Exception) -> str:
     return f"one example needs {memory} than fits into {PEER_BYTES / 2**30:.0f} GB"
 
 
-def train_case(name: str, seed: int, weights: Path, root: Path, steps: int) -> dict:
+def train_case(
+    name: str, seed: int, weights: Path, root: Path, quick: bool = False
+) -> dict:
     """Train a network in this process.
 
     Args:
@@ -227,15 +242,14 @@ def train_case(name: str, seed: int, weights: Path, root: Path, steps: int) -> d
         seed: Seed of data and network.
         weights: Where to write the weights.
         root: Folder of torchvision's datasets.
-        steps: Number of steps.
+        quick: Whether to take few steps.
 
     Returns:
         The seconds that it took.
     """
-    torch.manual_seed(seed)
-    task = TASKS[name](root)
+    task = made(name, seed, root, quick)
     start = time.process_time()
-    train(task, steps)
+    train(task, 2 if quick else STEPS)
     torch.save(task.network.state_dict(), weights)
     return {"seconds": time.process_time() - start}
 
@@ -284,13 +298,12 @@ def main() -> None:
     parser.set_defaults(seeds=3)
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     settings = parse(parser)
-    root, steps = settings.data_root, 5 if settings.quick else STEPS
     if settings.case:
         name, kind, seed, weights = settings.case
-        given = int(seed), Path(weights), root
+        own = int(seed), Path(weights), settings.data_root
         is_training = kind == "train"
-        run = train_case(name, *given, steps) if is_training else None
-        print(json.dumps(run or run_case(name, kind, *given)))
+        run = train_case(name, *own) if is_training else run_case(name, kind, *own)
+        print(json.dumps(run))
         return
     progress, rows = Progress(settings, STUDY), []
     with TemporaryDirectory() as folder:
@@ -301,7 +314,7 @@ def main() -> None:
     given = {
         "fit": FIT,
         "held out": HELD_OUT,
-        "steps": steps,
+        "steps": STEPS,
         "fisher_rank": RANK,
         "seeds": settings.seeds,
     }
@@ -320,15 +333,18 @@ def _cases(
     weights = str(Path(folder) / f"{task}-{seed}.pt")
 
     def run(kind: str) -> dict:
+        if settings.quick:
+            own = seed, Path(weights), settings.data_root, True
+            is_training = kind == "train"
+            return train_case(task, *own) if is_training else run_case(task, kind, *own)
         options = ["--data-root", str(settings.data_root)]
         options += ["--case", task, kind, str(seed), weights]
-        options += ["--quick"] * settings.quick
         result = in_own_process(__file__, options, 60 * MINUTES)
         print(task, seed, kind, result, flush=True)
         return result
 
     rows = []
-    for kind in POSTERIORS:
+    for kind in QUICK if settings.quick else POSTERIORS:
         key = f"{task}/{seed}/{kind}"
 
         def measure(kind: str = kind) -> dict:

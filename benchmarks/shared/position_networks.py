@@ -117,19 +117,20 @@ def mosaics(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]
     return (X + 0.1 * torch.randn_like(X))[:, None], y
 
 
-def segmentation(data_root: Path) -> Task:
+def segmentation(data_root: Path, count: int = 2000) -> Task:
     """Make mosaics, and a U-Net.
 
     Args:
         data_root: Folder of torchvision's datasets.
+        count: Number of training examples.
 
     Returns:
         The task, of 11 classes.
     """
     parts = []
-    for is_train, count in ((True, 2000), (False, 2 * HELD_OUT)):
+    for is_train, number in ((True, count), (False, 2 * HELD_OUT)):
         images, labels = raw_images("fashion-mnist", data_root, is_train)
-        parts.append(mosaics(images.squeeze(1), labels, count))
+        parts.append(mosaics(images.squeeze(1), labels, number))
     held_out = zip(*(part.split(HELD_OUT) for part in parts[1]), strict=True)
     return Task(UNet(), 1, parts[0], *held_out)
 
@@ -173,11 +174,12 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(self.blocks(self.words(tokens) + places)))
 
 
-def language(data_root: Path) -> Task:
+def language(data_root: Path, count: int | None = None) -> Task:
     """Split Python's language reference into sequences, and make a language model.
 
     Args:
         data_root: Not needed: Python has the text.
+        count: Number of training examples; None for all.
 
     Returns:
         The task, of 1,000 words, the last of which stands for all rare ones.
@@ -189,10 +191,11 @@ def language(data_root: Path) -> Task:
     rows = rows[torch.randperm(len(rows))]
     sizes = [HELD_OUT, HELD_OUT, len(rows) - 2 * HELD_OUT]
     test, validation, train = [(own[:, :-1], own[:, 1:]) for own in rows.split(sizes)]
+    train = train[0][:count], train[1][:count]
     return Task(LanguageModel(), -1, train, validation, test)
 
 
-TASKS: dict[str, Callable[[Path], Task]] = {
+TASKS: dict[str, Callable[..., Task]] = {
     "segmentation": segmentation,
     "language": language,
 }
