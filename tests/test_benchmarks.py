@@ -81,7 +81,6 @@ QUICK = [
     ("calibrated_predictions",),
     ("published_results",),
     ("outputs_with_positions",),
-    ("predictions_by_samples",),
 ]
 
 
