@@ -80,6 +80,7 @@ QUICK = [
     ("coverage_of_intervals",),
     ("calibrated_predictions",),
     ("published_results",),
+    ("outputs_with_positions",),
 ]
 
 
