@@ -82,6 +82,7 @@ QUICK = [
     ("published_results",),
     ("calibration_by_few_images",),
     ("priors_and_intervals",),
+    ("outputs_with_positions",),
 ]
 
 
