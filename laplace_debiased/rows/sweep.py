@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from random import Random
 from typing import Any, Protocol
 
 import torch
@@ -131,6 +130,23 @@ class SweepSummary:
         whole.check_counted()
         return whole
 
+    @classmethod
+    def of_layers(cls, parts: Sequence[SweepSummary]) -> SweepSummary:
+        """Put together what sweeps over the same data saw of some layers each.
+
+        Args:
+            parts: The summaries, in the order of the layers.
+
+        Returns:
+            That of all layers.
+        """
+        columns: dict[str, Any] = {
+            name: torch.cat([getattr(own, name) for own in parts], 1)
+            for name in _PER_LAYER
+            if getattr(parts[0], name) is not None
+        }
+        return replace(parts[0], **columns)
+
     def check_counted(self) -> None:
         """Refuse data of which none counts.
 
@@ -144,14 +160,8 @@ class SweepSummary:
             )
 
 
-_PER_EXAMPLE = (
-    "losses",
-    "traces",
-    "classes",
-    "contributions",
-    "squared_inputs",
-    "num_rows",
-)
+_PER_LAYER = ("contributions", "squared_inputs", "num_rows")
+_PER_EXAMPLE = ("losses", "traces", "classes", *_PER_LAYER)
 
 
 def sweep(
@@ -170,6 +180,7 @@ def sweep(
     progress_bar: bool = False,
     description: str = "Curvature",
     num_points: int | None = None,
+    among: Sequence[Layer] | None = None,
 ) -> SweepSummary:
     """Feed the rows of a data source to an accumulator.
 
@@ -195,6 +206,8 @@ def sweep(
         progress_bar: Whether to show a progress bar over the examples.
         description: The progress bar's label.
         num_points: The progress bar's total, if it is known.
+        among: All layers, of which those to record may be some: how batches are
+            divided, and so what is drawn, depends on all. None if they are all.
 
     Returns:
         A summary of the pass.
@@ -215,7 +228,7 @@ def sweep(
     with tqdm(
         desc=f"[{description}]", total=num_points, disable=not progress_bar
     ) as bar:
-        for X, y in _parts(data, layers if backward else []):
+        for X, y in _parts(data, (among or layers) if backward else []):
             X, y = on_device(X, parameter.device), y.to(parameter.device)
             y = flat_targets(model, y)
             check_finite_inputs(X)
@@ -225,8 +238,7 @@ def sweep(
             accumulator.start_batch(own)
             own_seed = mixed_seed(seed, (start or 0) + totals.num_data)
             generator.manual_seed(own_seed)
-            random = Random(own_seed)
-            choices = None if positions is None else thinnings(positions, random)
+            choices = None if positions is None else thinnings(positions, own_seed)
             with (
                 torch.set_grad_enabled(backward),
                 record_rows(
