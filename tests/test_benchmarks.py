@@ -81,6 +81,7 @@ QUICK = [
     ("coverage_of_intervals",),
     ("calibrated_predictions",),
     ("published_results",),
+    ("outputs_with_positions",),
     ("pretrained_text",),
     ("pretrained_images",),
 ]

@@ -30,6 +30,9 @@ from laplace_debiased.predictive.links import (
 from laplace_debiased.predictive.report import (
     classification_scores as classification_scores,
 )
+from laplace_debiased.predictive.scores import auroc as auroc
+from laplace_debiased.predictive.scores import calibration_errors as calibration_errors
+from laplace_debiased.predictive.scores import nll as nll
 from laplace_debiased.predictive.uncertainty import entropies as entropies
 from laplace_debiased.predictive.uncertainty import entropy as entropy
 from laplace_debiased.rows.layers import Layer

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar, copy_context
 from copy import copy
+from math import pi
 from pathlib import Path
 from typing import Any, cast
 from warnings import warn
@@ -404,6 +405,17 @@ class KronDebiasedLaplace(KronLaplace):
         )
 
     @property
+    def log_likelihood(self) -> Tensor:
+        """Log likelihood of the training data, a regression's at all positions."""
+        value = super().log_likelihood
+        if self.likelihood != Likelihood.REGRESSION:
+            return value
+        # laplace-torch normalizes the density of one position
+        further = self.n_data * (predicting.num_targets(self) - self.n_outputs)
+        sigma = self.sigma_noise.to(value)
+        return value - further * (sigma * (2 * pi) ** 0.5).log()
+
+    @property
     def scatter(self) -> Tensor:
         """Squared distance of the mean from the prior's, by the prior precision."""
         offset = self.prior_offset
@@ -695,6 +707,8 @@ class KronDebiasedLaplace(KronLaplace):
         self, X: Inputs, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
         kind = "joint" if joint else "diagonal" if diagonal_output else "full"
+        if kind != "diagonal":
+            predicting.check_has_covariances(self)
         X = self._inputs(X)
         with evaluating(self.model):
             if self._is_certain:

@@ -14,6 +14,8 @@ from laplace_debiased.rows.positions import num_positions
 Inputs = Tensor | MutableMapping[str, Any]
 # what a data source yields: inputs and targets, with a row for each example
 Batch = tuple[Inputs, Tensor]
+# of probabilities, which half precision rounds
+_SUM_TOLERANCE = 1e-2
 
 
 def on_device(X: Inputs, device: torch.device) -> Inputs:
@@ -182,7 +184,22 @@ def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
         )
     if not y.isfinite().all():
         raise ValueError("Targets contain NaN or infinite entries.")
+    if is_cross_entropy:
+        _check_probabilities(y)
     return y
+
+
+def _check_probabilities(y: Tensor) -> None:
+    """Refuse what cross-entropy takes, but is no distribution over classes."""
+    sums = y.double().sum(1)
+    if ((y < 0).any(1) | ((sums - 1).abs() > _SUM_TOLERANCE)).any():
+        raise ValueError(
+            "Targets that are probabilities must be at least zero and sum to one, got "
+            f"{y.min().item():g} at least, and sums of {sums.min().item():g} to "
+            f"{sums.max().item():g}. Labels that do not exclude each other, which "
+            "`BCEWithLogitsLoss` is for, have no posterior: "
+            "`DebiasedKFACLinearOperator` knows the curvature of that loss."
+        )
 
 
 def _checked_classes(y: Tensor, num_outputs: int, ignore_index: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from laplace.utils import select_rows
 from torch import Generator, Tensor, nn
+from torch.nn import MSELoss
 from tqdm import tqdm
 
 from laplace_debiased.rows.inputs import (
@@ -300,6 +301,7 @@ class _Totals:
     device: torch.device
     num_data: int = 0
     num_outputs: int = 0
+    num_positions: int = 0
     total_weight: float = 0.0
     are_probabilities: bool = True
     losses: list[Tensor] = field(default_factory=list)
@@ -320,7 +322,13 @@ class _Totals:
         precise, target = at_least_single(output.detach()), at_least_single(y)
         losses = example_losses(output_curvature.loss_func, precise, target)
         loss_func = output_curvature.loss_func
-        classes = output.shape[1] // num_positions(y)
+        count = num_positions(y)
+        if isinstance(loss_func, MSELoss) and self.num_positions not in (0, count):
+            raise ValueError(
+                "The examples of a regression must have equally many positions, whose "
+                f"density is normalized as one, got {self.num_positions} and {count}."
+            )
+        classes, self.num_positions = output.shape[1] // count, count
         if self.num_outputs not in (0, classes):
             raise ValueError(
                 f"Targets of shape {list(y.shape)} are not those of outputs with "
