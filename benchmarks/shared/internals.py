@@ -27,6 +27,9 @@ from laplace_debiased.predictive.calibration import calibration_of as calibratio
 from laplace_debiased.predictive.links import (
     probit_probabilities as probit_probabilities,
 )
+from laplace_debiased.predictive.report import (
+    classification_scores as classification_scores,
+)
 from laplace_debiased.predictive.scores import auroc as auroc
 from laplace_debiased.predictive.scores import calibration_errors as calibration_errors
 from laplace_debiased.predictive.scores import nll as nll

@@ -216,6 +216,11 @@ def _fit_selected(
             "The model has no parameters with `requires_grad=True` that are supported: "
             f"there is nothing to fit{reasons or '.'}"
         )
+    # a prior may have been given for all of them, before it was known who takes part
+    sizes = [param.numel() for param in candidates]
+    la._prior_mean = selection.of_fitted(la._prior_mean, sizes)
+    ones = [1] * len(candidates)
+    la._prior_precision = selection.of_fitted(la._prior_precision, ones)
     set_params(la, params)
     la._selection = selection.without_left_out(len(candidates))
 

@@ -106,9 +106,12 @@ class KronDebiasedLaplace(KronLaplace):
             like all that follow until ``magnitudes``. It is one unless it is given or
             tuned (:meth:`optimize_prior_precision`).
         prior_precision: A scalar, or one for each parameter tensor; to be tuned by
-            :meth:`calibrate` or :meth:`optimize_prior_precision`.
+            :meth:`calibrate` or :meth:`optimize_prior_precision`. A fit drops those of
+            parameters that it leaves out.
         prior_mean: Mean of the prior. A number is that of all parameters but those of
-            normalizations, which have their trained values; a vector that of each.
+            normalizations, which have their trained values; a vector that of each,
+            such as a fine-tuned network's pretrained ones. A fit drops those of
+            parameters that it leaves out.
         temperature: Temperature of the likelihood.
         enable_backprop: Whether gradients flow through predictions to the inputs.
         dict_key_x: Key of the inputs in mappings, whose rows are counted; not needed if

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from laplace_debiased.rows.embedding_uses import EmbeddingUse
@@ -66,6 +67,22 @@ class Selection:
             kind = "diagonal" if layer.is_diagonal else kind
             found |= dict.fromkeys(layer.parameters, kind)
         return found
+
+    def of_fitted(self, values: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Take from a vector what belongs to the parameters that take part.
+
+        Args:
+            values: The vector, or one that has not the entries of all parameters.
+            sizes: Number of entries of each parameter, of those left out too.
+
+        Returns:
+            Their entries; the other vector as it is.
+        """
+        gone = {entry.position for entry in self.left_out}
+        if not gone or values.numel() != sum(sizes):
+            return values
+        parts = values.split(list(sizes))
+        return torch.cat([part for k, part in enumerate(parts) if k not in gone])
 
     def without_left_out(self, count: int) -> Selection:
         """Renumber the parameters to those that take part.

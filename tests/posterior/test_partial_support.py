@@ -105,6 +105,23 @@ def test_strict_refuses_unsupported_parameters(model, points):
         _ = la.posterior_precision
 
 
+@pytest.mark.filterwarnings("ignore:Some parameters:UserWarning")
+def test_a_prior_for_all_parameters_is_taken_for_those_that_are_fitted(model, points):
+    named = dict(model.named_parameters())
+    means = {name: torch.randn_like(param) for name, param in named.items()}
+    precisions = {name: 1.0 + k for k, name in enumerate(named)}
+    la = debiased(
+        model,
+        prior_mean=torch.cat([own.flatten() for own in means.values()]),
+        prior_precision=torch.tensor(list(precisions.values())),
+    )
+    for _ in range(2):
+        la.fit(points)
+        fitted = torch.cat([means[name].flatten() for name in SUPPORTED])
+        assert torch.equal(la.prior_mean, fitted)
+        assert la.prior_precision.tolist() == [precisions[name] for name in SUPPORTED]
+
+
 def test_strict_refuses_unused_parameters(model, points):
     for part in (model.first, model.recurrent):
         part.requires_grad_(False)
@@ -173,10 +190,13 @@ def test_checkpoints_know_what_was_left_out(model, points, tmp_path):
 
 
 def test_priors_are_checked_against_what_is_fitted(model, points):
+    la = debiased(model)
+    la.fit(points)
     count = len(list(model.parameters()))
-    la = debiased(model, prior_precision=torch.ones(count).double())
-    with pytest.raises(ValueError, match="prior"):
-        la.fit(points)
+    with pytest.raises(ValueError, match="align with architecture"):
+        la.prior_precision = torch.ones(count).double()
+    with pytest.raises(ValueError, match="prior mean"):
+        la.prior_mean = torch.zeros(sum(p.numel() for p in model.parameters()))
     la = debiased(network("mlp"), prior_precision=torch.ones(4).double())
     la.fit(loader())
 
