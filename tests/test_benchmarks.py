@@ -77,6 +77,7 @@ QUICK = [
     ("fit_time_against_full_data",),
     ("full_size_network_cost",),
     ("limit",),
+    ("device_cost",),
     ("shrinkage_against_cross_fit",),
     ("coverage_of_intervals",),
     ("calibrated_predictions",),

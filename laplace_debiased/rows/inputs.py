@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,21 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
         memory goes on while the host works.
     """
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def warn_of_autocast(device: torch.device) -> None:
+    """Warn of mixed precision that is not the network's alone.
+
+    Args:
+        device: The network's device.
+    """
+    if torch.is_autocast_enabled(device.type):
+        warn(
+            "`torch.autocast` is on around the fit: sums of squared rows are rounded, "
+            "too, and small eigenvalues are lost. Let it begin in the network's own "
+            "`forward`; factors are then in single precision.",
+            stacklevel=4,
+        )
 
 
 def require(holds: Tensor | bool, message: Callable[[], str]) -> None:

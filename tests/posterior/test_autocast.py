@@ -1,5 +1,7 @@
 """Networks that run in mixed precision by themselves: the rest stays precise."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -55,14 +57,18 @@ def test_posteriors_are_those_of_the_network_but_for_rounding(
 
 
 @pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
-def test_fits_and_predictions_in_mixed_precision_keep_single_factors(
+def test_mixed_precision_around_a_fit_is_warned_of_and_factors_are_single(
     single, magnitudes
 ):
     model, X, y = single
     fitted = []
     for enabled in (True, False):
         la = debiased(model, magnitudes=magnitudes)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        warned = pytest.warns(UserWarning, match="autocast` is on around the fit")
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=enabled),
+            warned if enabled else nullcontext(),
+        ):
             la.fit(DataLoader(TensorDataset(X, y), 9))
             predictions = la(X)
         tensors = [t for own in la.H.eigenvectors + la.H.spectra() for t in own]
