@@ -82,6 +82,7 @@ QUICK = [
     ("coverage_of_intervals",),
     ("calibrated_predictions",),
     ("published_results",),
+    ("outputs_with_positions",),
 ]
 
 

@@ -22,12 +22,17 @@ from laplace_debiased.curvature.decomposition import decompose, eigenvectors
 from laplace_debiased.curvature.jacobians import rotated_jacobians
 from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.posterior import sources
+from laplace_debiased.posterior.memory import Scheme, fit_memory
 from laplace_debiased.predictive.calibration import calibration_of as calibration_of
 from laplace_debiased.predictive.links import (
     probit_probabilities as probit_probabilities,
 )
+from laplace_debiased.predictive.scores import auroc as auroc
+from laplace_debiased.predictive.scores import calibration_errors as calibration_errors
+from laplace_debiased.predictive.scores import nll as nll
 from laplace_debiased.predictive.uncertainty import entropies as entropies
 from laplace_debiased.predictive.uncertainty import entropy as entropy
+from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.linearization import linearize
 from laplace_debiased.rows.selection import find_layers, select
 from laplace_debiased.rows.thinning import num_taken
@@ -264,6 +269,22 @@ def _block_variances(
         return torch.einsum("nco,pno->pnc", squares, weights)
     squares = rotated_jacobians(gradients, inputs, vectors[0]).flatten(2) ** 2
     return (squares @ inverses.flatten(1).T).movedim(2, 0)
+
+
+def peak_of_fit(shapes: Sequence[tuple[int, int]], folds: int, is_shared: bool) -> int:
+    """Tell what a fit takes beside network, data and a pass over a batch.
+
+    Args:
+        shapes: Output and input features of the layers, which have no biases.
+        folds: Number of folds of cross-fit, from a pool, with ``kfac`` magnitudes.
+        is_shared: Whether several processes share the work.
+
+    Returns:
+        Bytes at most, in single precision.
+    """
+    layers = [Layer(str(k), k, None, *own) for k, own in enumerate(shapes)]
+    scheme = Scheme(4, folds, is_pooled=True, decomposes_singly=not is_shared)
+    return fit_memory(layers, scheme).peak
 
 
 @contextmanager

@@ -119,6 +119,10 @@ class BackendSource:
         )
         return factors, summary
 
+    def part(self, layers: Sequence[Layer], index: int) -> BackendSource:
+        """Not supported: `fit_memory` is refused with this backend."""
+        raise NotImplementedError
+
     def gradients(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
         """Not supported: curvature sampling is refused with this backend."""
         raise NotImplementedError

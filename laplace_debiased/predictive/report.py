@@ -145,7 +145,10 @@ class PredictionReport:
     def __str__(self) -> str:
         """Return the table, and how far to trust it."""
         lines = [f"{self.num_points} test points", "", self.table(), ""]
-        lines.append(self.calibration or "Probabilities are not calibrated.")
+        if self.calibration is not None:
+            lines.append(self.calibration)
+        elif self.risks is not None:
+            lines.append("Probabilities are not calibrated.")
         if self.curvature_error is not None:
             lines.append(
                 "Standard error of the curvature's scale, in the worst layer: "
@@ -210,11 +213,11 @@ class PredictionReport:
         together = torch.cat(list(logs.values()))
         edges = torch.linspace(together.min().item(), together.max().item() + 1e-6, 40)
         for label, values in logs.items():
-            ends = (10**edges).tolist()
             shares = torch.full_like(values, 1 / len(values)).numpy()
-            x = (10**values).numpy()
-            axis.hist(x, ends, weights=shares, alpha=0.6, label=label)
-        axis.set(xscale="log", xlabel="epistemic uncertainty", ylabel="share")
+            axis.hist(
+                values.numpy(), edges.tolist(), weights=shares, alpha=0.6, label=label
+            )
+        axis.set(xlabel=r"$\log_{10}$ of epistemic uncertainty", ylabel="share")
         axis.legend()
 
 

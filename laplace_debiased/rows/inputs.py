@@ -19,6 +19,8 @@ Batch = tuple[Inputs, Tensor]
 Require = Callable[[Tensor, Callable[[], str]], None]
 # devices whose results are there at once, so that a look at them costs nothing
 _AT_ONCE = ("cpu",)
+# of probabilities, which half precision rounds
+_SUM_TOLERANCE = 1e-2
 
 
 def on_device(X: Inputs, device: torch.device) -> Inputs:
@@ -278,7 +280,24 @@ def check_targets(
             f"{tuple(y.shape)} and {y.dtype}."
         )
     require(y.isfinite().all(), lambda: "Targets contain NaN or infinite entries.")
+    if is_cross_entropy:
+        _check_probabilities(y, require)
     return y
+
+
+def _check_probabilities(y: Tensor, require: Require) -> None:
+    """Refuse what cross-entropy takes, but is no distribution over classes."""
+    sums = y.double().sum(1)
+    require(
+        ~((y < 0).any(1) | ((sums - 1).abs() > _SUM_TOLERANCE)).any(),
+        lambda: (
+            "Targets that are probabilities must be at least zero and sum to one, "
+            f"got {y.min().item():g} at least, and sums of {sums.min().item():g} to "
+            f"{sums.max().item():g}. Labels that do not exclude each other, which "
+            "`BCEWithLogitsLoss` is for, have no posterior: "
+            "`DebiasedKFACLinearOperator` knows the curvature of that loss."
+        ),
+    )
 
 
 def _checked_classes(

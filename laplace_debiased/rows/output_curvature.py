@@ -93,6 +93,21 @@ class OutputCurvature:
         """Whether columns are drawn."""
         return self.fisher_type == MC or self.fisher_rank is not None
 
+    def num_columns(self, num_outputs: int) -> int:
+        """Number of columns to backpropagate, at most.
+
+        Args:
+            num_outputs: Number of network outputs.
+
+        Returns:
+            The number.
+        """
+        if self.fisher_type != TYPE_2:
+            return self.mc_samples
+        if self.fisher_rank is None:
+            return num_outputs
+        return min(num_outputs, self.fisher_rank + 1)
+
     def columns(self, output: Tensor, target: Tensor, generator: Generator) -> Tensor:
         """Compute the columns to backpropagate.
 

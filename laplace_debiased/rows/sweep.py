@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from random import Random
 from typing import Any, Protocol
 
 import torch
 from laplace.utils import select_rows
 from torch import Generator, Tensor, nn
+from torch.nn import MSELoss
 from tqdm import tqdm
 
 from laplace_debiased.rows.inputs import (
@@ -133,6 +133,23 @@ class SweepSummary:
         whole.check_counted()
         return whole
 
+    @classmethod
+    def of_layers(cls, parts: Sequence[SweepSummary]) -> SweepSummary:
+        """Put together what sweeps over the same data saw of some layers each.
+
+        Args:
+            parts: The summaries, in the order of the layers.
+
+        Returns:
+            That of all layers.
+        """
+        columns: dict[str, Any] = {
+            name: torch.cat([getattr(own, name) for own in parts], 1)
+            for name in _PER_LAYER
+            if getattr(parts[0], name) is not None
+        }
+        return replace(parts[0], **columns)
+
     def check_counted(self) -> None:
         """Refuse data of which none counts.
 
@@ -146,14 +163,8 @@ class SweepSummary:
             )
 
 
-_PER_EXAMPLE = (
-    "losses",
-    "traces",
-    "classes",
-    "contributions",
-    "squared_inputs",
-    "num_rows",
-)
+_PER_LAYER = ("contributions", "squared_inputs", "num_rows")
+_PER_EXAMPLE = ("losses", "traces", "classes", *_PER_LAYER)
 
 
 def sweep(
@@ -172,6 +183,7 @@ def sweep(
     progress_bar: bool = False,
     description: str = "Curvature",
     num_points: int | None = None,
+    among: Sequence[Layer] | None = None,
 ) -> SweepSummary:
     """Feed the rows of a data source to an accumulator.
 
@@ -197,6 +209,8 @@ def sweep(
         progress_bar: Whether to show a progress bar over the examples.
         description: The progress bar's label.
         num_points: The progress bar's total, if it is known.
+        among: All layers, of which those to record may be some: how batches are
+            divided, and so what is drawn, depends on all. None if they are all.
 
     Returns:
         A summary of the pass.
@@ -217,18 +231,18 @@ def sweep(
     with tqdm(
         desc=f"[{description}]", total=num_points, disable=not progress_bar
     ) as bar:
-        for X, y in _parts(data, layers if backward else []):
+        for X, y in _parts(data, (among or layers) if backward else []):
             X, y = on_device(X, parameter.device), moved(y, parameter.device)
             y = flat_targets(model, y)
             check_finite_inputs(X, totals.require)
             own = _weights_of_batch(weights, totals.num_data, len(y)).to(weight_dtype)
-            own = moved(own, parameter.device)
-            own = own * is_counted(output_curvature.loss_func, y)
+            own = moved(own, parameter.device) * is_counted(
+                output_curvature.loss_func, y
+            )
             accumulator.start_batch(own)
             own_seed = mixed_seed(seed, (start or 0) + totals.num_data)
             generator.manual_seed(own_seed)
-            random = Random(own_seed)
-            choices = None if positions is None else thinnings(positions, random)
+            choices = None if positions is None else thinnings(positions, own_seed)
             with (
                 torch.set_grad_enabled(backward),
                 record_rows(
@@ -290,6 +304,7 @@ class _Totals:
     device: torch.device
     num_data: int = 0
     num_outputs: int = 0
+    num_positions: int = 0
     are_probabilities: Tensor | bool = True
     losses: list[Tensor] = field(default_factory=list)
     traces: list[Tensor] = field(default_factory=list)
@@ -312,7 +327,13 @@ class _Totals:
         precise, target = at_least_single(output.detach()), at_least_single(y)
         losses = example_losses(output_curvature.loss_func, precise, target)
         loss_func = output_curvature.loss_func
-        classes = output.shape[1] // num_positions(y)
+        count = num_positions(y)
+        if isinstance(loss_func, MSELoss) and self.num_positions not in (0, count):
+            raise ValueError(
+                "The examples of a regression must have equally many positions, whose "
+                f"density is normalized as one, got {self.num_positions} and {count}."
+            )
+        classes, self.num_positions = output.shape[1] // count, count
         if self.num_outputs not in (0, classes):
             raise ValueError(
                 f"Targets of shape {list(y.shape)} are not those of outputs with "

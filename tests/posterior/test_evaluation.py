@@ -13,6 +13,9 @@ X, Y = batch("mlp", 80, seed=5)
 FOREIGN = 20 + X
 
 
+EPISTEMIC = r"$\log_{10}$ of epistemic uncertainty"
+
+
 def fitted(subset="all", likelihood="classification", **kwargs):
     la = debiased(network("mlp"), likelihood, subset, prior_precision=3.0, **kwargs)
     la.fit(loader(likelihood=likelihood))
@@ -77,7 +80,7 @@ def test_reports_say_what_they_are_of(tmp_path):
     figure = found.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 0
     labels = [axis.get_xlabel() for axis in figure.axes]
-    assert labels == ["confidence", "coverage", "epistemic uncertainty"]
+    assert labels == ["confidence", "coverage", EPISTEMIC]
     without = la.report(judged())
     assert without.posterior.foreign is None
     assert len(without.plot().axes) == 3
@@ -106,6 +109,7 @@ def test_scores_of_a_regression_are_those_by_hand(tmp_path):
     la = fitted(likelihood="regression", sigma_noise=0.7)
     X, y = batch("mlp", 80, "mse", seed=6)
     found = la.report([(X, y)], [FOREIGN])
+    assert "Probabilities" not in str(found)
     mean, variance = (part.detach() for part in la(X, diagonal_output=True))
     total = variance + 0.49
     z = ((y - mean) / total.sqrt()).abs()
@@ -119,4 +123,4 @@ def test_scores_of_a_regression_are_those_by_hand(tmp_path):
     assert scores.foreign_epistemic > 0.9
     assert found.network.width_95 == pytest.approx(2 * 1.959964 * 0.7)
     axes = found.plot(tmp_path / "report.png").axes
-    assert [axis.get_xlabel() for axis in axes] == ["level", "epistemic uncertainty"]
+    assert [axis.get_xlabel() for axis in axes] == ["level", EPISTEMIC]
