@@ -221,10 +221,11 @@ def sweep(
             or the network mixes examples.
     """
     parameter = next(model.parameters())
-    generator = Generator(device=parameter.device)
+    device, loss_func = parameter.device, output_curvature.loss_func
+    generator = Generator(device=device)
     if not backward:
         layers = [layer for layer in layers if layer.has_inputs]
-    totals = _Totals(parameter.dtype, parameter.device)
+    totals = _Totals(parameter.dtype, device)
     check_examples_are_separate = SeparationCheck()
     add_inputs = accumulator.add_inputs if accumulator.takes_inputs else None
     weight_dtype = torch.promote_types(parameter.dtype, _SINGLE)
@@ -232,13 +233,10 @@ def sweep(
         desc=f"[{description}]", total=num_points, disable=not progress_bar
     ) as bar:
         for X, y in _parts(data, (among or layers) if backward else []):
-            X, y = on_device(X, parameter.device), moved(y, parameter.device)
-            y = flat_targets(model, y)
-            check_finite_inputs(X, totals.require)
+            X, y = on_device(X, device), flat_targets(model, moved(y, device))
+            check_finite_inputs(X, totals.requirements.add)
             own = _weights_of_batch(weights, totals.num_data, len(y)).to(weight_dtype)
-            own = moved(own, parameter.device) * is_counted(
-                output_curvature.loss_func, y
-            )
+            own = moved(own, device) * is_counted(loss_func, y)
             accumulator.start_batch(own)
             own_seed = mixed_seed(seed, (start or 0) + totals.num_data)
             generator.manual_seed(own_seed)
@@ -250,7 +248,7 @@ def sweep(
                 ) as tape,
             ):
                 output = run(model, X)
-            y = check_targets(output, y, output_curvature.loss_func, totals.require)
+            y = check_targets(output, y, loss_func, totals.requirements.add)
             if layers and backward:
                 check_examples_are_separate(tape, output)
                 columns = output_curvature.columns(output, y, generator)
@@ -313,8 +311,7 @@ class _Totals:
     def __post_init__(self) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.total_weight = torch.zeros_like(self.loss)
-        self._requirements = Requirements()
-        self.require = self._requirements.add
+        self.requirements = Requirements()
 
     def add(
         self,
@@ -351,7 +348,7 @@ class _Totals:
         """Check that there were as many points as weights, and sum up."""
         if self.num_data == 0:
             raise ValueError("The data source is empty: there is nothing to fit.")
-        self._requirements.check()
+        self.requirements.check()
         if weights is not None and len(weights) != self.num_data:
             raise ValueError(
                 f"Got {len(weights)} weights for {self.num_data} examples: one each is "
