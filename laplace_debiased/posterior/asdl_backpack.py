@@ -79,7 +79,8 @@ class BackendSource:
         params = cast("list[nn.Parameter]", list(self.params))
         total = Kron.init_from_model(params, first.device, first.dtype)
         loss = torch.zeros((), device=first.device, dtype=first.dtype)
-        num_outputs, num_seen, probabilities = 0, 0, True
+        num_outputs, num_seen = 0, 0
+        probabilities: Tensor | bool = True
         batches = checked_batches(self.model, fold.loader, self.backend)
         with tqdm(
             desc="[Computing Hessian]",
@@ -114,7 +115,7 @@ class BackendSource:
             fold.weights.sum().item(),
             weight * loss,
             num_outputs,
-            probabilities,
+            bool(probabilities),
         )
         return factors, summary
 

@@ -68,6 +68,7 @@ from laplace_debiased.rows.inputs import (
     check_finite_predictions,
     num_examples,
     on_device,
+    warn_of_autocast,
 )
 from laplace_debiased.rows.model_state import evaluating, unchanged_on_failure
 from laplace_debiased.rows.positions import set_class_axis
@@ -514,6 +515,7 @@ class KronDebiasedLaplace(KronLaplace):
                     f"`override` must be a bool, got {type(override).__name__}: pass "
                     "`magnitude_loader` by its name."
                 )
+            warn_of_autocast(self._device)
             self._calibration = None
             folds = fitting.assign(
                 self, train_loader, magnitude_loader, seen, group=group
@@ -607,6 +609,7 @@ class KronDebiasedLaplace(KronLaplace):
             if magnitude_batch is not None:
                 name = "magnitude_batch"
                 magnitude_loader = loader_of_batch(magnitude_batch, name, key, group)
+            warn_of_autocast(self._device)
             self._calibration = None
             folds = fitting.assign(self, loader, magnitude_loader, seen, True, group)
             fitting.update(self, folds, seen, decay, num_data, group=group)

@@ -33,6 +33,7 @@ from laplace_debiased.rows.inputs import (
     Inputs,
     check_finite_inputs,
     check_targets,
+    moved,
     on_device,
 )
 from laplace_debiased.rows.left_out import refusal
@@ -172,9 +173,10 @@ def directional_derivatives(
         raise ValueError("`mode='reverse'` needs `curvature='ggn'`, got 'hessian'.")
 
     measure: Measure | None = None
-    slopes, curvatures, num_outputs, num_counted, probabilities = [], [], 0, 0, True
+    slopes, curvatures, num_outputs, num_counted = [], [], 0, 0
+    probabilities: Tensor | bool = True
     for X, y in tqdm(data, "[Directional derivatives]", disable=not progress_bar):
-        X, y = on_device(X, directions.device), y.to(directions.device)
+        X, y = on_device(X, directions.device), moved(y, directions.device)
         check_finite_inputs(X)
         with torch.no_grad():
             output = run(model_func, X)

@@ -246,7 +246,7 @@ ENDS_IN_SOFTMAX = (
 )
 
 
-def are_probabilities(loss_func: Loss, output: Tensor) -> bool:
+def are_probabilities(loss_func: Loss, output: Tensor) -> Tensor:
     """Tell if what should be cross-entropy's logits are probabilities.
 
     Args:
@@ -254,13 +254,14 @@ def are_probabilities(loss_func: Loss, output: Tensor) -> bool:
         output: Network output ``[batch, outputs]``.
 
     Returns:
-        Whether all rows are at least zero and sum to one, up to rounding.
+        Whether all rows are at least zero and sum to one, up to rounding, as a tensor
+        with one truth value on the output's device.
     """
     if not isinstance(loss_func, CrossEntropyLoss):
-        return False
+        return output.new_zeros((), dtype=torch.bool)
     error = 4 * output.shape[1] * torch.finfo(output.dtype).eps
     sums = output.detach().double().sum(1)
-    return bool((output >= 0).all() and ((sums - 1).abs() <= error).all())
+    return (output >= 0).all() & ((sums - 1).abs() <= error).all()
 
 
 def example_losses(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:

@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from laplace_debiased.rows.inputs import (
     Batch,
+    Requirements,
     at_least_single,
     check_finite_inputs,
     check_targets,
+    moved,
     on_device,
 )
 from laplace_debiased.rows.layers import Layer
@@ -219,10 +221,11 @@ def sweep(
             or the network mixes examples.
     """
     parameter = next(model.parameters())
-    generator = Generator(device=parameter.device)
+    device, loss_func = parameter.device, output_curvature.loss_func
+    generator = Generator(device=device)
     if not backward:
         layers = [layer for layer in layers if layer.has_inputs]
-    totals = _Totals(parameter.dtype, parameter.device)
+    totals = _Totals(parameter.dtype, device)
     check_examples_are_separate = SeparationCheck()
     add_inputs = accumulator.add_inputs if accumulator.takes_inputs else None
     weight_dtype = torch.promote_types(parameter.dtype, _SINGLE)
@@ -230,12 +233,10 @@ def sweep(
         desc=f"[{description}]", total=num_points, disable=not progress_bar
     ) as bar:
         for X, y in _parts(data, (among or layers) if backward else []):
-            X, y = on_device(X, parameter.device), y.to(parameter.device)
-            y = flat_targets(model, y)
-            check_finite_inputs(X)
-            own = _weights_of_batch(weights, totals.num_data, len(y))
-            own = own.to(parameter.device, weight_dtype)
-            own = own * is_counted(output_curvature.loss_func, y)
+            X, y = on_device(X, device), flat_targets(model, moved(y, device))
+            check_finite_inputs(X, totals.requirements.add)
+            own = _weights_of_batch(weights, totals.num_data, len(y)).to(weight_dtype)
+            own = moved(own, device) * is_counted(loss_func, y)
             accumulator.start_batch(own)
             own_seed = mixed_seed(seed, (start or 0) + totals.num_data)
             generator.manual_seed(own_seed)
@@ -247,7 +248,7 @@ def sweep(
                 ) as tape,
             ):
                 output = run(model, X)
-            y = check_targets(output, y, output_curvature.loss_func)
+            y = check_targets(output, y, loss_func, totals.requirements.add)
             if layers and backward:
                 check_examples_are_separate(tape, output)
                 columns = output_curvature.columns(output, y, generator)
@@ -302,14 +303,15 @@ class _Totals:
     num_data: int = 0
     num_outputs: int = 0
     num_positions: int = 0
-    total_weight: float = 0.0
-    are_probabilities: bool = True
+    are_probabilities: Tensor | bool = True
     losses: list[Tensor] = field(default_factory=list)
     traces: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.total_weight = torch.zeros_like(self.loss)
+        self.requirements = Requirements()
 
     def add(
         self,
@@ -339,13 +341,14 @@ class _Totals:
         self.traces.append(output_curvature.traces(precise, target))
         self.targets.append(y)
         self.loss = self.loss + (weights * losses).sum()
-        self.total_weight += weights.sum().item()
+        self.total_weight = self.total_weight + weights.sum()
         self.num_data, self.num_outputs = self.num_data + len(y), classes
 
     def summary(self, weights: Tensor | None) -> SweepSummary:
         """Check that there were as many points as weights, and sum up."""
         if self.num_data == 0:
             raise ValueError("The data source is empty: there is nothing to fit.")
+        self.requirements.check()
         if weights is not None and len(weights) != self.num_data:
             raise ValueError(
                 f"Got {len(weights)} weights for {self.num_data} examples: one each is "
@@ -359,10 +362,10 @@ class _Totals:
         are_classes = not last.is_floating_point() and last.ndim == 1
         return SweepSummary(
             self.num_data,
-            self.total_weight,
+            self.total_weight.item(),
             self.loss.to(torch.promote_types(self.dtype, _SINGLE)),
             self.num_outputs,
-            self.are_probabilities,
+            bool(self.are_probabilities),
             torch.cat(self.losses),
             torch.cat(self.traces),
             torch.cat(self.targets) if are_classes else None,
