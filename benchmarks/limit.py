@@ -11,9 +11,7 @@ one thread, as processor time; the fastest of the repeats counts.
 from __future__ import annotations
 
 import argparse
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -22,56 +20,16 @@ from shared.closeness import DATASET, MAGNITUDES
 from shared.command_line import parse, study_parser
 from shared.fits import fit
 from shared.internals import pool_positions
+from shared.passes import backward, fastest, forward
 from shared.predictions import nlls
 from shared.problems import Problem
 from shared.reports import write_report
-from torch import Tensor
 
 STUDY = Path(__file__).stem
 NETWORKS = ("MLP", "all-convolutional", "ResNet", "ViT-Little")
 ABLATED = ("all-convolutional", "ResNet")
-POOL_FACTOR, BATCH_SIZE = 32, 256
+POOL_FACTOR = 32
 IMAGES, PRIORS = (128, 1), (1.0, 10.0, 100.0)
-
-
-def seconds(function: Callable[[], object]) -> float:
-    """Return the processor time that a call takes."""
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
-def fastest(repeats: int, **functions: Callable[[], object]) -> dict[str, float]:
-    """Time functions in turns, after a first call of each.
-
-    Args:
-        repeats: Number of calls of each.
-        **functions: The functions.
-
-    Returns:
-        The shortest time of each.
-    """
-    for function in functions.values():
-        function()
-    times = [
-        {name: seconds(function) for name, function in functions.items()}
-        for _ in range(repeats)
-    ]
-    return {name: min(own[name] for own in times) for name in functions}
-
-
-@torch.no_grad()
-def forward(problem: Problem, images: Tensor) -> None:
-    """Make forward passes."""
-    for part in images.split(BATCH_SIZE):
-        problem.model(part)
-
-
-def backward(problem: Problem, images: Tensor) -> None:
-    """Make a forward pass, and a backward pass for each class."""
-    output = problem.model(images)
-    for column in output.sum(0):
-        torch.autograd.grad(column, problem.params(), retain_graph=True)
 
 
 def measure(name: str, settings: argparse.Namespace) -> dict:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from shared.command_line import add_out
-from shared.internals import stages_of_fits
+from shared.internals import peak_of_fit, stages_of_fits
 from shared.networks import all_convolutional, mlp
 from shared.reports import write_report
 from torch import distributed, multiprocessing, nn
@@ -186,6 +186,36 @@ LARGE = {
 }
 
 
+def exchanged(
+    shapes: list[tuple[int, int]], budget: int, pool: int, folds: int, itemsize: int = 4
+) -> dict[str, int]:
+    """Count the bytes of what processes exchange in a fit with ``kfac`` magnitudes.
+
+    Args:
+        shapes: Output and input features of the layers.
+        budget: Number of points with backward passes.
+        pool: Number of points that they are drawn from.
+        folds: Number of folds of cross-fit.
+        itemsize: Bytes of a parameter's entry.
+
+    Returns:
+        Bytes of sums, in double precision, that each process has of its points; of
+        eigenvectors and eigenvalues; of what is known of each point of all processes,
+        which are a number for each layer and factor, losses, traces and classes.
+    """
+    layers = len(shapes)
+    outer, inner = (sum(own[k] ** 2 for own in shapes) for k in (0, 1))
+    # eigenvalues, too; those of inputs are decomposed once
+    of_outer, of_inner = (sum(own[k] ** 2 + own[k] for own in shapes) for k in (0, 1))
+    per_point = 2 * itemsize + 8
+    return {
+        "sums": 8 * folds * (outer + inner + layers),
+        "eigenvectors": itemsize * ((folds + 1) * of_outer + of_inner),
+        "points": pool * (per_point + 2 * itemsize * layers)
+        + budget * (per_point + itemsize * layers),
+    }
+
+
 def cost(network: Network, size: int, budget: int = 4096, folds: int = 2) -> dict:
     """Tell what a fit takes of each process.
 
@@ -196,23 +226,22 @@ def cost(network: Network, size: int, budget: int = 4096, folds: int = 2) -> dic
         folds: Number of folds of cross-fit.
 
     Returns:
-        Operations of passes and decompositions, bytes sent and held.
+        Operations of passes and decompositions, bytes received and held.
     """
-    outer = sum(d_out**2 for d_out, _ in network.shapes)
-    inner = sum(d_in**2 for _, d_in in network.shapes)
     # forward passes of pool and budget; a backward pass is two forward passes
     passes = (32 * budget + budget * (1 + 2 * network.columns)) * network.operations
     cubes = [d_in**3 for _, d_in in network.shapes]
     cubes += (folds + 1) * [d_out**3 for d_out, _ in network.shapes]
-    share = 2 * (size - 1) / size  # of an all-reduce in a ring
-    reduced = 8 * folds * (outer + inner) * share
-    broadcast = 4 * ((folds + 1) * outer + inner) * (size > 1)
+    sent = exchanged(network.shapes, budget, 32 * budget, folds)
+    others = (size - 1) / size
+    # an all-reduce in a ring passes each part on twice
+    received = others * (2 * sent["sums"] + sent["eigenvectors"] + sent["points"])
+    held = peak_of_fit(network.shapes, folds, size > 1)
     return {
         "passes": passes / size,
         "decompositions": 9 * max(sum(cubes) / size, max(cubes)),
-        "sent": reduced + broadcast,
-        # float32 of folds, average and eigenvectors; float64 of the fold that is summed
-        "held": 4 * network.parameters + (4 * folds + 4 + 4 + 8) * (outer + inner),
+        "sent": received,
+        "held": 4 * network.parameters + held,
     }
 
 
@@ -236,7 +265,7 @@ def cost_table(results: dict) -> str:
 def main() -> None:
     """Run the benchmark and write its results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--points", type=int, default=128)
+    parser.add_argument("--points", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     add_out(parser, STUDY)
     arguments = parser.parse_args()

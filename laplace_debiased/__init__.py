@@ -13,6 +13,7 @@ The folders are in reading order; none imports one below it::
     predictive/  posterior -> moments and samples of outputs
     quadratics/  bias, eigenspaces, slopes and curvatures, conjugate gradients
     posterior/   folds -> posterior, with laplace-torch's interface
+    integrations/  callbacks that fit when a trainer is done
     comparison/  what `python -m laplace_debiased` runs
 
 ``la.fit(train_loader)`` calls, in this order::
@@ -24,6 +25,7 @@ The folders are in reading order; none imports one below it::
     sampling/processes           those of all processes, if there are several
     rows/selection           which parameters are in which layers
     rows/tracing                 by running the network on few examples
+    posterior/memory         how many layers a memory limit has room for at a time
     posterior/measuring      pool -> draw -> factors -> directions and magnitudes
     posterior/resuming           but for what a checkpoint has
     posterior/sources            of the folds, by curvlinops' conventions
@@ -42,7 +44,8 @@ and ``la(x)`` calls::
     posterior/laplace        probit, samples or moments
     posterior/predicting     exact moments, or samples where outputs are many
     predictive/moments       covariance of the outputs
-    predictive/blocks            block by block
+    predictive/blocks            block by block, some outputs after the others
+    curvature/jacobians              rows -> Jacobians in the eigenbasis
     rows/linearization           rows of the Jacobian
     rows/recorder                    recorded as in a fit
 """

@@ -78,9 +78,14 @@ QUICK = [
     ("fit_time_against_full_data",),
     ("full_size_network_cost",),
     ("limit",),
+    ("device_cost",),
+    ("shrinkage_against_cross_fit",),
     ("coverage_of_intervals",),
     ("calibrated_predictions",),
     ("published_results",),
+    ("calibration_by_few_images",),
+    ("priors_and_intervals",),
+    ("outputs_with_positions",),
     ("pretrained_text",),
     ("pretrained_images",),
 ]
@@ -465,6 +470,36 @@ def test_eigendecompositions_alone_are_timed(benchmarks):
         seconds = timer.seconds
         matrix @ matrix
     assert timer.seconds == seconds > 0
+
+
+@pytest.mark.parametrize(("size", "num_rows"), [(100, 400), (300, 100), (60, 55)])
+def test_shrinkage_comes_close_to_the_variances_along_eigenvectors(
+    benchmarks, size, num_rows
+):
+    import torch
+    from shared.shrinkage import shrunken
+
+    generator = torch.Generator().manual_seed(0)
+    population = torch.linspace(1, 10, size, dtype=torch.float64)
+    rows = torch.randn(num_rows, size, generator=generator, dtype=torch.float64)
+    rows = rows * population.sqrt()
+    own, vectors = torch.linalg.eigh(rows.T @ rows / num_rows)
+    actual = (vectors**2 * population[:, None]).sum(0)
+    found = shrunken(own, num_rows)
+    assert (found - actual).norm() < 0.35 * (own - actual).norm()
+    # of the same rows in a larger space, and of other units
+    padded = torch.cat([torch.zeros(7, dtype=torch.float64), own])
+    if size <= num_rows:
+        assert torch.equal(shrunken(padded, num_rows), torch.cat([padded[:7], found]))
+    torch.testing.assert_close(shrunken(9 * own, num_rows), 9 * found)
+
+
+def test_shrinkage_of_too_few_rows_is_refused(benchmarks):
+    import torch
+    from shared.shrinkage import shrunken
+
+    with pytest.raises(ValueError, match="takes 12 rows, got 11"):
+        shrunken(torch.cat([torch.zeros(9), torch.rand(11)]), 11)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 
 from laplace_debiased import EigenbasisMatrix, KronDebiasedLaplace
 from laplace_debiased.curvature.debias import average, project
-from laplace_debiased.curvature.decomposition import eigenvectors
+from laplace_debiased.curvature.decomposition import decompose, eigenvectors
 from laplace_debiased.curvature.jacobians import rotated_jacobians
 from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.posterior import sources
+from laplace_debiased.posterior.memory import Scheme, fit_memory
 from laplace_debiased.predictive.calibration import calibration_of as calibration_of
 from laplace_debiased.predictive.links import (
     probit_probabilities as probit_probabilities,
@@ -29,10 +30,15 @@ from laplace_debiased.predictive.links import (
 from laplace_debiased.predictive.report import (
     classification_scores as classification_scores,
 )
+from laplace_debiased.predictive.scores import auroc as auroc
+from laplace_debiased.predictive.scores import calibration_errors as calibration_errors
+from laplace_debiased.predictive.scores import nll as nll
 from laplace_debiased.predictive.uncertainty import entropies as entropies
 from laplace_debiased.predictive.uncertainty import entropy as entropy
+from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.linearization import linearize
 from laplace_debiased.rows.selection import find_layers, select
+from laplace_debiased.rows.thinning import num_taken
 
 # the Kronecker factors of each parameter, a bias has G alone
 Factors = list[Kronecker]
@@ -91,6 +97,52 @@ def replace_magnitudes(laplace: KronDebiasedLaplace, factors: Factors) -> None:
     """
     directions = [Kronecker(*own) for own in laplace.H.eigenvectors]
     laplace.H = _matrix(directions, project(factors, directions))
+
+
+def shrink_magnitudes(
+    laplace: KronDebiasedLaplace,
+    shrink: Callable[[Tensor, int], Tensor],
+    num_points: int,
+    num_pool: int | None = None,
+    positions: bool = False,
+    keep_trace: bool = False,
+) -> None:
+    """Let all points of a fit give directions, and shrink the factors' eigenvalues.
+
+    Args:
+        laplace: The fit, with ``kfac`` magnitudes, changed in place.
+        shrink: From ascending eigenvalues of a factor, and the number of its rows, to
+            magnitudes.
+        num_points: Number of points with backward passes.
+        num_pool: Number of those that gave input covariances, by some positions of
+            each; None if they are the same points.
+        positions: Whether each position is a row, and with gradients each class; else a
+            point is one.
+        keep_trace: Whether magnitudes are scaled to the sum of the eigenvalues.
+    """
+
+    def shrunken(values: Tensor, num_rows: int) -> Tensor:
+        new = shrink(values, num_rows).to(values)
+        return new * (values.sum() / new.sum()) if keep_trace else new
+
+    curvature, classes = laplace.curvature, laplace.n_outputs
+    factors = average(curvature.folds, curvature.shares)
+    directions, found = decompose(factors)
+    magnitudes = []
+    for layer, own in zip(curvature.layers, found, strict=True):
+        of_inputs = of_gradients = 1
+        if positions:
+            of_gradients = layer.num_positions * classes
+            of_inputs = layer.num_positions
+            if num_pool is not None and layer.has_inputs:
+                of_inputs = num_taken(layer, sources.POOL_POSITIONS)
+        rows = Kronecker(
+            num_points * of_gradients, (num_pool or num_points) * of_inputs
+        )
+        magnitudes.append(own.map(shrunken, rows))
+    laplace.H = _matrix(
+        _by_parameter(laplace, directions), _by_parameter(laplace, magnitudes)
+    )
 
 
 def average_repeated_splits(laplace: KronDebiasedLaplace) -> None:
@@ -220,6 +272,22 @@ def _block_variances(
         return torch.einsum("nco,pno->pnc", squares, weights)
     squares = rotated_jacobians(gradients, inputs, vectors[0]).flatten(2) ** 2
     return (squares @ inverses.flatten(1).T).movedim(2, 0)
+
+
+def peak_of_fit(shapes: Sequence[tuple[int, int]], folds: int, is_shared: bool) -> int:
+    """Tell what a fit takes beside network, data and a pass over a batch.
+
+    Args:
+        shapes: Output and input features of the layers, which have no biases.
+        folds: Number of folds of cross-fit, from a pool, with ``kfac`` magnitudes.
+        is_shared: Whether several processes share the work.
+
+    Returns:
+        Bytes at most, in single precision.
+    """
+    layers = [Layer(str(k), k, None, *own) for k, own in enumerate(shapes)]
+    scheme = Scheme(4, folds, is_pooled=True, decomposes_singly=not is_shared)
+    return fit_memory(layers, scheme).peak
 
 
 @contextmanager

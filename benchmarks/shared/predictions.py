@@ -13,7 +13,7 @@ import torch
 from laplace import KronLaplace
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from torch.nn.functional import nll_loss
+from torch.nn.functional import cross_entropy, nll_loss
 
 from laplace_debiased import EigenbasisMatrix
 from shared.internals import output_variances
@@ -70,6 +70,23 @@ def nlls(
         [nll_loss(p.log(), problem.labels).item() for p in of_one]
         for of_one in predictions
     ]
+
+
+def scaled_temperature(outputs: Tensor, y: Tensor) -> float:
+    """Choose the temperature of temperature scaling (Guo et al., 2017), without prior.
+
+    Args:
+        outputs: The network's outputs ``[points, classes]``.
+        y: Classes ``[points]``.
+
+    Returns:
+        The temperature.
+    """
+
+    def objective(log_temperature: float) -> float:
+        return cross_entropy(outputs / exp(log_temperature), y).item()
+
+    return exp(minimize_scalar(objective, bounds=(-2.5, 2.5), method="bounded").x)
 
 
 def chosen_prior(la: KronLaplace) -> float:

@@ -51,7 +51,7 @@ def score(probabilities: Tensor, labels: Tensor) -> Scores:
     return Scores(
         accuracy=float(accuracy_score(y, p.argmax(1))),
         nll=float(log_loss(y, p, labels=classes)),
-        brier=float(brier_score_loss(y, p, labels=classes)),
+        brier=float(brier_score_loss(y, p, labels=classes, scale_by_half=False)),
         ece=float(ECE(_ECE_BINS).measure(p, y)),
     )
 

@@ -94,19 +94,23 @@ def cross_fit(
         Directions of all folds, and the averaged magnitudes.
     """
     directions, own = decomposition(average(folds, shares))
-    measured = []
-    for k, measure in enumerate(measures):
-        others = held_out(folds, shares, k)
-        if pooled_inputs:
-            gradients = decomposition([Kronecker(own.gradients) for own in others])
-            pairs = zip(gradients, (directions, own), strict=True)
-            vectors, values = (joined(*pair) for pair in pairs)
-        else:
-            vectors, values = decomposition(others)
-        found = measure(vectors, values)
-        measured.append(with_common_magnitudes(found, values, vectors))
-    magnitudes = with_common_magnitudes(average(measured, shares), own, directions)
-    return Debiased(directions, magnitudes, own)
+
+    def along_others(index: int) -> tuple[Directions, list[Kronecker]]:
+        others = held_out(folds, shares, index)
+        if not pooled_inputs:
+            return decomposition(others)
+        gradients = decomposition([Kronecker(own.gradients) for own in others])
+        vectors, values = zip(gradients, (directions, own), strict=True)
+        return joined(*vectors), joined(*values)
+
+    def measured(index: int) -> list[Magnitudes]:
+        vectors, values = along_others(index)
+        found = measures[index](vectors, values)
+        return with_common_magnitudes(found, values, vectors)
+
+    # bases are large: each is gone before the next one is computed
+    averaged = average([measured(index) for index in range(len(folds))], shares)
+    return Debiased(directions, with_common_magnitudes(averaged, own, directions), own)
 
 
 def held_out(folds: Sequence[Factors], shares: Sequence[float], index: int) -> Factors:
@@ -249,8 +253,10 @@ def scale_gradients(factors: Sequence[Kronecker], factor: float) -> list[Kroneck
         factor: The factor.
 
     Returns:
-        The scaled factors.
+        The scaled factors; the same ones if there is nothing to scale.
     """
+    if factor == 1:
+        return list(factors)
     return [
         Kronecker(None if own.gradients is None else factor * own.gradients, own.inputs)
         for own in factors

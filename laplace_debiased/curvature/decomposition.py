@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 import torch
@@ -66,7 +66,7 @@ def _eigh(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
 
 
 def symmetric_eighs(
-    matrices: Sequence[Tensor], tolerance: float = 0.0
+    matrices: Iterable[Tensor], tolerance: float = 0.0
 ) -> list[tuple[Tensor, Tensor]]:
     """Decompose symmetric matrices one by one, as :func:`symmetric_eigh` does."""
     return [symmetric_eigh(matrix, tolerance) for matrix in matrices]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.rows.inputs import Batch, check_targets, on_device
+from laplace_debiased.rows.inputs import Batch, check_targets, moved, on_device
 from laplace_debiased.rows.output_curvature import (
     Loss,
     example_losses,
@@ -39,7 +39,7 @@ def gradient_and_loss(
     total = torch.zeros((), dtype=params[0].dtype, device=device)
     gradients, count, num_outputs = [torch.zeros_like(value) for value in own], 0, 1
     for X, y in data:
-        X, y = on_device(X, device), y.to(device)
+        X, y = on_device(X, device), moved(y, device)
         with torch.enable_grad(), Substitution(values):
             output = run(model, X)
             y = check_targets(output, y, loss_func)

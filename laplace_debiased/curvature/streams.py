@@ -7,10 +7,11 @@ and the curvatures measured along it. Everything is scaled to all data already.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -34,6 +35,8 @@ from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, by_parameter
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.rows.layers import Layer
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True, eq=False)
 class KFACCurvature:
@@ -56,6 +59,16 @@ class KFACCurvature:
     shares: Sequence[float] = (0.5, 0.5)
     cross_fit: bool = False
     pooled_inputs: bool = False
+
+    @classmethod
+    def of_layers(cls, parts: Sequence[KFACCurvature]) -> KFACCurvature:
+        """Put together what was measured of some layers each, in their order."""
+        folds = zip(*(own.folds for own in parts), strict=True)
+        return replace(
+            parts[0],
+            layers=_joined([own.layers for own in parts]),
+            folds=[_joined(fold) for fold in folds],
+        )
 
     def merge(self, other: KFACCurvature, share: float) -> KFACCurvature:
         """Add further data: gradient covariances add up, input covariances average.
@@ -102,28 +115,48 @@ class KFACCurvature:
         folds = [scale_gradients(fold, factor) for fold in self.folds]
         return replace(self, folds=folds)
 
-    def debiased(self, decomposition: Decompose = decompose) -> Debiased[Kronecker]:
-        """Measure the magnitudes along the directions."""
+    def debiased(
+        self,
+        decomposition: Decompose = decompose,
+        at_a_time: Sequence[int] | None = None,
+    ) -> Debiased[Kronecker]:
+        """Measure the magnitudes along the directions, as :meth:`decompose` does."""
+        sizes = [len(self.layers)] if at_a_time is None else at_a_time
+        ends = list(accumulate(sizes))
+        found = [
+            self._debiased(end - size, end, decomposition)
+            for size, end in zip(sizes, ends, strict=True)
+        ]
+        return Debiased(*map(_joined, zip(*found, strict=True)))
+
+    def _debiased(
+        self, start: int, end: int, decomposition: Decompose
+    ) -> Debiased[Kronecker]:
+        """Do so for the layers from one to another."""
+        folds = [fold[start:end] for fold in self.folds]
         if self.cross_fit:
-            return kfac_cross_fit(
-                self.folds, self.shares, self.pooled_inputs, decomposition
-            )
-        directions, magnitudes = self.folds
+            return kfac_cross_fit(folds, self.shares, self.pooled_inputs, decomposition)
+        directions, magnitudes = folds
         return two_batch(directions, partial(project, magnitudes), decomposition)
 
     def decompose(
-        self, damping: bool = False, decomposition: Decompose = decompose
+        self,
+        damping: bool = False,
+        decomposition: Decompose = decompose,
+        at_a_time: Sequence[int] | None = None,
     ) -> EigenbasisMatrix:
         """Measure the magnitudes along the directions.
 
         Args:
             damping: Whether a prior precision is spread over the factors.
             decomposition: Decomposes factors.
+            at_a_time: How many of the layers are decomposed at a time, one number after
+                the other; None for all.
 
         Returns:
             The curvature in its eigenbasis.
         """
-        debiased = self.debiased(decomposition)
+        debiased = self.debiased(decomposition, at_a_time)
         return by_parameter(
             self.layers, debiased.directions, debiased.magnitudes, damping
         )
@@ -166,6 +199,16 @@ class GGNCurvature:
     directions: Sequence[Kronecker]
     spectra: Sequence[Spectrum]
     factor_eigenvalues: Sequence[Kronecker]
+
+    @classmethod
+    def of_layers(cls, parts: Sequence[GGNCurvature]) -> GGNCurvature:
+        """Put together what was measured of some layers each, in their order."""
+        return cls(
+            _joined([own.layers for own in parts]),
+            _joined([own.directions for own in parts]),
+            _joined([own.spectra for own in parts]),
+            _joined([own.factor_eigenvalues for own in parts]),
+        )
 
     def factors(self) -> Factors:
         """Compute the Kronecker factors that gave the directions."""
@@ -235,13 +278,17 @@ class GGNCurvature:
         )
 
     def decompose(
-        self, damping: bool = False, decomposition: Decompose = decompose
+        self,
+        damping: bool = False,
+        decomposition: Decompose = decompose,
+        at_a_time: Sequence[int] | None = None,
     ) -> EigenbasisMatrix:
         """Return the curvature in its eigenbasis.
 
         Args:
             damping: Must be false, since the eigenvalues do not factor.
             decomposition: Not needed, since it was done for the measurement.
+            at_a_time: Not needed, likewise.
 
         Returns:
             The curvature in its eigenbasis.
@@ -279,6 +326,10 @@ CURVATURE_TYPES: dict[str, type[KFACCurvature] | type[GGNCurvature]] = {
     "kfac": KFACCurvature,
     "ggn": GGNCurvature,
 }
+
+
+def _joined(parts: Iterable[Sequence[Item]]) -> list[Item]:
+    return [item for part in parts for item in part]
 
 
 def _along(values: Spectrum, overlaps: Kronecker) -> Spectrum:

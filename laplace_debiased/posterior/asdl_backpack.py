@@ -79,7 +79,8 @@ class BackendSource:
         params = cast("list[nn.Parameter]", list(self.params))
         total = Kron.init_from_model(params, first.device, first.dtype)
         loss = torch.zeros((), device=first.device, dtype=first.dtype)
-        num_outputs, num_seen, probabilities = 0, 0, True
+        num_outputs, num_seen = 0, 0
+        probabilities: Tensor | bool = True
         batches = checked_batches(self.model, fold.loader, self.backend)
         with tqdm(
             desc="[Computing Hessian]",
@@ -114,9 +115,13 @@ class BackendSource:
             fold.weights.sum().item(),
             weight * loss,
             num_outputs,
-            probabilities,
+            bool(probabilities),
         )
         return factors, summary
+
+    def part(self, layers: Sequence[Layer], index: int) -> BackendSource:
+        """Not supported: `fit_memory` is refused with this backend."""
+        raise NotImplementedError
 
     def gradients(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
         """Not supported: curvature sampling is refused with this backend."""

@@ -47,6 +47,11 @@ class Conformal(ABC):
             raise ValueError(
                 f"This is for {self.likelihood.value}, not {str(la.likelihood)!r}."
             )
+        if la.class_axis is not None:
+            raise ValueError(
+                "The positions of an example are not exchangeable: conformal sets and "
+                "intervals are for outputs [batch, outputs], without `class_axis`."
+            )
         self._la = la
         self._state = self._current()
         self.coverage = coverage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,7 @@ from laplace_debiased.curvature.streams import GGNCurvature
 from laplace_debiased.posterior.asdl_backpack import BackendSource, check_installed
 from laplace_debiased.posterior.identity import check_same_fit, identity
 from laplace_debiased.posterior.measuring import Earlier, Estimate, measure
+from laplace_debiased.posterior.memory import check_limit, of_fit
 from laplace_debiased.posterior.resuming import ResumedSource
 from laplace_debiased.posterior.sources import (
     RowSource,
@@ -95,6 +97,7 @@ def check_backend(la: KronDebiasedLaplace) -> None:
     la.settings.check_backend(backend, is_stochastic(la._backend_kwargs))
     if not is_curvlinops(backend):
         check_installed(backend)
+    check_limit(la)
 
 
 def assign(
@@ -327,26 +330,22 @@ def update(
         earlier = la._estimate.scaled(remembered / la.n_data, decay)
         if isinstance(earlier.curvature, GGNCurvature):
             directions = Earlier(earlier.curvature.factors(), share)
-    # rows are not in a checkpoint: they are computed again
-    keeps = la.settings.measures_again(folds) and checkpoint is None
-    own = source(la, progress_bar, la.memory_limit if keeps else 0, group)
+    written = checkpoint is not None
+    memory = of_fit(la, folds, earlier is not None, written, group)
+    own = source(la, progress_bar, memory.room, group)
+    progress = seen, decay, num_data, memory.at_a_time
     if group.size > 1:
-        check_same_fit(la, folds, (seen, decay, num_data), group)
+        check_same_fit(la, folds, progress, group)
     if checkpoint is not None:
-        fit = identity(la, folds, (seen, decay, num_data))
-        own = ResumedSource(own, checkpoint, fit, group)
+        own = ResumedSource(own, checkpoint, identity(la, folds, progress), group)
+    seed = seen.seed(la.settings.seed)
     with measuring(la.model):
-        estimate = measure(
-            own,
-            folds,
-            la.settings,
-            seen.seed(la.settings.seed),
-            directions,
-        )
+        estimate = measure(own, folds, la.settings, seed, directions, memory.at_a_time)
     if earlier is not None:
         estimate = earlier.merge(estimate, share)
     num_data = weight if num_data is None else num_data
-    take_over(la, estimate.scaled(num_data / weight), num_data, own.decompose)
+    estimate = estimate.scaled(num_data / weight)
+    take_over(la, estimate, num_data, own.decompose, memory.decomposed_at_a_time)
     num_used = la.settings.num_used(folds)
     la._seen = Seen(weight, decay * seen.num_points + num_used, seen.num_updates + 1)
 
@@ -356,6 +355,7 @@ def take_over(
     estimate: Estimate,
     num_data: float,
     decomposition: Decompose,
+    at_a_time: Sequence[int],
 ) -> None:
     """Make an estimate the posterior, at the model's parameters.
 
@@ -364,9 +364,10 @@ def take_over(
         estimate: The estimate.
         num_data: Number of points that it is scaled to.
         decomposition: Decomposes factors.
+        at_a_time: Of how many layers at a time.
     """
     mean = torch.cat([param.reshape(-1) for param in la.fitted_params])
-    la.H = estimate.curvature.decompose(la.damping, decomposition)
+    la.H = estimate.curvature.decompose(la.damping, decomposition, at_a_time)
     la._estimate = estimate
     la.mean = mean if la.enable_backprop else mean.detach()
     la.loss, la.n_outputs, la.n_data = estimate.loss, estimate.num_outputs, num_data

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from laplace.utils import split_batch
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from laplace_debiased.posterior.fitting import Seen
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 
+Progress: TypeAlias = "tuple[Seen, float, float | None, Sequence[int]]"
 # examples of a fold whose contents are compared
 _SAMPLES = 32
 
@@ -24,7 +25,7 @@ _SAMPLES = 32
 def identity(
     la: KronDebiasedLaplace,
     folds: Folds,
-    progress: tuple[Seen, float, float | None],
+    progress: Progress,
     of_batch: Callable[[Any], Any] = lambda batch: batch,
 ) -> dict[str, str]:
     """Tell fits apart: those that agree in all of this give the same posterior.
@@ -32,8 +33,8 @@ def identity(
     Args:
         la: The posterior, whose parameters are known.
         folds: The points.
-        progress: What was seen before, the factor on its weight, and the number of
-            points that all is scaled to.
+        progress: What was seen before, the factor on its weight, the number of points
+            that all is scaled to, and how many layers are measured at a time.
         of_batch: Returns what is compared of a batch.
 
     Returns:
@@ -65,7 +66,7 @@ def _of_fold(fold: Fold, of_batch: Callable[[Any], Any]) -> str:
 def check_same_fit(
     la: KronDebiasedLaplace,
     folds: Folds,
-    progress: tuple[Seen, float, float | None],
+    progress: Progress,
     group: Alone,
 ) -> None:
     """Refuse processes that do not fit the same.

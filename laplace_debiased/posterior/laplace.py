@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar, copy_context
+from copy import copy
+from math import pi
 from pathlib import Path
 from typing import Any, cast
 from warnings import warn
@@ -38,11 +40,13 @@ from laplace_debiased.posterior import (
     diagnostics,
     evaluation,
     fitting,
+    memory,
     predicting,
     state,
     tuning,
 )
 from laplace_debiased.posterior.measuring import Estimate
+from laplace_debiased.posterior.memory import FitMemory
 from laplace_debiased.posterior.sampling_error import SamplingError
 from laplace_debiased.posterior.settings import (
     DECOMPOSITION_TOLERANCE,
@@ -64,6 +68,7 @@ from laplace_debiased.rows.inputs import (
     check_finite_predictions,
     num_examples,
     on_device,
+    warn_of_autocast,
 )
 from laplace_debiased.rows.model_state import evaluating, unchanged_on_failure
 from laplace_debiased.rows.positions import set_class_axis
@@ -102,9 +107,12 @@ class KronDebiasedLaplace(KronLaplace):
             like all that follow until ``magnitudes``. It is one unless it is given or
             tuned (:meth:`optimize_prior_precision`).
         prior_precision: A scalar, or one for each parameter tensor; to be tuned by
-            :meth:`calibrate` or :meth:`optimize_prior_precision`.
+            :meth:`calibrate` or :meth:`optimize_prior_precision`. A fit drops those of
+            parameters that it leaves out.
         prior_mean: Mean of the prior. A number is that of all parameters but those of
-            normalizations, which have their trained values; a vector that of each.
+            normalizations, which have their trained values; a vector that of each,
+            such as a fine-tuned network's pretrained ones. A fit drops those of
+            parameters that it leaves out.
         temperature: Temperature of the likelihood.
         enable_backprop: Whether gradients flow through predictions to the inputs.
         dict_key_x: Key of the inputs in mappings, whose rows are counted; not needed if
@@ -146,6 +154,12 @@ class KronDebiasedLaplace(KronLaplace):
         seed: Makes draw and assignment of the points reproducible.
         memory_limit: Bytes that a GLM prediction may take for a chunk of examples, and
             rows that a fit with ``ggn`` magnitudes keeps; may be changed at any time.
+        fit_memory_limit: Bytes that a fit may take in each process, beside network,
+            data and a pass over a batch; it needs a curvlinops backend. Where factors
+            of all layers are more, some layers are measured after the others, each by
+            passes of their own over the same points, with the same posterior. A fit
+            that is larger even so is refused before it begins. None for one turn;
+            :meth:`fit_memory` tells what a fit takes. May be changed at any time.
         strict: Whether to refuse parameters whose uses are not supported.
         decomposition_tolerance: How far a factor of 2,048 or more rows may be, as a
             share of its norm, from what is decomposed: its leading directions, with the
@@ -225,6 +239,7 @@ class KronDebiasedLaplace(KronLaplace):
         fisher_rank: int | None = None,
         seed: int = 0,
         memory_limit: int = 2**30,
+        fit_memory_limit: int | None = None,
         strict: bool = False,
         decomposition_tolerance: float = DECOMPOSITION_TOLERANCE,
         forward_samples: int | str | None = predicting.AUTO,
@@ -244,7 +259,7 @@ class KronDebiasedLaplace(KronLaplace):
                 seed=seed,
                 decomposition_tolerance=decomposition_tolerance,
             ),
-            memory_limit,
+            (memory_limit, fit_memory_limit),
             strict,
             forward_samples,
             class_axis,
@@ -259,16 +274,17 @@ class KronDebiasedLaplace(KronLaplace):
     def _configure(
         self,
         settings: Settings,
-        memory_limit: int,
+        limits: tuple[int, int | None],
         strict: bool,
         forward_samples: int | str | None,
         class_axis: int | None,
     ) -> None:
         """Take over what laplace-torch does not know of, before anything is built."""
-        check_integer("memory_limit", memory_limit, 1)
+        self.memory_limit, self.fit_memory_limit = limits
+        check_integer("memory_limit", self.memory_limit, 1)
         predicting.check_forward_samples(forward_samples)
         self.forward_samples, self.class_axis = forward_samples, class_axis
-        self.settings, self.memory_limit, self.strict = settings, memory_limit, strict
+        self.settings, self.strict = settings, strict
         self._estimate: Estimate | None = None
         self._selection: Selection | None = None
         self._seen = fitting.Seen()
@@ -390,6 +406,17 @@ class KronDebiasedLaplace(KronLaplace):
         )
 
     @property
+    def log_likelihood(self) -> Tensor:
+        """Log likelihood of the training data, a regression's at all positions."""
+        value = super().log_likelihood
+        if self.likelihood != Likelihood.REGRESSION:
+            return value
+        # laplace-torch normalizes the density of one position
+        further = self.n_data * (predicting.num_targets(self) - self.n_outputs)
+        sigma = self.sigma_noise.to(value)
+        return value - further * (sigma * (2 * pi) ** 0.5).log()
+
+    @property
     def scatter(self) -> Tensor:
         """Squared distance of the mean from the prior's, by the prior precision."""
         offset = self.prior_offset
@@ -488,6 +515,7 @@ class KronDebiasedLaplace(KronLaplace):
                     f"`override` must be a bool, got {type(override).__name__}: pass "
                     "`magnitude_loader` by its name."
                 )
+            warn_of_autocast(self._device)
             self._calibration = None
             folds = fitting.assign(
                 self, train_loader, magnitude_loader, seen, group=group
@@ -504,6 +532,34 @@ class KronDebiasedLaplace(KronLaplace):
             for message in fitting.messages(self, seen, folds.explicit):
                 warn(message, stacklevel=3)
             self.model.eval()
+
+    @thread_restored
+    def fit_memory(
+        self, train_loader: DataLoader, *, magnitude_loader: DataLoader | None = None
+    ) -> FitMemory:
+        """Tell what :meth:`fit` would take, before it begins.
+
+        The network is run on few examples; the posterior stays as it is. Data that are
+        no dataset with indices are iterated over, as by a fit.
+
+        Args:
+            train_loader: As in :meth:`fit`.
+            magnitude_loader: As in :meth:`fit`.
+
+        Returns:
+            Bytes at most, and bytes that remain, also as text.
+
+        Raises:
+            ValueError: If data or model are not valid, or ``fit_memory_limit`` is too
+                small; it names the largest layers.
+        """
+        planned = copy(self)
+        group = present_group()
+        with unchanged_on_failure(*self.model.modules()), group.together():
+            folds = fitting.assign(
+                planned, train_loader, magnitude_loader, fitting.Seen(), group=group
+            )
+            return memory.of_fit(planned, folds, group=group)
 
     @thread_restored
     def partial_fit(
@@ -553,6 +609,7 @@ class KronDebiasedLaplace(KronLaplace):
             if magnitude_batch is not None:
                 name = "magnitude_batch"
                 magnitude_loader = loader_of_batch(magnitude_batch, name, key, group)
+            warn_of_autocast(self._device)
             self._calibration = None
             folds = fitting.assign(self, loader, magnitude_loader, seen, True, group)
             fitting.update(self, folds, seen, decay, num_data, group=group)
@@ -653,6 +710,8 @@ class KronDebiasedLaplace(KronLaplace):
         self, X: Inputs, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
         kind = "joint" if joint else "diagonal" if diagonal_output else "full"
+        if kind != "diagonal":
+            predicting.check_has_covariances(self)
         X = self._inputs(X)
         with evaluating(self.model):
             if self._is_certain:
@@ -969,7 +1028,7 @@ class KronDebiasedLaplace(KronLaplace):
 
         The marginal likelihood chooses the prior precision. The validation data then
         choose a temperature of the network's outputs, and the share of the posterior's
-        covariance that probabilities keep, which may be none
+        covariance that probabilities keep, which may be none: few data change little
         (:mod:`~laplace_debiased.predictive.calibration`). From then on, all predictions
         are calibrated: those of ``la(x)``, whatever its arguments, and samples of
         outputs, while :meth:`uncertainty` tells what the whole posterior knows. A
@@ -981,7 +1040,7 @@ class KronDebiasedLaplace(KronLaplace):
             optimize_prior: Whether to choose the prior precision; else it stays.
             tolerance: Mean negative log likelihood of the validation data in nats that
                 may be given up for more covariance, which inputs need that have changed
-                since training.
+                since training; ``math.inf`` keeps all of it.
             progress_bar: Whether to show a progress bar.
 
         Returns:

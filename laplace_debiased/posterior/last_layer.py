@@ -63,6 +63,8 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         fisher_rank: Number of columns of the output curvature that are kept.
         seed: Makes draw and assignment reproducible.
         memory_limit: Bytes that a GLM prediction may take for a chunk of examples.
+        fit_memory_limit: As in
+            :class:`~laplace_debiased.posterior.laplace.KronDebiasedLaplace`.
         strict: Whether to refuse parameters whose uses are not supported.
         decomposition_tolerance: How far large factors may be from what is decomposed.
         forward_samples: Number of samples that estimate moments of outputs, where the
@@ -126,12 +128,13 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         fisher_rank: int | None = None,
         seed: int = 0,
         memory_limit: int = 2**30,
+        fit_memory_limit: int | None = None,
         strict: bool = False,
         decomposition_tolerance: float = DECOMPOSITION_TOLERANCE,
         forward_samples: int | str | None = predicting.AUTO,
         class_axis: int | None = None,
     ):
-        limits = memory_limit, strict, forward_samples, class_axis
+        limits = (memory_limit, fit_memory_limit), strict, forward_samples, class_axis
         self._configure(
             Settings(
                 magnitudes=magnitudes,
@@ -149,12 +152,11 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             *limits,
         )
         network = own_module(model), likelihood, sigma_noise, prior_precision
-        prediction = prior_mean, temperature, enable_backprop, feature_reduction
-        data = dict_key_x, dict_key_y, backend, last_layer_name, damping
-        given = (*network, *prediction, *data, backend_kwargs, asdl_fisher_kwargs)
+        data = prior_mean, temperature, enable_backprop, feature_reduction, dict_key_x
+        rest = dict_key_y, backend, last_layer_name, damping, backend_kwargs
+        given = (*network, *data, *rest, asdl_fisher_kwargs)
         KronLLLaplace.__init__(self, *given)
-        # laplace-torch's class forgets it on the way
-        self.damping = damping
+        self.damping = damping  # laplace-torch's class forgets it on the way
         self.model = PicklableExtractor(self.model, dict_key_y)
         self._check_settings()
 

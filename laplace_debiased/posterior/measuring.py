@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
-from typing import NamedTuple, TypeVar
+from itertools import accumulate, count
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -133,12 +133,29 @@ class Pool(NamedTuple):
     summaries: list[SweepSummary]
 
 
+class _Measured(NamedTuple):
+    """What passes give of some of the layers.
+
+    Args:
+        curvature: Their curvature.
+        used: The points with backward passes, by fold.
+        seen: A summary for each fold that gave magnitudes.
+        surveys: Passes over the pools of each fold; None if points were not drawn.
+    """
+
+    curvature: Curvature
+    used: list[Fold]
+    seen: list[SweepSummary]
+    surveys: list[SweepSummary] | None
+
+
 def measure(
     source: Source,
     folds: Folds,
     settings: Settings,
     seed: int,
     earlier: Earlier | None = None,
+    at_a_time: Sequence[int] | None = None,
 ) -> Estimate:
     """Measure debiased curvature and loss.
 
@@ -150,6 +167,8 @@ def measure(
             pass: what gives directions must not share its noise with magnitudes.
         earlier: What earlier points contribute to the directions, with ``ggn``
             magnitudes.
+        at_a_time: How many of the layers are measured at a time, one number after the
+            other, each by passes of its own; None for all.
 
     Returns:
         The estimate of these points alone, along directions of all.
@@ -157,12 +176,66 @@ def measure(
     Raises:
         ValueError: If data are not valid, or curvature is not finite.
     """
+    found = _of_all_layers(source, folds, settings, seed, earlier, at_a_time)
+    surveys = found.surveys or found.seen
+    loss = torch.stack([at_least_single(summary.loss) for summary in surveys])
+    weights = torch.tensor(folds.shares, dtype=loss.dtype, device=loss.device)
+    return Estimate(
+        found.curvature,
+        (weights * loss).sum(),
+        found.seen[0].num_outputs,
+        _error(source, folds, found, settings),
+        all(summary.are_probabilities for summary in surveys),
+    )
+
+
+def _of_all_layers(
+    source: Source,
+    folds: Folds,
+    settings: Settings,
+    seed: int,
+    earlier: Earlier | None,
+    at_a_time: Sequence[int] | None,
+) -> _Measured:
+    """Measure all layers, or some after the others by the same points."""
+    if at_a_time is None or len(at_a_time) == 1:
+        return _of_layers(source, folds, settings, seed, earlier)
+    parts: list[_Measured] = []
+    for index, (size, end) in enumerate(
+        zip(at_a_time, accumulate(at_a_time), strict=True)
+    ):
+        own = source.part(source.layers[end - size : end], index)
+        before = earlier and earlier._replace(factors=earlier.factors[end - size : end])
+        used = parts[0].used if parts else None
+        parts.append(_of_layers(own, folds, settings, seed, before, used))
+    first, curvatures = parts[0], [own.curvature for own in parts]
+    joined: Any = type(first.curvature)  # that of all parts
+    seen, surveys = (
+        [SweepSummary.of_layers(own) for own in zip(*summaries, strict=True)]
+        for summaries in (
+            [own.seen for own in parts],
+            [own.surveys or [] for own in parts],
+        )
+    )
+    curvature = joined.of_layers(curvatures)
+    return _Measured(curvature, first.used, seen, surveys or None)
+
+
+def _of_layers(
+    source: Source,
+    folds: Folds,
+    settings: Settings,
+    seed: int,
+    earlier: Earlier | None,
+    drawn: list[Fold] | None = None,
+) -> _Measured:
+    """Measure a source's layers, by points that were drawn before, if there are any."""
     seeds = (mixed_seed(seed, index) for index in count(1))
     used, pool, shares = list(folds.folds), None, folds.shares
     num_used = settings.num_used(folds)
     if num_used < folds.num_points:
         pool = Pool(*_unzipped(source.inputs(f, next(seeds)) for f in used))
-        used = _drawn(used, pool, num_used, shares, settings, seed)
+        used = drawn or _drawn(used, pool, num_used, shares, settings, seed)
     is_cross_fit = settings.cross_fit and not folds.explicit
     if settings.magnitudes == "kfac":
         factors, seen = _factors(source, used, pool, seeds)
@@ -171,16 +244,7 @@ def measure(
         )
     else:
         curvature, seen = _ggn(source, used, pool, shares, is_cross_fit, seeds, earlier)
-    surveys = seen if pool is None else pool.summaries
-    loss = torch.stack([at_least_single(summary.loss) for summary in surveys])
-    weights = torch.tensor(shares, dtype=loss.dtype, device=loss.device)
-    return Estimate(
-        curvature,
-        (weights * loss).sum(),
-        seen[0].num_outputs,
-        _error(source, folds, used, seen, pool, settings),
-        all(summary.are_probabilities for summary in surveys),
-    )
+    return _Measured(curvature, used, seen, None if pool is None else pool.summaries)
 
 
 def _drawn(
@@ -263,17 +327,13 @@ def _finite(own: list[LayerTensors], source: Source) -> list[LayerTensors]:
 
 
 def _error(
-    source: Source,
-    folds: Folds,
-    used: Sequence[Fold],
-    measured: Sequence[SweepSummary],
-    pool: Pool | None,
-    settings: Settings,
+    source: Source, folds: Folds, found: _Measured, settings: Settings
 ) -> SamplingError | None:
     """Estimate the sampling error, if the source tells what each point contributes."""
     if not source.takes_weights:
         return None
-    shares, pools = folds.shares, [] if pool is None else pool.summaries
+    used, measured, shares = found.used, found.seen, folds.shares
+    pools = found.surveys or []
     surveys = pools or measured
     if folds.explicit or not settings.cross_fit:
         # only the second fold gives magnitudes

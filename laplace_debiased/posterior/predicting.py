@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 
 AUTO = "auto"
+_VARIANCES_ALONE = (
+    "Of outputs with positions, there are variances alone: predict with `joint=False` "
+    "and `link_approx='probit'`, or with `pred_type='nn'`."
+)
 
 
 class Predictive(Protocol):
@@ -134,9 +138,29 @@ def predictive(la: KronDebiasedLaplace, posterior: EigenbasisMatrix) -> Predicti
         posterior,
         count,
         la.settings.seed,
+        la.memory_limit,
         la.enable_backprop,
     )
     return SampledIfPossible(sampled, exact) if la.forward_samples == AUTO else sampled
+
+
+def num_targets(la: KronDebiasedLaplace) -> int:
+    """Return the number of outputs of an example, at all its positions."""
+    assert la._selection is not None
+    return la.n_outputs if la.class_axis is None else la._selection.num_outputs
+
+
+def check_has_covariances(la: KronDebiasedLaplace) -> None:
+    """Refuse covariances of all outputs where they are of many positions.
+
+    Args:
+        la: The posterior.
+
+    Raises:
+        ValueError: If outputs have positions.
+    """
+    if la._selection is not None and num_targets(la) > la.n_outputs:
+        raise ValueError(_VARIANCES_ALONE)
 
 
 def by_position(
@@ -158,10 +182,7 @@ def by_position(
     """
     is_regression = la.likelihood == Likelihood.REGRESSION
     if joint or not (is_regression or link_approx == LinkApprox.PROBIT):
-        raise ValueError(
-            "Of outputs with positions, there are variances alone: predict with "
-            "`joint=False` and `link_approx='probit'`, or with `pred_type='nn'`."
-        )
+        raise ValueError(_VARIANCES_ALONE)
     f_mu, f_var = la._glm_predictive_distribution(X, diagonal_output=True)
     mean, variance = (points(own, la.n_outputs) for own in (f_mu, f_var))
     if is_regression:

@@ -68,6 +68,11 @@ class ResumedSource:
         """See :class:`~laplace_debiased.posterior.sources.Source`."""
         return self.source.takes_weights
 
+    def part(self, layers: Sequence[Layer], index: int) -> ResumedSource:
+        """See :meth:`~laplace_debiased.posterior.sources.Source.part`."""
+        source, folder = self.source.part(layers, index), self.folder / f"{index:03d}"
+        return ResumedSource(source, folder, self.identity, self.group)
+
     def factors(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
         """See :meth:`~laplace_debiased.posterior.sources.Source.factors`."""
         return self._stage("factors", lambda: self.source.factors(fold, seed))

@@ -55,6 +55,19 @@ class Source(Protocol):
     def takes_weights(self) -> bool:
         """Whether points may differ in weight, and give inputs by forward passes."""
 
+    def part(self, layers: Sequence[Layer], index: int) -> Source:
+        """Return a source of some of the layers alone.
+
+        What is drawn, and so what is measured of a layer, is as with all layers.
+
+        Args:
+            layers: The layers.
+            index: The number of the part.
+
+        Returns:
+            The source.
+        """
+
     def factors(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
         """Compute K-FAC's factors.
 
@@ -137,6 +150,7 @@ class RowSource:
             folds, so that these need no passes.
         tolerance: How far large factors may be from what is decomposed.
         group: The processes among which points and decompositions are divided.
+        among: All layers, if those that are measured are some of them.
 
     Raises:
         ValueError: If there is another option.
@@ -152,6 +166,7 @@ class RowSource:
     room: int = 0
     tolerance: float = 0.0
     group: Alone = ALONE
+    among: Sequence[Layer] | None = None
     _kept: dict[Fold, tuple[KeptRows, SweepSummary | None]] = field(
         default_factory=dict, init=False
     )
@@ -165,6 +180,10 @@ class RowSource:
                 f"`asdl_fisher_kwargs` has {sorted(unknown)}, but the curvlinops "
                 f"backends know {sorted(_OPTIONS)}."
             )
+
+    def part(self, layers: Sequence[Layer], index: int) -> RowSource:  # noqa: ARG002
+        """See :meth:`Source.part`."""
+        return replace(self, layers=layers, among=self.layers)
 
     def factors(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:
         """See :meth:`Source.factors`."""
@@ -230,6 +249,7 @@ class RowSource:
             return self._whole(self._sweep(fold, accumulator, seed), accumulator)
         rows = KeptRows(accumulator, room, fold.num_points)
         part = self._sweep(fold, rows, seed)
+        rows.release()
         if rows.is_complete:
             self._kept[fold] = rows, part
         return self._whole(part, accumulator)
@@ -261,6 +281,7 @@ class RowSource:
             progress_bar=self.progress_bar,
             description="Computing Hessian",
             num_points=part.num_points,
+            among=self.among,
         )
 
     def _whole(

@@ -149,7 +149,8 @@ def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
     la._estimate = estimate_of(saved, layers)
     la._seen = Seen(**saved["seen"])
     decomposition = partial(decompose, tolerance=la.settings.decomposition_tolerance)
-    la.H = la._estimate.curvature.decompose(la.damping, decomposition)
+    one_by_one = [1] * len(layers)
+    la.H = la._estimate.curvature.decompose(la.damping, decomposition, one_by_one)
     calibration = saved["calibration"]
     la._calibration = calibration and Calibration(**calibration)
     differing = la.state_dict().keys() ^ names

@@ -31,16 +31,20 @@ from torch.distributions import MultivariateNormal
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from laplace_debiased.posterior import predicting
 from laplace_debiased.posterior.evidence import best_prior_precision
-from laplace_debiased.posterior.upstream import inputs_and_targets
+from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
 from laplace_debiased.predictive.links import probit_probabilities
-from laplace_debiased.predictive.prior_path import PriorInterval
+from laplace_debiased.predictive.prior_path import TOLERANCE, PriorInterval
+from laplace_debiased.rows.output_curvature import is_counted
 from laplace_debiased.rows.positions import flat_targets, points
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 
 Loss = torchmetrics.Metric | Callable[..., Tensor]
+# of variances between the nodes of a path, where those at the nodes are by samples
+_SAMPLED_TOLERANCE = 1e-2
 
 
 class GaussianNLL(torchmetrics.Metric):
@@ -176,7 +180,7 @@ def maximize_over_noise(
         ValueError: If there are no residuals, or no prior precision is the best.
     """
     # laplace-torch's loss is half of the sum of squared residuals
-    variance = 2 * float(la.loss) / (la.n_data * la.n_outputs)
+    variance = 2 * float(la.loss) / (la.n_data * predicting.num_targets(la))
     if not variance > 0:
         raise ValueError(
             "The network fits its training data without residuals: set `sigma_noise`."
@@ -241,12 +245,18 @@ def grid_search(
         The best of them, a scalar. If it is the first or the last, a warning says so.
 
     Raises:
-        ValueError: If no prior precision has a finite loss.
+        ValueError: If no prior precision has a finite loss, or outputs have positions
+            and predictions are neither by moments nor judged by a metric.
     """
     if _is_known_from_one_pass(la, loss, **predictive):
         assert isinstance(loss, torchmetrics.Metric)
         losses = _losses_from_one_pass(la, loss, interval, val_loader, progress_bar)
     else:
+        if la.class_axis is not None:
+            raise ValueError(
+                "Of outputs with positions, a grid search judges probabilities by "
+                "`pred_type='glm'`, `link_approx='probit'` and a metric as the loss."
+            )
         losses = []
         for prior_precision in tqdm(
             interval, disable=not progress_bar, desc="[Grid search]"
@@ -292,7 +302,10 @@ def _losses_from_one_pass(
     progress_bar: bool,
 ) -> list[float]:
     """Compute a metric at all prior precisions from one pass over the data."""
-    path = PriorInterval(interval.min().item(), interval.max().item())
+    ends = interval.min().item(), interval.max().item()
+    # with samples, each node takes a pass for each of them, and has their error
+    is_sampled = predicting.num_samples(la) is not None
+    path = PriorInterval(*ends, _SAMPLED_TOLERANCE if is_sampled else TOLERANCE)
     metric.reset()
     metrics = [deepcopy(metric) for _ in interval]
     for batch in tqdm(val_loader, disable=not progress_bar, desc="[Grid search]"):
@@ -301,7 +314,10 @@ def _losses_from_one_pass(
         if la.class_axis is not None:
             mean = points(mean, la.n_outputs)
             at_nodes = at_nodes.reshape(*mean.shape, -1)
-            y = flat_targets(la.model, y).flatten()
+            y = flat_targets(la.model, y)
+            y = y.reshape(len(mean), *y.shape[2:])
+        counted = is_counted(loss_of(la.backend), y)
+        mean, at_nodes, y = mean[counted], at_nodes[counted], y[counted]
         variances = path.at(at_nodes, interval.to(mean))  # [batch, C, grid]
         for own, variance in zip(metrics, variances.unbind(2), strict=True):
             if la.likelihood != Likelihood.REGRESSION:

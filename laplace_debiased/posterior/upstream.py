@@ -19,7 +19,7 @@ from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
 
 from laplace_debiased.rows.arguments import by_keywords, without_targets
-from laplace_debiased.rows.inputs import Batch, on_device
+from laplace_debiased.rows.inputs import Batch, moved, on_device
 from laplace_debiased.rows.output_curvature import (
     EMPIRICAL,
     TYPE_2,
@@ -101,7 +101,7 @@ def inputs_and_targets(batch: Any, backend: CurvatureInterface) -> Batch:
     X, y = split_batch(batch, key)
     device = next(backend.model.parameters()).device
     X = without_targets(backend.model, X, key)
-    return on_device(X, device), y.to(device)
+    return on_device(X, device), moved(y, device)
 
 
 class PicklableExtractor(FeatureExtractor):

@@ -6,8 +6,15 @@ one pass in forward mode gives it for all outputs of all examples, which costs a
 as about three forward passes. Exact moments take a backward pass for each output.
 
 The samples are the same for all examples. They are drawn in the eigenbasis of P, one at
-a time: all of them together would be as large as that many networks. A variance is the
-mean of S independent squares, of a relative standard error of :math:`\sqrt{2 / S}`.
+a time: all of them together would be as large as that many networks. The coordinates
+there are dealt to S buckets. Sample s has random signs :math:`\sigma`, times
+:math:`\sqrt{S / \lambda_i}`, in bucket s, and zeros elsewhere: fewer coordinates are
+faster to rotate. :math:`\tfrac1S \sum_s \delta_s \delta_s^\top` has then the diagonal
+of :math:`P^{-1}`, and of its other entries those of two coordinates of a bucket, with
+random signs: variances have no bias. With :math:`a = P^{-1/2} J^\top`, the squared
+error of a variance :math:`|a|^2` is :math:`2 \sum_{i \neq j} a_i^2 a_j^2 \mathrm{Pr}
+(b(i) = b(j))`, about :math:`\tfrac2S |a|^4` at most: that of S independent Gaussian
+samples.
 """
 
 from __future__ import annotations
@@ -16,10 +23,11 @@ from collections.abc import Iterator, Sequence
 from math import sqrt
 
 import torch
+from laplace.utils import select_rows
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, from_eigenbasis
+from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
 from laplace_debiased.predictive.blocks import Covariance
 from laplace_debiased.rows.inputs import Inputs, at_least_single
 from laplace_debiased.rows.seeds import mixed_seed
@@ -30,45 +38,109 @@ from laplace_debiased.rows.sharing import (
     NO_CUDNN,
     everywhere,
 )
-from laplace_debiased.rows.substitution import Substitution, run, stand_ins
+from laplace_debiased.rows.substitution import (
+    Substitution,
+    largest_activation,
+    run,
+    stand_ins,
+)
 
 # with more outputs than that, samples take far less time than backward passes
 NUM_SAMPLES, MANY_OUTPUTS = 64, 256
-_CHECK = 0xC4
+# a layer's input and output, their tangents, and what computes them
+_ACTIVATIONS_HELD = 8
+_COPIED_ENTRIES, _CHECK = 2**19, 0xC4
 _REMEDY = "Predict by backward passes: set `la.forward_samples = None`."
 
 
 def relative_error(num_samples: int) -> float:
-    """Return the relative standard error of a variance by samples."""
+    """Bound the relative standard error of a variance by samples."""
     return sqrt(2 / num_samples)
 
 
 def sampled_change(
-    posterior: EigenbasisMatrix, params: Sequence[Tensor], seed: int
+    posterior: EigenbasisMatrix,
+    params: Sequence[Tensor],
+    number: int,
+    count: int,
+    seed: int,
 ) -> list[Tensor]:
     """Draw a deviation of the parameters from their mean.
 
     Args:
         posterior: Posterior precision.
         params: The parameters, in the order of its blocks.
-        seed: Seed of the draw.
+        number: Which of the samples, from zero.
+        count: Their number, S.
+        seed: Seed of all of them.
 
     Returns:
         A tensor of each parameter's shape and dtype.
     """
-    generator = torch.Generator(device=params[0].device).manual_seed(seed)
+    device = params[0].device
+    # which coordinates are in which bucket is the same for all samples
+    generators = [
+        torch.Generator(device).manual_seed(own)
+        for own in (seed, mixed_seed(seed, number))
+    ]
     blocks = zip(posterior.eigenvectors, posterior.spectra(), params, strict=True)
     changes = []
     for vectors, precisions, param in blocks:
-        noise = torch.randn(
-            precisions.shape,
-            dtype=precisions.dtype,
-            device=precisions.device,
-            generator=generator,
-        )
-        change = from_eigenbasis(noise * precisions.rsqrt(), vectors)
+        basis = vectors
+        if precisions.ndim == 1:  # a matrix of one row
+            basis, precisions = [precisions.new_ones(1), *vectors], precisions[None]
+        is_tall = len(precisions) > precisions.shape[1]
+        if is_tall:  # the larger basis gets fewer coordinates
+            basis, precisions = basis[::-1], precisions.T
+        change = _bucket(basis, precisions, number, count, generators)
+        change = change.T if is_tall else change
         changes.append(change.reshape(param.shape).to(param.dtype))
     return changes
+
+
+def _bucket(
+    basis: Sequence[Tensor],
+    precisions: Tensor,
+    number: int,
+    count: int,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Draw a block's coordinates in a bucket, and rotate them out of the eigenbasis.
+
+    Rows and columns are dealt to groups at random, and each group of rows has another
+    group of columns in each of the buckets.
+    """
+    for_places, for_signs = generators
+    (left, right), device = basis, precisions.device
+    groups = min(count, len(precisions))
+    rows = _dealt(len(precisions), groups, for_places)  # [groups, rows]
+    columns = _dealt(precisions.shape[1], count, for_places)
+    start = torch.randint(count, (1,), generator=for_places, device=device)
+    spread = torch.arange(groups, device=device) * count // groups
+    columns = columns[(spread + start + number) % count]  # [groups, columns]
+    change = torch.zeros_like(precisions)
+    # what fits into a processor's cache
+    size = max(1, _COPIED_ENTRIES // (columns.shape[1] * len(right)))
+    for own, places in zip(rows.split(size), columns.split(size), strict=True):
+        values = precisions[own[:, :, None], places[:, None]].reciprocal_().mul_(count)
+        values = values.sqrt_() * ((own >= 0)[:, :, None] & (places >= 0)[:, None])
+        bits = torch.randint(2, values.shape, generator=for_signs, device=device)
+        values *= 2 * bits - 1
+        if right.ndim == 1:
+            change.index_put_((own[:, :, None], places[:, None]), values, True)
+        else:
+            product = (values @ right.T[places]).flatten(0, 1)
+            change.index_add_(0, own.flatten() % len(change), product)
+    return change if left.ndim == 1 else left @ change
+
+
+def _dealt(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """Deal indices to groups of nearly equal sizes, filled up with -1."""
+    device = generator.device
+    order = torch.randperm(size, generator=generator, device=device)
+    filled = torch.full((-(-size // count) * count,), -1, device=device)
+    filled[:size] = order
+    return filled.view(-1, count).T
 
 
 class ForwardModeError(ValueError):
@@ -123,9 +195,7 @@ def output_change(
 
 
 @torch.enable_grad()
-def check_forward_mode(
-    model: nn.Module, params: Sequence[Tensor], changes: Sequence[Tensor], X: Inputs
-) -> None:
+def check_forward_mode(model: nn.Module, params: Sequence[Tensor], X: Inputs) -> None:
     """Compare a derivative in forward mode with one by a backward pass.
 
     They differ where a network runs a part without gradients, for example.
@@ -133,15 +203,14 @@ def check_forward_mode(
     Args:
         model: The network.
         params: Some of its parameters.
-        changes: A change of each.
         X: Few inputs.
 
     Raises:
         ForwardModeError: If they differ.
     """
+    changes = [_normal(param.shape).to(param) for param in params]
     output, change = output_change(model, params, changes, X)
-    generator = torch.Generator().manual_seed(_CHECK)
-    weights = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    weights = _normal(output.shape)
     forward = (weights.to(output.device) * change.double()).sum().item()
     backward = _backward_change(model, params, changes, X, weights.to(output))
     size = (weights.norm() * change.double().norm().cpu()).item() + abs(backward)
@@ -150,6 +219,12 @@ def check_forward_mode(
             "The network's forward derivative is another one than that of its backward "
             f"pass, as where it runs a part under `torch.no_grad()`. {_REMEDY}"
         )
+
+
+def _normal(shape: torch.Size) -> Tensor:
+    """Return normal numbers that are always the same."""
+    generator = torch.Generator().manual_seed(_CHECK)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _backward_change(
@@ -186,6 +261,7 @@ class SampledPredictive:
         posterior: Posterior precision.
         num_samples: Number of samples, S.
         seed: Their seed.
+        memory_limit: Bytes that activations of a chunk of examples may take, about.
         differentiable: Whether gradients flow to the inputs.
     """
 
@@ -196,11 +272,12 @@ class SampledPredictive:
         posterior: EigenbasisMatrix,
         num_samples: int = NUM_SAMPLES,
         seed: int = 0,
+        memory_limit: int = 2**30,
         differentiable: bool = False,
     ):
         self._model, self._params, self._posterior = model, params, posterior
         self._num_samples, self._seed = num_samples, seed
-        self._differentiable = differentiable
+        self._memory_limit, self._differentiable = memory_limit, differentiable
 
     def moments(
         self, X: Inputs, batch_size: int, kind: str = "full"
@@ -272,16 +349,31 @@ class SampledPredictive:
         Raises:
             ForwardModeError: As in :meth:`moments`.
         """
+        chunks = self._chunks(X, batch_size) if batch_size else [X]
         for number in range(self._num_samples):
-            seed = mixed_seed(self._seed, number)
-            changes = sampled_change(self._posterior, self._params, seed)
-            if number == 0 and batch_size:
-                few = some_examples(X, batch_size, min(batch_size, 2))
-                check_forward_mode(self._model, self._params, changes, few)
-            output, change = output_change(
-                self._model, self._params, changes, X, self._differentiable
+            changes = sampled_change(
+                self._posterior, self._params, number, self._num_samples, self._seed
             )
-            yield output, at_least_single(change)
+            parts = [
+                output_change(
+                    self._model, self._params, changes, some, self._differentiable
+                )
+                for some in chunks
+            ]
+            outputs, deviations = zip(*parts, strict=True)
+            yield torch.cat(outputs), at_least_single(torch.cat(deviations))
+
+    def _chunks(self, X: Inputs, batch_size: int) -> list[Inputs]:
+        """Split examples, once the network is known to have forward derivatives."""
+        count = min(batch_size, 2)
+        few = some_examples(X, batch_size, count)
+        check_forward_mode(self._model, self._params, few)
+        entry = largest_activation(self._model, few) / count
+        size = max(1, int(self._memory_limit // (_ACTIVATIONS_HELD * entry)))
+        if size >= batch_size:
+            return [X]
+        parts = torch.arange(batch_size).split(size)
+        return [select_rows(X, indices, batch_size) for indices in parts]
 
 
 def _term(change: Tensor, kind: str) -> Tensor:

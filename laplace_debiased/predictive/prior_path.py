@@ -18,6 +18,8 @@ import torch
 from numpy.polynomial import chebyshev
 from torch import Tensor
 
+TOLERANCE = 1e-4
+
 
 @dataclass(frozen=True)
 class PriorInterval:
@@ -31,7 +33,7 @@ class PriorInterval:
 
     low: float
     high: float
-    tolerance: float = 1e-4
+    tolerance: float = TOLERANCE
 
     @property
     def nodes(self) -> list[float]:

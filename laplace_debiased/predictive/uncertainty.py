@@ -23,7 +23,8 @@ from scipy.stats import qmc
 from torch import Tensor
 
 NUM_SAMPLES = 256
-_CHUNK_ENTRIES = 2**22
+# what fits into a processor's cache
+_CHUNK_ENTRIES = 2**18
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +95,19 @@ def entropies(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Both entropies ``[batch]``; the first is never below the second.
     """
-    count = mean.shape[1]
-    normal = normal_points(count).to(mean)
+    normal = normal_points(mean.shape[1]).to(mean)
     size = max(1, _CHUNK_ENTRIES // normal.numel())
-    parts = []
-    for m, v in zip(mean.split(size), variance.split(size), strict=True):
+    # small results of each chunk would lie between its large ones in memory, and keep
+    # the next chunk from taking their places
+    predictive, expected = (mean.new_empty(len(mean)) for _ in range(2))
+    for start in range(0, len(mean), size):
+        rows = slice(start, start + size)
         # [batch, 1, classes] + [batch, 1, classes] * [samples, classes]
-        p = (m[:, None] + v.sqrt()[:, None] * normal).softmax(-1)
-        parts.append((entropy(p.mean(1)), entropy(p).mean(1)))
-    predictive, expected = (torch.cat(part) for part in zip(*parts, strict=True))
+        deviations = variance[rows, None].sqrt() * normal
+        logs = (mean[rows, None] + deviations).log_softmax(-1)
+        p = logs.exp()
+        predictive[rows] = entropy(p.mean(1))
+        expected[rows] = -(p * logs).sum(-1).mean(1)
     return predictive, torch.minimum(expected, predictive)
 
 
@@ -111,11 +116,15 @@ def normal_points(dimension: int) -> Tensor:
     """Return points of a standard normal distribution that leave no gaps.
 
     Args:
-        dimension: Their dimension, at most 21,201.
+        dimension: Their dimension; beyond 21,201, points are random.
 
     Returns:
         The points ``[256, dimension]``, in double precision.
     """
+    if dimension > qmc.Sobol.MAXDIM:
+        generator = torch.Generator().manual_seed(0)
+        size = NUM_SAMPLES, dimension
+        return torch.randn(size, dtype=torch.float64, generator=generator)
     sobol = qmc.Sobol(dimension, seed=0)
     uniform = torch.from_numpy(sobol.random(NUM_SAMPLES))
     return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))

@@ -33,7 +33,7 @@ from laplace_debiased.quadratics.derivatives import directional_derivatives
 from laplace_debiased.quadratics.eigenspace import top_eigenspace
 from laplace_debiased.quadratics.gram import gram_eigenspace, gram_is_cheaper
 from laplace_debiased.quadratics.report import BiasReport, Comparison
-from laplace_debiased.rows.inputs import Batch, on_device
+from laplace_debiased.rows.inputs import Batch, moved, on_device
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import Loss, is_counted
 from laplace_debiased.rows.selection import select
@@ -247,7 +247,7 @@ def _conjugate_directions(quadratic: _Quadratic, count: int) -> Tensor:
     device = params[0].device
     gradient = torch.zeros((), device=device)
     for X, y in quadratic.batches:
-        X, y = on_device(X, device), y.to(device)
+        X, y = on_device(X, device), moved(y, device)
         loss = loss_func(run(quadratic.model, X), y)
         parts = torch.autograd.grad(
             loss * _share(loss_func, y, quadratic.batches),

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 from warnings import warn
 
 import torch
@@ -34,6 +33,7 @@ from laplace_debiased.rows.inputs import (
     Inputs,
     check_finite_inputs,
     check_targets,
+    moved,
     on_device,
 )
 from laplace_debiased.rows.left_out import refusal
@@ -55,7 +55,11 @@ from laplace_debiased.rows.output_curvature import (
 from laplace_debiased.rows.selection import Selection, select
 from laplace_debiased.rows.separation import check_no_hidden_uses, check_outputs
 from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere, thread_restored
-from laplace_debiased.rows.substitution import Substitution, run
+from laplace_debiased.rows.substitution import (
+    Substitution,
+    largest_activation,
+    run,
+)
 
 MODES = ("auto", "forward", "reverse")
 
@@ -169,9 +173,10 @@ def directional_derivatives(
         raise ValueError("`mode='reverse'` needs `curvature='ggn'`, got 'hessian'.")
 
     measure: Measure | None = None
-    slopes, curvatures, num_outputs, num_counted, probabilities = [], [], 0, 0, True
+    slopes, curvatures, num_outputs, num_counted = [], [], 0, 0
+    probabilities: Tensor | bool = True
     for X, y in tqdm(data, "[Directional derivatives]", disable=not progress_bar):
-        X, y = on_device(X, directions.device), y.to(directions.device)
+        X, y = on_device(X, directions.device), moved(y, directions.device)
         check_finite_inputs(X)
         with torch.no_grad():
             output = run(model_func, X)
@@ -369,30 +374,6 @@ def _chunks(directions: Tensor, like: Parameters, size: int) -> Iterable[Paramet
         }
 
 
-class _LargestOutput(Substitution):
-    """Keeps the size of the largest tensor that a function returns, in bytes."""
-
-    def __init__(self) -> None:
-        super().__init__({})
-        self.size = 1
-
-    def __torch_function__(
-        self,
-        func: Callable,
-        types: Sequence[type],
-        args: tuple = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if isinstance(output, Tensor):
-            self.size = max(self.size, output.numel() * output.element_size())
-        return output
-
-
-@torch.no_grad()
 def _chunk_size(quadratic: _Quadratic, X: Inputs, memory_limit: int) -> int:
     """Find how many directions fit, by the largest activation of the network."""
-    with _LargestOutput() as largest:
-        output = run(quadratic.model, X)
-    size = max(largest.size, output.numel() * output.element_size())
-    return max(1, memory_limit // (6 * size))
+    return max(1, memory_limit // (6 * largest_activation(quadratic.model, X)))

@@ -16,7 +16,7 @@ from laplace.utils import select_rows
 from torch import Tensor, nn
 
 from laplace_debiased.quadratics.eigenspace import Eigenspace, lanczos
-from laplace_debiased.rows.inputs import Batch, at_least_single, on_device
+from laplace_debiased.rows.inputs import Batch, at_least_single, moved, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.linearization import (
     Linearization,
@@ -137,7 +137,7 @@ def ggn_rows(
     layers: list[Layer] = []
     rows = torch.empty(0)
     for X, y in data:
-        X, y = on_device(X, device), y.to(device)
+        X, y = on_device(X, device), moved(y, device)
         num_counted += int(is_counted(loss_func, y).sum())
         if not layers:
             layers = find_layers(model_func, params, X, len(y))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,12 @@ from laplace_debiased.rows.positions import num_positions
 Inputs = Tensor | MutableMapping[str, Any]
 # what a data source yields: inputs and targets, with a row for each example
 Batch = tuple[Inputs, Tensor]
+# refuses data with a message, if a tensor with one truth value does not hold
+Require = Callable[[Tensor, Callable[[], str]], None]
+# devices whose results are there at once, so that a look at them costs nothing
+_AT_ONCE = ("cpu",)
+# of probabilities, which half precision rounds
+_SUM_TOLERANCE = 1e-2
 
 
 def on_device(X: Inputs, device: torch.device) -> Inputs:
@@ -26,7 +33,85 @@ def on_device(X: Inputs, device: torch.device) -> Inputs:
     Returns:
         The inputs.
     """
-    return X.to(device) if isinstance(X, Tensor) else X
+    return moved(X, device) if isinstance(X, Tensor) else X
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device, without waiting until it is there if that is safe.
+
+    A copy to the host is not: it could be read before it is complete.
+
+    Args:
+        tensor: The tensor.
+        device: The device.
+
+    Returns:
+        The tensor, which is copied in the background if it is to a GPU; that of pinned
+        memory goes on while the host works.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def warn_of_autocast(device: torch.device) -> None:
+    """Warn of mixed precision that is not the network's alone.
+
+    Args:
+        device: The network's device.
+    """
+    if torch.is_autocast_enabled(device.type):
+        warn(
+            "`torch.autocast` is on around the fit: sums of squared rows are rounded, "
+            "too, and small eigenvalues are lost. Let it begin in the network's own "
+            "`forward`; factors are then in single precision.",
+            stacklevel=4,
+        )
+
+
+def require(holds: Tensor | bool, message: Callable[[], str]) -> None:
+    """Refuse data that do not satisfy a condition.
+
+    Args:
+        holds: Whether they do, a truth value or a tensor with one.
+        message: What is said if not.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    if not holds:
+        raise ValueError(message())
+
+
+class Requirements:
+    """Conditions on the batches of a pass.
+
+    On the host they are looked at when they are made. A look at what a device computes
+    would stop the host until it is done, so that the device would wait for the next
+    batch: those are looked at together, after the last batch.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[tuple[Tensor, Callable[[], str]]] = []
+
+    def add(self, holds: Tensor, message: Callable[[], str]) -> None:
+        """Require a condition, as :func:`require` does."""
+        if holds.device.type in _AT_ONCE:
+            require(holds, message)
+        else:
+            self._open.append((holds, message))
+
+    def check(self) -> None:
+        """Look at all conditions that are still open.
+
+        Raises:
+            ValueError: If one does not hold; of several, the first one counts.
+        """
+        if not self._open:
+            return
+        device = self._open[0][0].device
+        all_hold = torch.stack([moved(holds, device) for holds, _ in self._open])
+        for holds, (_, message) in zip(all_hold.tolist(), self._open, strict=True):
+            require(holds, message)
+        self._open.clear()
 
 
 def num_examples(X: Inputs, key: str) -> int:
@@ -87,27 +172,32 @@ def check_is_batch(y: Any) -> None:
         )
 
 
-def check_finite_inputs(X: Inputs) -> None:
+def check_finite_inputs(X: Inputs, require: Require = require) -> None:
     """Refuse inputs with NaN or infinite entries.
 
     Args:
         X: A batch of inputs.
+        require: Refuses them, at once or later.
 
     Raises:
         ValueError: If an entry is not finite.
     """
     tensors = X.values() if isinstance(X, MutableMapping) else [X]
     for tensor in tensors:
-        if isinstance(tensor, Tensor) and not tensor.isfinite().all():
-            raise ValueError("Inputs contain NaN or infinite entries.")
+        if isinstance(tensor, Tensor):
+            require(
+                tensor.isfinite().all(),
+                lambda: "Inputs contain NaN or infinite entries.",
+            )
 
 
-def check_output(output: Tensor, batch_size: int) -> None:
+def check_output(output: Tensor, batch_size: int, require: Require = require) -> None:
     """Refuse outputs that are no finite matrix with a row for each example.
 
     Args:
         output: Network output.
         batch_size: Number of examples.
+        require: Refuses entries that are not finite, at once or later.
 
     Raises:
         ValueError: If the output is not ``[batch, outputs]`` and finite.
@@ -118,8 +208,10 @@ def check_output(output: Tensor, batch_size: int) -> None:
             f"of {batch_size}, got {tuple(output.shape)}. If there are outputs of "
             "several positions, `class_axis` says which axis has the classes."
         )
-    if not output.isfinite().all():
-        raise ValueError("The model's output contains NaN or infinite entries.")
+    require(
+        output.isfinite().all(),
+        lambda: "The model's output contains NaN or infinite entries.",
+    )
 
 
 def check_finite_predictions(*predictions: Tensor) -> None:
@@ -131,35 +223,41 @@ def check_finite_predictions(*predictions: Tensor) -> None:
     Raises:
         ValueError: If an entry is not finite.
     """
-    if not all(prediction.isfinite().all() for prediction in predictions):
-        raise ValueError(
-            "Predictions contain NaN or infinite entries: check the inputs, and the "
-            "model's own output for them."
-        )
+    are_finite = torch.stack([own.isfinite().all() for own in predictions]).all()
+    require(
+        are_finite,
+        lambda: (
+            "Predictions contain NaN or infinite entries: check the inputs, and "
+            "the model's own output for them."
+        ),
+    )
 
 
-def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
+def check_targets(
+    output: Tensor, y: Tensor, loss_func: nn.Module, require: Require = require
+) -> Tensor:
     """Refuse outputs and targets that a loss cannot compare.
 
     Args:
         output: Network output.
         y: Targets, by position if the output has some.
         loss_func: The loss.
+        require: Refuses values, at once or later. Shapes and dtypes are at once.
 
     Returns:
-        The targets.
+        The targets, those that are no class replaced by the first one until they are
+        refused.
 
     Raises:
         ValueError: If the output is not ``[batch, outputs]`` and finite, or the
             targets have a wrong shape, dtype or range.
     """
-    check_output(output, len(y))
+    check_output(output, len(y), require)
     count = num_positions(y)
     if count > 1 and output.shape[1] % count == 0:
         points = output.reshape(len(output) * count, -1)
-        return check_targets(points, y.flatten(0, 1), loss_func).unflatten(
-            0, (-1, count)
-        )
+        y = check_targets(points, y.flatten(0, 1), loss_func, require)
+        return y.unflatten(0, (-1, count))
     is_cross_entropy = isinstance(loss_func, CrossEntropyLoss)
     if is_cross_entropy and output.shape[1] == 1:
         raise ValueError(
@@ -168,7 +266,8 @@ def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
             "the logit of the second, and targets of shape [batch] that are 0 or 1."
         )
     if isinstance(loss_func, CrossEntropyLoss) and not y.is_floating_point():
-        return _checked_classes(y, output.shape[1], loss_func.ignore_index)
+        ignored = loss_func.ignore_index
+        return _checked_classes(y, output.shape[1], ignored, require)
     if y.shape != output.shape or not y.is_floating_point():
         kind = (
             "class indices [batch] of integer dtype, or probabilities"
@@ -180,23 +279,43 @@ def check_targets(output: Tensor, y: Tensor, loss_func: nn.Module) -> Tensor:
             f"output has {output.ndim} dims, the target {y.ndim}, of shape "
             f"{tuple(y.shape)} and {y.dtype}."
         )
-    if not y.isfinite().all():
-        raise ValueError("Targets contain NaN or infinite entries.")
+    require(y.isfinite().all(), lambda: "Targets contain NaN or infinite entries.")
+    if is_cross_entropy:
+        _check_probabilities(y, require)
     return y
 
 
-def _checked_classes(y: Tensor, num_outputs: int, ignore_index: int) -> Tensor:
+def _check_probabilities(y: Tensor, require: Require) -> None:
+    """Refuse what cross-entropy takes, but is no distribution over classes."""
+    sums = y.double().sum(1)
+    require(
+        ~((y < 0).any(1) | ((sums - 1).abs() > _SUM_TOLERANCE)).any(),
+        lambda: (
+            "Targets that are probabilities must be at least zero and sum to one, "
+            f"got {y.min().item():g} at least, and sums of {sums.min().item():g} to "
+            f"{sums.max().item():g}. Labels that do not exclude each other, which "
+            "`BCEWithLogitsLoss` is for, have no posterior: "
+            "`DebiasedKFACLinearOperator` knows the curvature of that loss."
+        ),
+    )
+
+
+def _checked_classes(
+    y: Tensor, num_outputs: int, ignore_index: int, require: Require
+) -> Tensor:
     """Refuse what are no class indices, and return them as ``long``."""
     if y.ndim != 1 or y.dtype == torch.bool:
         raise ValueError(
             "Targets for classification must be class indices of shape [batch] and "
             f"integer dtype, got shape {tuple(y.shape)} and {y.dtype}."
         )
-    is_class = (y >= 0) & (y < num_outputs)
-    if not (is_class | (y == ignore_index)).all():
-        raise ValueError(
-            f"Class indices must lie in 0..{num_outputs - 1}, the model's outputs, or "
-            f"be the loss's `ignore_index` {ignore_index}, got "
+    is_valid = ((y >= 0) & (y < num_outputs)) | (y == ignore_index)
+    require(
+        is_valid.all(),
+        lambda: (
+            f"Class indices must lie in 0..{num_outputs - 1}, the model's outputs, "
+            f"or be the loss's `ignore_index` {ignore_index}, got "
             f"{y.min().item()}..{y.max().item()}."
-        )
-    return y.long()
+        ),
+    )
+    return y.long().masked_fill(~is_valid, 0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.one_hot import OneHotRows
-from laplace_debiased.rows.sweep import Accumulator
+from laplace_debiased.rows.sweep import Accumulator, Nothing
 
 Rows = list[tuple[Layer, Tensor]]
 InputRows = list[tuple[Layer, Tensor | OneHotRows]]
@@ -35,7 +35,7 @@ class KeptRows:
     takes_inputs = True
 
     def __init__(self, accumulator: Accumulator, room: int, num_points: int):
-        self._accumulator = accumulator
+        self._accumulator: Accumulator = accumulator
         self._room, self._num_points = room, num_points
         self._batches: list[_Batch] = []
         self._num_seen, self.num_bytes, self.is_complete = 0, 0, True
@@ -72,6 +72,10 @@ class KeptRows:
             self.is_complete = False
             self._batches.clear()
         return self.is_complete
+
+    def release(self) -> None:
+        """Forget the accumulator, which may be large: no further rows are to come."""
+        self._accumulator = Nothing()
 
     def replay(self, accumulator: Accumulator) -> None:
         """Hand the rows on to another accumulator, once.

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from laplace_debiased.rows.inputs import moved
 from laplace_debiased.rows.uses import Choice, Layout, MatrixUse
 
 
@@ -39,7 +40,7 @@ class LinearUse(MatrixUse):
         rows = positions_of_vectors(self.input, layout, batch_size)
         if choice is None:
             return rows
-        positions = choice(batch_size, rows.shape[1]).to(rows.device)
+        positions = moved(choice(batch_size, rows.shape[1]), rows.device)
         return rows.take_along_dim(positions[:, :, None, None], 1)
 
     def gradient_rows(
@@ -166,7 +167,7 @@ class ConvolutionUse(MatrixUse):
         numbers = torch.arange(entries, device=device).view_as(padded[:1])
         (patch,) = self._patches(numbers)  # [S, d_in]
         images = layout.split(torch.arange(len(padded), device=device), batch_size)
-        chosen = choice(batch_size, images.shape[1] * len(patch)).to(device)
+        chosen = moved(choice(batch_size, images.shape[1] * len(patch)), device)
         firsts = entries * images.gather(1, chosen // len(patch))
         indices = firsts[:, :, None] + patch[chosen % len(patch)]
         return padded.flatten().index_select(0, indices.flatten()).view_as(indices)

@@ -93,6 +93,21 @@ class OutputCurvature:
         """Whether columns are drawn."""
         return self.fisher_type == MC or self.fisher_rank is not None
 
+    def num_columns(self, num_outputs: int) -> int:
+        """Number of columns to backpropagate, at most.
+
+        Args:
+            num_outputs: Number of network outputs.
+
+        Returns:
+            The number.
+        """
+        if self.fisher_type != TYPE_2:
+            return self.mc_samples
+        if self.fisher_rank is None:
+            return num_outputs
+        return min(num_outputs, self.fisher_rank + 1)
+
     def columns(self, output: Tensor, target: Tensor, generator: Generator) -> Tensor:
         """Compute the columns to backpropagate.
 
@@ -231,7 +246,7 @@ ENDS_IN_SOFTMAX = (
 )
 
 
-def are_probabilities(loss_func: Loss, output: Tensor) -> bool:
+def are_probabilities(loss_func: Loss, output: Tensor) -> Tensor:
     """Tell if what should be cross-entropy's logits are probabilities.
 
     Args:
@@ -239,13 +254,14 @@ def are_probabilities(loss_func: Loss, output: Tensor) -> bool:
         output: Network output ``[batch, outputs]``.
 
     Returns:
-        Whether all rows are at least zero and sum to one, up to rounding.
+        Whether all rows are at least zero and sum to one, up to rounding, as a tensor
+        with one truth value on the output's device.
     """
     if not isinstance(loss_func, CrossEntropyLoss):
-        return False
+        return output.new_zeros((), dtype=torch.bool)
     error = 4 * output.shape[1] * torch.finfo(output.dtype).eps
     sums = output.detach().double().sum(1)
-    return bool((output >= 0).all() and ((sums - 1).abs() <= error).all())
+    return (output >= 0).all() & ((sums - 1).abs() <= error).all()
 
 
 def example_losses(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:

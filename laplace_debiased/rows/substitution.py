@@ -178,6 +178,42 @@ def output_shape(model: nn.Module, X: Inputs) -> tuple[int, ...]:
         return tuple(_run(model, X).shape)
 
 
+class _LargestOutput(Substitution):
+    """Keeps the size of the largest tensor that a function returns, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+        self.size = 1
+
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Sequence[type],
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor):
+            self.size = max(self.size, output.numel() * output.element_size())
+        return output
+
+
+@torch.no_grad()
+def largest_activation(model: nn.Module, X: Inputs) -> int:
+    """Find the size of the largest tensor that a network computes.
+
+    Args:
+        model: The network.
+        X: Inputs, a tensor or a mapping.
+
+    Returns:
+        Its size in bytes, at least one.
+    """
+    with _LargestOutput() as largest:
+        output = run(model, X)
+    return max(largest.size, output.numel() * output.element_size())
+
+
 def _original(model: nn.Module) -> nn.Module:
     """Return a network that may be compiled as it was before."""
     return getattr(model, "_orig_mod", model)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from random import Random
 from typing import Any, Protocol
 
 import torch
 from laplace.utils import select_rows
 from torch import Generator, Tensor, nn
+from torch.nn import MSELoss
 from tqdm import tqdm
 
 from laplace_debiased.rows.inputs import (
     Batch,
+    Requirements,
     at_least_single,
     check_finite_inputs,
     check_targets,
+    moved,
     on_device,
 )
 from laplace_debiased.rows.layers import Layer
@@ -131,6 +133,23 @@ class SweepSummary:
         whole.check_counted()
         return whole
 
+    @classmethod
+    def of_layers(cls, parts: Sequence[SweepSummary]) -> SweepSummary:
+        """Put together what sweeps over the same data saw of some layers each.
+
+        Args:
+            parts: The summaries, in the order of the layers.
+
+        Returns:
+            That of all layers.
+        """
+        columns: dict[str, Any] = {
+            name: torch.cat([getattr(own, name) for own in parts], 1)
+            for name in _PER_LAYER
+            if getattr(parts[0], name) is not None
+        }
+        return replace(parts[0], **columns)
+
     def check_counted(self) -> None:
         """Refuse data of which none counts.
 
@@ -144,14 +163,8 @@ class SweepSummary:
             )
 
 
-_PER_EXAMPLE = (
-    "losses",
-    "traces",
-    "classes",
-    "contributions",
-    "squared_inputs",
-    "num_rows",
-)
+_PER_LAYER = ("contributions", "squared_inputs", "num_rows")
+_PER_EXAMPLE = ("losses", "traces", "classes", *_PER_LAYER)
 
 
 def sweep(
@@ -170,6 +183,7 @@ def sweep(
     progress_bar: bool = False,
     description: str = "Curvature",
     num_points: int | None = None,
+    among: Sequence[Layer] | None = None,
 ) -> SweepSummary:
     """Feed the rows of a data source to an accumulator.
 
@@ -195,6 +209,8 @@ def sweep(
         progress_bar: Whether to show a progress bar over the examples.
         description: The progress bar's label.
         num_points: The progress bar's total, if it is known.
+        among: All layers, of which those to record may be some: how batches are
+            divided, and so what is drawn, depends on all. None if they are all.
 
     Returns:
         A summary of the pass.
@@ -205,28 +221,26 @@ def sweep(
             or the network mixes examples.
     """
     parameter = next(model.parameters())
-    generator = Generator(device=parameter.device)
+    device, loss_func = parameter.device, output_curvature.loss_func
+    generator = Generator(device=device)
     if not backward:
         layers = [layer for layer in layers if layer.has_inputs]
-    totals = _Totals(parameter.dtype, parameter.device)
+    totals = _Totals(parameter.dtype, device)
     check_examples_are_separate = SeparationCheck()
     add_inputs = accumulator.add_inputs if accumulator.takes_inputs else None
     weight_dtype = torch.promote_types(parameter.dtype, _SINGLE)
     with tqdm(
         desc=f"[{description}]", total=num_points, disable=not progress_bar
     ) as bar:
-        for X, y in _parts(data, layers if backward else []):
-            X, y = on_device(X, parameter.device), y.to(parameter.device)
-            y = flat_targets(model, y)
-            check_finite_inputs(X)
-            own = _weights_of_batch(weights, totals.num_data, len(y))
-            own = own.to(parameter.device, weight_dtype)
-            own = own * is_counted(output_curvature.loss_func, y)
+        for X, y in _parts(data, (among or layers) if backward else []):
+            X, y = on_device(X, device), flat_targets(model, moved(y, device))
+            check_finite_inputs(X, totals.requirements.add)
+            own = _weights_of_batch(weights, totals.num_data, len(y)).to(weight_dtype)
+            own = moved(own, device) * is_counted(loss_func, y)
             accumulator.start_batch(own)
             own_seed = mixed_seed(seed, (start or 0) + totals.num_data)
             generator.manual_seed(own_seed)
-            random = Random(own_seed)
-            choices = None if positions is None else thinnings(positions, random)
+            choices = None if positions is None else thinnings(positions, own_seed)
             with (
                 torch.set_grad_enabled(backward),
                 record_rows(
@@ -234,7 +248,7 @@ def sweep(
                 ) as tape,
             ):
                 output = run(model, X)
-            y = check_targets(output, y, output_curvature.loss_func)
+            y = check_targets(output, y, loss_func, totals.requirements.add)
             if layers and backward:
                 check_examples_are_separate(tape, output)
                 columns = output_curvature.columns(output, y, generator)
@@ -288,14 +302,16 @@ class _Totals:
     device: torch.device
     num_data: int = 0
     num_outputs: int = 0
-    total_weight: float = 0.0
-    are_probabilities: bool = True
+    num_positions: int = 0
+    are_probabilities: Tensor | bool = True
     losses: list[Tensor] = field(default_factory=list)
     traces: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.total_weight = torch.zeros_like(self.loss)
+        self.requirements = Requirements()
 
     def add(
         self,
@@ -308,7 +324,13 @@ class _Totals:
         precise, target = at_least_single(output.detach()), at_least_single(y)
         losses = example_losses(output_curvature.loss_func, precise, target)
         loss_func = output_curvature.loss_func
-        classes = output.shape[1] // num_positions(y)
+        count = num_positions(y)
+        if isinstance(loss_func, MSELoss) and self.num_positions not in (0, count):
+            raise ValueError(
+                "The examples of a regression must have equally many positions, whose "
+                f"density is normalized as one, got {self.num_positions} and {count}."
+            )
+        classes, self.num_positions = output.shape[1] // count, count
         if self.num_outputs not in (0, classes):
             raise ValueError(
                 f"Targets of shape {list(y.shape)} are not those of outputs with "
@@ -319,13 +341,14 @@ class _Totals:
         self.traces.append(output_curvature.traces(precise, target))
         self.targets.append(y)
         self.loss = self.loss + (weights * losses).sum()
-        self.total_weight += weights.sum().item()
+        self.total_weight = self.total_weight + weights.sum()
         self.num_data, self.num_outputs = self.num_data + len(y), classes
 
     def summary(self, weights: Tensor | None) -> SweepSummary:
         """Check that there were as many points as weights, and sum up."""
         if self.num_data == 0:
             raise ValueError("The data source is empty: there is nothing to fit.")
+        self.requirements.check()
         if weights is not None and len(weights) != self.num_data:
             raise ValueError(
                 f"Got {len(weights)} weights for {self.num_data} examples: one each is "
@@ -339,10 +362,10 @@ class _Totals:
         are_classes = not last.is_floating_point() and last.ndim == 1
         return SweepSummary(
             self.num_data,
-            self.total_weight,
+            self.total_weight.item(),
             self.loss.to(torch.promote_types(self.dtype, _SINGLE)),
             self.num_outputs,
-            self.are_probabilities,
+            bool(self.are_probabilities),
             torch.cat(self.losses),
             torch.cat(self.traces),
             torch.cat(self.targets) if are_classes else None,

@@ -57,13 +57,13 @@ class Thinning:
         )
 
 
-def thinnings(most: int, random: Random) -> Callable[[Layer], Choice]:
+def thinnings(most: int, seed: int) -> Callable[[Layer], Choice]:
     """Return what draws positions of each layer in a pass.
 
     Args:
         most: How many positions of an example are taken at most; of layers with many
             inputs, they are as many as cost no more than the forward pass.
-        random: Random numbers.
+        seed: Seed of the pass. What a layer draws does not depend on others.
 
     Returns:
         The draw of a layer.
@@ -72,8 +72,9 @@ def thinnings(most: int, random: Random) -> Callable[[Layer], Choice]:
 
     def of_layer(layer: Layer) -> Thinning:
         if layer.name not in own:
+            bits = Random(f"{seed} {layer.name}").getrandbits(32)
             own[layer.name] = Thinning(
-                num_taken(layer, most), layer.num_positions, random.getrandbits(32)
+                num_taken(layer, most), layer.num_positions, bits
             )
         return own[layer.name]
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from laplace_debiased.rows.inputs import moved
 from laplace_debiased.rows.matrix_uses import of_each_axis, patches
 from laplace_debiased.rows.uses import Choice, Layout, MatrixUse
 
@@ -54,7 +55,7 @@ class TransposedConvolutionUse(MatrixUse):
             numbers = torch.arange(count).expand(batch_size, -1)
         else:
             numbers = choice(batch_size, count)
-        numbers = numbers.to(pixels.device)[:, :, None]
+        numbers = moved(numbers, pixels.device)[:, :, None]
         rows = pixels.take_along_dim(numbers // self.groups, 1)
         if self.groups > 1:
             channels = torch.arange(rows.shape[2], device=rows.device)

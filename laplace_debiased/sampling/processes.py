@@ -155,8 +155,8 @@ class Group(Alone):
         costs = [len(own) ** 3 if own.ndim > 1 else 0 for own in matrices]
         owners = divided(costs, self.size)
         mine = [k for k, owner in enumerate(owners) if owner == self.rank and costs[k]]
-        own = symmetric_eighs([matrices[k] for k in mine], tolerance)
-        done = dict(zip(mine, own, strict=True))
+        of_mine = (matrices[k] for k in mine)
+        done = dict(zip(mine, symmetric_eighs(of_mine, tolerance), strict=True))
         self._agree()
         found = []
         for k, (matrix, owner) in enumerate(zip(matrices, owners, strict=True)):
@@ -164,10 +164,12 @@ class Group(Alone):
                 found.append(symmetric_eigh(matrix))
                 continue
             # eigenvectors are columns: their transpose is what lies in memory
-            values, rows = matrix.new_empty(len(matrix)), torch.empty_like(matrix)
+            pair = matrix.new_empty(len(matrix) + 1, len(matrix))
             if k in done:
-                values, rows = done[k][0], done[k][1].mT
-            found.append((self._from(owner, values), self._from(owner, rows).mT))
+                values, vectors = done.pop(k)
+                torch.cat([vectors.mT, values[None]], out=pair)
+            pair = self._from(owner, pair)
+            found.append((pair[-1].clone(), pair[:-1].mT))
         return found
 
     def _from(self, owner: int, tensor: Tensor) -> Tensor:

@@ -83,3 +83,8 @@ def test_reliability_compares_confidence_with_accuracy():
 
 def test_reliability_of_predictions_that_are_all_right():
     assert reliability(torch.eye(3), torch.arange(3)) == ([1], [1])
+
+
+def test_brier_of_two_classes_is_summed_over_both():
+    p, y = torch.tensor([[0.8, 0.2], [0.3, 0.7]]), torch.tensor([0, 0])
+    assert score(p, y).brier == pytest.approx((2 * 0.2**2 + 2 * 0.7**2) / 2)

@@ -1,5 +1,7 @@
 """Networks that run in mixed precision by themselves: the rest stays precise."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -52,6 +54,31 @@ def test_posteriors_are_those_of_the_network_but_for_rounding(
         fitted.append((la.H.to_matrix().trace(), la.loss, mean, covariance))
     for actual, expected in zip(*fitted, strict=True):
         assert 0 < relative_error(actual, expected) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_mixed_precision_around_a_fit_is_warned_of_and_factors_are_single(
+    single, magnitudes
+):
+    model, X, y = single
+    fitted = []
+    for enabled in (True, False):
+        la = debiased(model, magnitudes=magnitudes)
+        warned = pytest.warns(UserWarning, match="autocast` is on around the fit")
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=enabled),
+            warned if enabled else nullcontext(),
+        ):
+            la.fit(DataLoader(TensorDataset(X, y), 9))
+            predictions = la(X)
+        tensors = [t for own in la.H.eigenvectors + la.H.spectra() for t in own]
+        assert {t.dtype for t in tensors} == {predictions.dtype} == {torch.float32}
+        fitted.append((la.H.to_matrix().trace(), la.loss, predictions))
+    for actual, expected in zip(*fitted, strict=True):
+        assert 0 < relative_error(actual, expected) < TOLERANCES[torch.bfloat16]
+    # rotations are not rounded as the network is
+    for vectors in (v for own in la.H.eigenvectors for v in own if v.ndim == 2):
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(len(vectors)))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

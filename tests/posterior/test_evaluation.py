@@ -100,7 +100,7 @@ def test_what_cannot_be_told_is_none():
     with pytest.raises(ValueError, match="no points"):
         la.report([])
     with pytest.raises(ValueError, match="class indices"):
-        la.report([(X, torch.rand(80, 3).double())])
+        la.report([(X, torch.rand(80, 3).double().softmax(1))])
     with pytest.raises(AttributeError, match="not fitted"):
         debiased(network("mlp")).report(judged())
 

@@ -1,10 +1,13 @@
 """With ``ggn`` magnitudes, rows that fit into memory spare further passes."""
 
+import gc
 from unittest import mock
 
 import pytest
 import torch
 
+from laplace_debiased.curvature.directional import DirectionalCurvatures
+from laplace_debiased.curvature.factors import KroneckerFactors
 from laplace_debiased.posterior import sources
 from laplace_debiased.rows.kept import KeptRows
 from laplace_debiased.rows.layers import Layer
@@ -63,3 +66,18 @@ def test_rows_are_given_up_as_soon_as_those_to_come_will_not_fit(room):
     replayed = mock.Mock()
     kept.replay(replayed)
     assert replayed.add_gradients.call_count == (2 if room == 80 else 0)
+
+
+def test_kept_rows_keep_no_sums():
+    """Sums in double precision are gone once there are factors."""
+    alive = []
+
+    def measured(*args):
+        found = [o for o in gc.get_objects() if isinstance(o, KroneckerFactors)]
+        alive.append(sum(bool(own._gradients) for own in found))
+        return DirectionalCurvatures(*args)
+
+    gc.collect()
+    with mock.patch.object(sources, "DirectionalCurvatures", measured):
+        fitted("mlp")
+    assert alive == [0, 0]

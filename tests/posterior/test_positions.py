@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 from laplace_debiased.predictive.links import probit_probabilities
 from laplace_debiased.rows.output_curvature import (
@@ -272,6 +273,72 @@ def test_regressions_have_a_variance_for_each_position():
     assert torch.allclose(f_mu, model(X)) and f_var.shape == y.shape
     loss = 0.5 * nn.functional.mse_loss(model(X), y, reduction="sum")
     assert torch.allclose(la.loss, loss)
+
+
+def noisy_pixels(size=40):
+    torch.manual_seed(0)
+    model = nn.Conv2d(1, 2, 3, padding=1).double()
+    X = torch.randn(size, 1, 4, 4).double()
+    y = model(X).detach() + 0.3 * torch.randn(size, 2, 4, 4).double()
+    la = debiased(model, "regression", class_axis=1)
+    la.fit(DataLoader(TensorDataset(X, y), 16))
+    return la, X, y
+
+
+def test_densities_of_regressions_are_those_of_all_positions():
+    la, X, y = noisy_pixels()
+    la.sigma_noise = 0.7
+    normal = torch.distributions.Normal(la.model(X), 0.7)
+    assert torch.allclose(la.log_likelihood, normal.log_prob(y).sum())
+    la.optimize_prior_precision(tune_sigma_noise=True)
+    assert la.sigma_noise.item() == pytest.approx(0.3, rel=0.1)
+    report = la.report(DataLoader(TensorDataset(X, y), 16))
+    assert report.posterior.coverage_90 == pytest.approx(0.9, abs=0.03)
+
+
+def test_regressions_have_equally_many_positions():
+    la, *_ = noisy_pixels()
+    X, y = torch.randn(3, 1, 5, 5).double(), torch.randn(3, 2, 5, 5).double()
+    batches = [(X, y), (X[..., 1:], y[..., 1:])]
+    with pytest.raises(ValueError, match="equally many positions"):
+        la.fit(batches)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ignored_positions_have_no_part_in_what_is_chosen():
+    """Metrics may not know the class that is ignored."""
+    la, X, y = fitted("pixels")
+    y = y.clone()
+    y[:, 1], y[3] = IGNORED, IGNORED
+    counted = y != IGNORED
+    val = DataLoader(TensorDataset(X, y), 5)
+    assert la.calibrate(val, optimize_prior=False).num_points == counted.sum()
+    report = la.report(val)
+    assert report.num_points == counted.sum()
+    p = la.uncertainty(X).probabilities.movedim(1, -1)[counted]
+    assert report.posterior.nll == pytest.approx(cross_entropy_of(p, y[counted]))
+    accuracy = MulticlassAccuracy(CLASSES, average="micro")
+    options = {"method": "gridsearch", "val_loader": val, "grid_size": 3}
+    la.optimize_prior_precision(**options, loss=accuracy)
+    with pytest.raises(ValueError, match="Of outputs with positions, a grid search"):
+        la.optimize_prior_precision(**options, pred_type="nn", link_approx="mc")
+
+
+def cross_entropy_of(p, y):
+    return nn.functional.nll_loss(p.log(), y).item()
+
+
+def test_what_needs_all_covariances_or_exchangeable_points_is_refused():
+    la, X, y = fitted("pixels")
+    for samples in (la.functional_samples, la.predictive_samples):
+        with pytest.raises(ValueError, match="there are variances alone"):
+            samples(X)
+        assert samples(X, pred_type="nn", n_samples=2).shape == (2, *la(X).shape)
+    with pytest.raises(ValueError, match="are not exchangeable"):
+        la.conformal_sets(DataLoader(TensorDataset(X, y), 5))
+    regression, *data = noisy_pixels()
+    with pytest.raises(ValueError, match="are not exchangeable"):
+        regression.conformal_intervals(DataLoader(TensorDataset(*data), 5))
 
 
 def test_posteriors_of_a_network_may_have_other_axes():

@@ -3,6 +3,10 @@
 import os
 import signal
 import time
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from laplace_debiased.posterior import sources
-from laplace_debiased.sampling.processes import divided
+from laplace_debiased.posterior import fitting, laplace, sources
+from laplace_debiased.sampling.processes import Group, divided
 from tests import dense, zoo
 from tests.cases import batch, network
 from tests.fits import debiased
@@ -28,6 +32,7 @@ FITS = {
     "ggn": ("mlp", {"magnitudes": "ggn", "budget": 16}),
     "ggn of kept rows": ("mlp", {"magnitudes": "ggn"}),
     "no rows kept": ("mlp", {"magnitudes": "ggn", "memory_limit": 1}),
+    "layer by layer": ("mlp", {"magnitudes": "ggn", "fit_memory_limit": 3500}),
     "two batches": ("mlp", {"estimator": "two_batch", "direction_fraction": "auto"}),
     "sampled": ("mlp", {"backend_kwargs": {"stochastic": True}}),
     "fewer columns": ("mlp", {"fisher_rank": 1, "budget": 16}),
@@ -279,6 +284,47 @@ def killed(rank, _folder):
     return None
 
 
+class Counting(Group):
+    """Counts the bytes of what is exchanged."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = Counter()
+
+    def totals(self, tensors):
+        self.bytes["sums"] += sum(own.nbytes for own in tensors)
+        return super().totals(tensors)
+
+    def _from(self, owner, tensor):
+        self.bytes["eigenvectors"] += tensor.nbytes
+        return super()._from(owner, tensor)
+
+    def gathered(self, value, device="cpu"):
+        found = super().gathered(value, device)
+        entries = [value for own in found for value in vars(own).values()]
+        tensors = [own for own in entries if isinstance(own, torch.Tensor)]
+        self.bytes["points"] += sum(own.nbytes for own in tensors if own.ndim)
+        return found
+
+
+def counted(_rank, _folder):
+    """What is exchanged in a fit, and what the network is like."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(d_in, d_out) for d_out, d_in in SHAPES]
+    X, y = torch.randn(60, SHAPES[0][1]), torch.randint(SHAPES[-1][0], (60,))
+    la = debiased(nn.Sequential(*layers), budget=16, pool_size=60, num_folds=3)
+    group = Counting()
+    with (
+        mock.patch.object(laplace, "present_group", return_value=group),
+        mock.patch.object(fitting, "check_same_fit"),
+    ):
+        la.fit(loader(TensorDataset(X, y)))
+    return dict(group.bytes)
+
+
+SHAPES = [(40, 24), (32, 40), (5, 32)]
+
+
 def other_backend(_rank, _folder):
     """Each process does all of the work of a backend that has no rows."""
     from laplace.curvature import AsdlGGN
@@ -299,7 +345,7 @@ def sharded(_rank, _folder):
     return str(error.value)
 
 
-TWO = [fits, wrapped, resumed, other_backend, sharded, killed]
+TWO = [fits, wrapped, resumed, other_backend, sharded, counted, killed]
 FOUR = [parts_of_the_data, few_points, stream, calibrated, failing]
 
 
@@ -435,6 +481,13 @@ def test_other_backends_do_all_in_each_process(of_two):
 def test_models_in_parts_are_refused(of_two):
     for text in of_two["sharded"]:
         assert "divided among processes" in text and "'0.weight'" in text
+
+
+def test_as_much_is_exchanged_as_the_cost_model_says(of_two, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    study = import_module("scaling_over_processes")
+    expected = study.exchanged(SHAPES, budget=16, pool=60, folds=3)
+    assert of_two["counted"] == [expected, expected]
 
 
 def test_work_is_divided_by_cost():

@@ -52,6 +52,22 @@ def test_cross_entropy_of_one_output_is_refused_without_a_posterior():
         operator.compute()
 
 
+@pytest.mark.parametrize("change", ["several labels", "no label", "negative"])
+@pytest.mark.parametrize("class_axis", [None, -1])
+def test_targets_that_are_no_distributions_are_refused(change, class_axis):
+    """Cross-entropy takes any numbers, also labels that do not exclude each other."""
+    torch.manual_seed(0)
+    shape = (6,) if class_axis is None else (6, 2)
+    X, y = torch.randn(*shape, 4), torch.eye(3)[torch.randint(3, shape)]
+    model = nn.Linear(4, 3)
+    debiased(model, class_axis=class_axis).fit(DataLoader(TensorDataset(X, y), 3))
+    row = {"several labels": [1, 1, 0], "no label": [0, 0, 0], "negative": [-1, 1, 1]}
+    y.view(-1, 3)[-1] = torch.tensor(row[change]).float()
+    la = debiased(model, class_axis=class_axis)
+    with pytest.raises(ValueError, match="`BCEWithLogitsLoss` is for, have no"):
+        la.fit(DataLoader(TensorDataset(X, y), 3))
+
+
 def test_the_advice_for_one_output_works():
     X, y = batch("mlp", SIZE)
     model = zoo.Model(

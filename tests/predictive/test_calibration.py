@@ -2,8 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from laplace_debiased.predictive.calibration import calibration_of
+from laplace_debiased.predictive.links import probit_logits
 
 
 def drawn(mean, variance, temperature=1.0):
@@ -15,6 +17,10 @@ def drawn(mean, variance, temperature=1.0):
 def outputs(count, spread=3.0):
     torch.manual_seed(0)
     return spread * torch.randn(count, 5, dtype=torch.float64)
+
+
+def nll(logits, y):
+    return cross_entropy(logits, y).item()
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
@@ -37,9 +43,10 @@ def test_as_much_variance_is_kept_as_the_tolerance_allows():
     for tolerance in (0, 1e-3, 1e-2, 10):
         found = calibration_of(mean, variance, y, tolerance)
         by_scale = dict(found.frontier)
-        assert by_scale[found.scale] <= min(by_scale.values()) + tolerance
+        # the prior and the standard error are small next to 4,000 points
+        assert by_scale[found.scale] <= by_scale[0.0] + tolerance + 5e-4
         assert all(
-            nll > min(by_scale.values()) + tolerance
+            nll > min(by_scale.values()) + tolerance - 2e-3
             for scale, nll in found.frontier
             if scale > found.scale
         )
@@ -71,8 +78,44 @@ def test_few_points_that_are_all_right_do_not_make_sure(count):
     mean = outputs(count)
     y = mean.argmax(1)
     found = calibration_of(mean, torch.ones_like(mean), y)
-    assert 0.5 < found.temperature < 1
+    assert 0.7 < found.temperature <= 1
     assert found.num_points == count
+    # a single point has no standard error: nothing but the network is left
+    assert count > 1 or found.scale == 0
+
+
+@pytest.mark.parametrize("count", [50, 200])
+def test_few_points_do_no_harm(count):
+    """The network is right, and its posterior's variance is noise."""
+    mean = outputs(20_000)
+    variance = 5 * torch.rand_like(mean)
+    y = drawn(mean, torch.zeros_like(mean))
+    alone = nll(mean, y)
+    extra = []
+    for rows in torch.arange(20_000).split(count)[:60]:
+        found = calibration_of(mean[rows], variance[rows], y[rows])
+        logits = probit_logits(*found.outputs(mean, variance))
+        extra.append(nll(logits, y) - alone)
+    assert sum(extra) / len(extra) < 1e-3
+    assert max(extra) < 0.01
+
+
+def test_a_temperature_that_the_data_do_not_ask_for_is_exactly_one():
+    mean = outputs(100)
+    y = drawn(mean, torch.zeros_like(mean))
+    found = calibration_of(mean, 1e6 * torch.rand_like(mean), y)
+    assert (found.temperature, found.scale) == (1, 0)
+
+
+def test_each_scale_has_its_best_temperature():
+    mean = outputs(4000)
+    y = drawn(mean, torch.zeros_like(mean), 2.0)
+    found = calibration_of(mean, torch.rand_like(mean), y, tolerance=10)
+    assert found.scale == 1
+    for factor in (0.9, 1.1):
+        other = replace(found, temperature=factor * found.temperature)
+        logits = probit_logits(*other.outputs(mean, torch.rand_like(mean)))
+        assert nll(logits, y) > found.nll
 
 
 def test_errors_of_the_temperature_are_those_over_draws():
@@ -80,11 +123,8 @@ def test_errors_of_the_temperature_are_those_over_draws():
     mean = outputs(20_000)
     for rows in torch.arange(20_000).split(400):
         own = mean[rows]
-        found.append(
-            calibration_of(
-                own, torch.zeros_like(own), drawn(own, torch.zeros_like(own))
-            )
-        )
+        y = drawn(own, torch.zeros_like(own), 2.0)
+        found.append(calibration_of(own, torch.zeros_like(own), y))
     logs = torch.tensor([own.temperature for own in found]).log()
     told = torch.tensor([own.temperature_error for own in found]).mean()
     assert told / logs.std() == pytest.approx(1, abs=0.3)

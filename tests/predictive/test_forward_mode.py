@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, to_eigenbasis
+from laplace_debiased.posterior import tuning
 from laplace_debiased.predictive import forward_mode
 from laplace_debiased.predictive.forward_mode import (
     ForwardModeError,
@@ -42,7 +43,7 @@ def first(X, count):
 def test_changes_are_jacobian_vector_products(name):
     la, X = fitted(name)
     X = first(X, 3)
-    changes = sampled_change(la.posterior_precision, la.fitted_params, 5)
+    changes = sampled_change(la.posterior_precision, la.fitted_params, 2, 4, seed=5)
     before = [param.clone() for param in la.model.parameters()]
     output, change = output_change(la.model, la.fitted_params, changes, X)
     J = jacobians(zoo.plain(la.model), X, 3, la.fitted_params)
@@ -53,25 +54,53 @@ def test_changes_are_jacobian_vector_products(name):
         assert torch.equal(param, old) and type(param) is nn.Parameter
 
 
-@pytest.mark.parametrize("name", ["mlp, in place", "vision transformer"])
-def test_samples_have_the_posterior_as_their_distribution(name):
-    """White in the eigenbasis, when scaled by the posterior's spectrum."""
-    la, _ = fitted(name)
+def white(la, number, count, seed):
+    """Coordinates of a sample in the eigenbasis, scaled by the posterior's spectrum."""
     posterior = la.posterior_precision
-    white = []
-    for seed in range(300):
-        changes = sampled_change(posterior, la.fitted_params, seed)
-        parts = [
-            to_eigenbasis(own.reshape([len(v) for v in vectors]), vectors)
-            * values.sqrt()
-            for own, vectors, values in zip(
-                changes, posterior.eigenvectors, posterior.spectra(), strict=True
-            )
-        ]
-        white.append(torch.cat([part.flatten() for part in parts]))
-    white = torch.stack(white)
-    assert abs(white.mean()) < 0.02 and abs(white.var() - 1) < 0.02
-    assert white.var(0).min() > 0.6 and white.var(0).max() < 1.5
+    changes = sampled_change(posterior, la.fitted_params, number, count, seed)
+    blocks = zip(changes, posterior.eigenvectors, posterior.spectra(), strict=True)
+    parts = [
+        to_eigenbasis(own.reshape([len(v) for v in vectors]), vectors) * values.sqrt()
+        for own, vectors, values in blocks
+    ]
+    return torch.cat([part.flatten() for part in parts])
+
+
+@pytest.mark.parametrize("name", [*NAMES, "gpt-2's matrices"])
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_each_coordinate_is_in_one_bucket(name, count):
+    la, _ = fitted(name)
+    z = torch.stack([white(la, number, count, 2) for number in range(count)])
+    in_bucket = z.abs() > 1e-6
+    assert (in_bucket.sum(0) == 1).all()
+    assert torch.allclose(z.abs().sum(0), z.new_tensor(count**0.5))
+    # buckets are about as large as one another, and signs as frequent
+    assert in_bucket.sum(1).max() < 2 * la.n_params / count + 3
+    assert abs(z[in_bucket].sign().sum()) < 4 * la.n_params**0.5
+    other = torch.stack([white(la, number, count, 3) for number in range(count)])
+    if count > 1:
+        assert not torch.equal(other.abs() > 1e-6, in_bucket)
+
+
+def test_pairs_of_coordinates_share_a_bucket_less_often_than_by_chance():
+    la, _ = fitted("mlp, in place")
+    count, shared = 7, 0.0
+    for seed in range(60):
+        z = torch.stack([white(la, number, count, seed) for number in range(count)])
+        same = (z.T.abs() @ z.abs() > 1e-6).double()
+        shared += (same.sum() - la.n_params) / la.n_params / (la.n_params - 1) / 60
+    assert 0.7 / count < shared < 1 / count
+
+
+def test_samples_are_exact_if_no_two_coordinates_share_a_bucket():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, bias=False).double()
+    X = torch.randn(20, 4).double()
+    la = debiased(model, prior_precision=0.5)
+    la.fit(loader(X, torch.randint(3, (20,)), 10))
+    exact = la(X[:5])
+    la.forward_samples = 12
+    assert torch.allclose(la(X[:5]), exact)
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "full", "joint"])
@@ -81,9 +110,9 @@ def test_moments_are_exact_over_a_complete_basis(kind, monkeypatch):
     X, posterior = X[:2], la.posterior_precision
     size = la.n_params
 
-    def axis(own, params, seed):
+    def axis(own, params, number, count, seed):
         unit = torch.zeros(size, dtype=torch.float64)
-        unit[seed] = size**0.5
+        unit[number] = size**0.5
         root = own.bmm(unit[None, None], -0.5).flatten()
         return [
             part.view_as(param)
@@ -94,7 +123,6 @@ def test_moments_are_exact_over_a_complete_basis(kind, monkeypatch):
 
     monkeypatch.setattr(forward_mode, "sampled_change", axis)
     monkeypatch.setattr(forward_mode, "check_forward_mode", lambda *_: None)
-    monkeypatch.setattr(forward_mode, "mixed_seed", lambda _, number: number)
     predictive = SampledPredictive(la.model, la.fitted_params, posterior, size)
     mean, covariance = predictive.moments(X, 2, kind)
     joint, diagonal = kind == "joint", kind == "diagonal"
@@ -118,7 +146,36 @@ def test_errors_of_variances_are_what_is_said():
         errors.append(variances / exact - 1)
     errors = torch.stack(errors)
     assert abs(errors.mean()) < 0.05
-    assert 0.8 < errors.square().mean().sqrt() / relative_error(count) < 1.2
+    assert 0.5 < errors.square().mean().sqrt() / relative_error(count) < 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["diagonal", "full", "joint"])
+def test_examples_are_run_in_chunks_that_fit_into_memory(name, kind, monkeypatch):
+    la, X = fitted(name)
+    size, ran = 8, []
+
+    def moments(limit):
+        predictive = SampledPredictive(
+            la.model, la.fitted_params, la.posterior_precision, 3, memory_limit=limit
+        )
+        return predictive.moments(X, size, kind)
+
+    whole = moments(2**30)
+    change = forward_mode.output_change
+
+    def counting(*args):
+        result = change(*args)
+        ran.append(len(result[0]))
+        return result
+
+    monkeypatch.setattr(forward_mode, "output_change", counting)
+    entry = forward_mode.largest_activation(la.model, first(X, 2)) / 2
+    parts = moments(int(3.5 * 8 * entry))
+    # two for the check, and then all examples of each of the samples
+    assert ran == [2, *3 * [3, 3, 2]]
+    for own, expected in zip(parts, whole, strict=True):
+        assert torch.allclose(own, expected, atol=1e-12)
 
 
 def test_covariances_have_cholesky_factors():
@@ -139,6 +196,31 @@ def test_variances_for_several_priors_are_those_of_each():
     for k, delta in enumerate([0.5, 2.0]):
         own = SampledPredictive(*arguments, curvature + torch.tensor(delta), 7)
         assert torch.allclose(variances[..., k], own.moments(X, 1, "diagonal")[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_grid_search_by_samples_has_fewer_nodes_and_the_same_losses(monkeypatch):
+    la, X = fitted("mlp, in place", 20)
+    val = loader(X, torch.randint(3, (20,)), 10)
+    nodes, losses = [], []
+    own, choose = la._variances_by_prior, tuning._losses_from_one_pass
+
+    def counting(X, priors):
+        nodes.append(len(priors))
+        return own(X, priors)
+
+    def keeping(*args):
+        losses.append(choose(*args))
+        return losses[-1]
+
+    monkeypatch.setattr(la, "_variances_by_prior", counting)
+    monkeypatch.setattr(tuning, "_losses_from_one_pass", keeping)
+    grid = {"log_prior_prec_min": -1, "log_prior_prec_max": 1, "grid_size": 9}
+    for samples in (None, 100):
+        la.forward_samples = samples
+        la.optimize_prior_precision(method="gridsearch", val_loader=val, **grid)
+    assert nodes[-1] < 0.7 * nodes[0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 class Custom(torch.autograd.Function):
@@ -178,7 +260,7 @@ def test_many_outputs_are_sampled(count, sampled):
     assert torch.equal(p, exact) != sampled
     assert (p - exact).abs().max() < 0.2 * exact.max()
     la.forward_samples = 2000
-    assert (la(X) - exact).abs().max() < 0.02 * exact.max()
+    assert (la(X) - exact).abs().max() < 0.04 * exact.max()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -186,13 +268,13 @@ def test_many_outputs_are_sampled(count, sampled):
 def test_all_predictions_can_be_sampled(link_approx):
     la, X = fitted("mlp, in place", 20)
     exact = la(X, link_approx=link_approx, generator=torch.Generator())
-    la.forward_samples = 3000
+    la.forward_samples = 1000
     sampled = la(X, link_approx=link_approx, generator=torch.Generator())
-    assert torch.allclose(sampled, exact, atol=0.03)
+    assert torch.allclose(sampled, exact, atol=0.04)
     assert torch.equal(la(X), la(X))
     found = la.uncertainty(X)
     la.forward_samples = None
-    assert torch.allclose(found.epistemic, la.uncertainty(X).epistemic, atol=0.02)
+    assert torch.allclose(found.epistemic, la.uncertainty(X).epistemic, atol=0.03)
 
 
 def test_functions_without_a_forward_mode_take_backward_passes():
@@ -242,9 +324,8 @@ def test_what_backward_passes_do_not_see_is_not_sampled():
     la = debiased(model, fisher_rank=5)
     la.fit(loader(X, y, 20))
     assert la.parameter_kinds["body.weight"] == "left out"
-    changes = [torch.ones_like(param) for param in model.parameters()]
     with pytest.raises(ForwardModeError, match="no_grad"):
-        check_forward_mode(model, list(model.parameters()), changes, X[:2])
+        check_forward_mode(model, list(model.parameters()), X[:2])
 
 
 def test_inference_mode_is_refused():

@@ -56,3 +56,21 @@ def test_points_are_normal():
     points = normal_points(10)
     assert points.mean(0).abs().max() < 0.01
     assert (points.T.cov() - torch.eye(10)).abs().max() < 0.1
+
+
+def test_there_are_points_for_the_words_of_a_language_model():
+    """Sobol's sequences have 21,201 dimensions at most; GPT-2 has 50,257 words."""
+    points = normal_points(30_000)
+    assert abs(points.mean()) < 1e-3 and abs(points.std() - 1) < 1e-3
+    mean = 5 * torch.randn(2, 30_000)
+    total, aleatoric = entropies(mean, torch.ones_like(mean))
+    assert (total > aleatoric).all() and (aleatoric > 0).all()
+
+
+def test_gradients_flow_to_means_and_variances():
+    mean, variance = torch.randn(5, 3), torch.rand(5, 3)
+    for own in (mean, variance):
+        own.requires_grad_()
+    total, aleatoric = entropies(mean, variance)
+    epistemic = (total - aleatoric).sum()
+    assert all(g.any() for g in torch.autograd.grad(epistemic, [mean, variance]))

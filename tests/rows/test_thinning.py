@@ -80,7 +80,7 @@ def test_calls_have_their_share_of_positions():
 
 def test_calls_continue_in_a_pass():
     layer = Layer("a", 0, None, 4, 2, num_positions=50)
-    of_layer = thinnings(4, Random(0))
+    of_layer = thinnings(4, 0)
     assert of_layer(layer) is of_layer(layer)
     assert sum(of_layer(layer)(3, 1).shape[1] for _ in range(50)) == 4
 
