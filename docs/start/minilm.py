@@ -39,7 +39,8 @@ def embedded(source, count):
 # a linear head
 torch.manual_seed(0)
 imdb = embedded("imdb", 900)
-train, val, test = (DataLoader(part, 50) for part in random_split(imdb, [500, 200, 200]))
+parts = random_split(imdb, [500, 200, 200])
+train, val, test = (DataLoader(part, 50) for part in parts)
 foreign = DataLoader(embedded("rotten_tomatoes", 150), 50)
 head = nn.Linear(384, 2)
 optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
