@@ -357,11 +357,16 @@ def _cells(runs: list[dict[str, float]]) -> list[str]:
             cells.append("-")
             continue
         values = factor * np.array([run[key] for run in runs])
-        cell = f"{values.mean():.{digits}f}"
-        if len(values) > 1:
-            cell += f" ± {sem(values):.{digits}f}"
-        cells.append(cell)
+        cells.append(_average(values, f".{digits}f"))
     return cells
+
+
+def _average(values: np.ndarray, form: str) -> str:
+    if not np.isfinite(values).all():  # a confident mistake at a temperature near zero
+        return "infinite"
+    digits = form.lstrip("+")
+    error = f" ± {sem(values):{digits}}" if len(values) > 1 else ""
+    return f"{values.mean():{form}}{error}"
 
 
 def differences(results: dict[str, Any]) -> str:
@@ -386,8 +391,7 @@ def differences(results: dict[str, Any]) -> str:
             for key in keys:
                 pairs = zip(rows[CALIBRATED], rows[SCALED], strict=True)
                 gaps = np.array([own[key] - other[key] for own, other in pairs])
-                error = f" ± {sem(gaps):.4f}" if len(gaps) > 1 else ""
-                cells.append(f"{gaps.mean():+.4f}{error}")
+                cells.append(_average(gaps, "+.4f"))
             lines.append(f"| {dataset}, {name} | {' | '.join(cells)} | {ratio:.2f} × |")
     return "\n".join(lines)
 

@@ -10,10 +10,7 @@ from torch import Tensor
 
 from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.curvature.leading import MIN_ROWS, leading_eigh
-from laplace_debiased.rows.inputs import moved
 
-# with so few rows, a GPU's kernels take longer to start than a processor to be done
-_FEW_ROWS = 128
 # computes eigenvectors and eigenvalues of factors, wherever that is done
 Decompose = Callable[[Sequence[Kronecker]], tuple[list[Kronecker], list[Kronecker]]]
 
@@ -38,9 +35,6 @@ def symmetric_eigh(matrix: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tens
     """
     if matrix.ndim == 1:
         return matrix, torch.ones_like(matrix)
-    if matrix.device.type != "cpu" and len(matrix) <= _FEW_ROWS:
-        values, vectors = symmetric_eigh(matrix.cpu(), tolerance)
-        return moved(values, matrix.device), moved(vectors, matrix.device)
     used = matrix.any(0)
     if used.all():
         return _eigh(matrix, tolerance)
