@@ -26,13 +26,7 @@ import numpy as np
 import torch
 from quality_under_shift import CORRUPTIONS, SEVERITIES
 from scipy.stats import sem
-from shared.command_line import (
-    NETWORKS,
-    add_problems,
-    parse,
-    run_problems,
-    study_parser,
-)
+from shared.command_line import add_problems, parse, run_problems, study_parser
 from shared.data import FOREIGN, scale_of, validation_data
 from shared.figures import legend_below, written_figure
 from shared.internals import (
@@ -41,6 +35,7 @@ from shared.internals import (
     entropy,
     probit_probabilities,
 )
+from shared.predictions import scaled_temperature
 from shared.problems import FIT_BATCH_SIZE, Problem
 from shared.reports import Progress, write_report
 from shared.training import CHECKPOINTS, trained
@@ -60,6 +55,15 @@ ENSEMBLE_SIZE = 5
 FIRST_IMAGE, NUM_IMAGES = 1000, 1000
 FIRST_VALIDATION = 1000
 SMALL_SETS = (50, 200)
+PROBLEMS = [
+    "fashion-mnist/MLP",
+    "mnist/MLP",
+    "fashion-mnist/all-convolutional",
+    "fashion-mnist/ResNet",
+    "fashion-mnist/ViT-Little",
+    "fashion-mnist/ALL-CNN-C",
+    "fashion-mnist/WideResNet",
+]
 GGN = ("all-convolutional", "ResNet", "ALL-CNN-C", "WideResNet")
 MAP, SCALED, ENSEMBLE = "MAP", "temperature scaling", "deep ensemble of 5"
 LAST, DEFAULT, CALIBRATED = "last layer", "default", "default, calibrated"
@@ -152,6 +156,17 @@ def moments(la: KronDebiasedLaplace, X: Tensor) -> Moments:
     )
 
 
+def scaled(outputs: Moments, y: Tensor) -> Calibration:
+    """Choose a temperature alone, without prior."""
+    temperature = scaled_temperature(outputs.mean, y)
+    return Calibration(temperature, 0.0, 0.0, len(y), 0.0, ())
+
+
+def calibrated(outputs: Moments, y: Tensor, **options: float) -> Calibration:
+    """Choose as ``la.calibrate`` does."""
+    return calibration_of(outputs.mean, outputs.variance, y, **options)
+
+
 def certain(model: nn.Module, X: Tensor) -> Moments:
     """Compute the outputs of the network alone."""
     mean = torch.cat([model(part) for part in X.split(BATCH_SIZE)])
@@ -188,16 +203,17 @@ def _of_probabilities(p: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def small_sets(
+    choose: Callable[[Moments, Tensor], Calibration],
     predict: Callable[[Tensor], Moments],
     validation: tuple[Moments, Tensor],
     images: Images,
 ) -> dict[str, float]:
-    """Score calibrations by few of the validation images: test NLLs."""
+    """Score choices by few of the validation images: test NLLs."""
     (X, labels), (known, y) = images.own, validation
     own, result = predict(X), {}
     for count in SMALL_SETS:
-        chosen = calibration_of(known.mean[:count], known.variance[:count], y[:count])
-        p = own.probabilities(chosen)
+        few = Moments(known.mean[:count], known.variance[:count])
+        p = own.probabilities(choose(few, y[:count]))
         result[f"{count} points"] = nll_loss(p.log(), labels).item()
     return result
 
@@ -264,15 +280,13 @@ def run_seed(
     predict = cache(partial(moments, la))
     known = predict(X)
     of_validation = of_map(X)
-    scaled = calibration_of(of_validation.mean, of_validation.variance, y)
-    scaled = replace(scaled, scale=0.0)
     rows = {
         MAP: scores(of_map, MAP_OUTPUTS, images),
-        SCALED: scores(of_map, scaled, images)
-        | small_sets(of_map, (of_validation, y), images),
+        SCALED: scores(of_map, scaled(of_validation, y), images)
+        | small_sets(scaled, of_map, (of_validation, y), images),
         DEFAULT: scores(predict, UNCALIBRATED, images),
         CALIBRATED: scores(predict, chosen, images)
-        | small_sets(predict, (known, y), images),
+        | small_sets(calibrated, predict, (known, y), images),
     }
     if last is not None:
         rows[LAST] = scores(partial(moments, last), UNCALIBRATED, images)
@@ -346,11 +360,16 @@ def _cells(runs: list[dict[str, float]]) -> list[str]:
             cells.append("-")
             continue
         values = factor * np.array([run[key] for run in runs])
-        cell = f"{values.mean():.{digits}f}"
-        if len(values) > 1:
-            cell += f" ± {sem(values):.{digits}f}"
-        cells.append(cell)
+        cells.append(_average(values, f".{digits}f"))
     return cells
+
+
+def _average(values: np.ndarray, form: str) -> str:
+    if not np.isfinite(values).all():  # a confident mistake at a temperature near zero
+        return "infinite"
+    digits = form.lstrip("+")
+    error = f" ± {sem(values):{digits}}" if len(values) > 1 else ""
+    return f"{values.mean():{form}}{error}"
 
 
 def differences(results: dict[str, Any]) -> str:
@@ -375,39 +394,45 @@ def differences(results: dict[str, Any]) -> str:
             for key in keys:
                 pairs = zip(rows[CALIBRATED], rows[SCALED], strict=True)
                 gaps = np.array([own[key] - other[key] for own, other in pairs])
-                error = f" ± {sem(gaps):.4f}" if len(gaps) > 1 else ""
-                cells.append(f"{gaps.mean():+.4f}{error}")
+                cells.append(_average(gaps, "+.4f"))
             lines.append(f"| {dataset}, {name} | {' | '.join(cells)} | {ratio:.2f} × |")
     return "\n".join(lines)
 
 
 def write_figure(path: Path, results: dict[str, Any]) -> None:
-    """Draw NLL against severity, and how foreign images are told, for each network."""
+    """Draw NLL against severity, and how foreign images are told, for each network.
+
+    NLLs are over that of the network alone.
+    """
     cases = [
-        (f"{dataset}\n{name}", rows_of(result))
+        (f"{dataset},\n{name}", rows_of(result))
         for dataset, networks in results.items()
         for name, result in networks.items()
     ]
     labels = [MAP, SCALED, DEFAULT, CALIBRATED]
-    with written_figure(path, len(cases), 2) as figure:
+    with written_figure(path, len(cases), 2.4) as figure:
         panels = figure.subplots(2, len(cases), squeeze=False, sharey="row")
         for (upper, lower), (title, rows) in zip(panels.T, cases, strict=True):
             for index, label in enumerate(labels):
                 keys = ["nll", *(f"severity {k}" for k in SEVERITIES)]
-                curves = [[run[key] for key in keys] for run in rows[label]]
-                upper.plot([0, *SEVERITIES], np.mean(curves, 0), label=label)
+                own, alone = (
+                    np.mean([[run[key] for key in keys] for run in rows[row]], 0)
+                    for row in (label, MAP)
+                )
+                upper.plot([0, *SEVERITIES], own / alone, label=label)
                 lower.bar(index, np.mean([run["foreign"] for run in rows[label]]))
-            upper.set(title=title, xlabel="severity", yscale="log")
+            upper.set_title(title, fontsize="small")
+            upper.set(xlabel="severity", ylim=(0.4, 2.2))
             lower.set(xticks=[], ylim=(0.5, 1))
-        panels[0, 0].set_ylabel("test NLL")
-        panels[1, 0].set_ylabel("AUROC of other images")
+        panels[0, 0].set_ylabel("NLL / MAP's")
+        panels[1, 0].set_ylabel("AUROC, foreign")
         legend_below(figure, panels[0, 0], 4)
 
 
 def main() -> None:
     """Run the study, and write tables, numbers and figure."""
     parser = study_parser(__doc__, STUDY)
-    add_problems(parser, [*NETWORKS, "mnist/MLP", "fashion-mnist/ViT-Little"])
+    add_problems(parser, PROBLEMS)
     parser.add_argument("--images", type=int, default=NUM_IMAGES)
     parser.add_argument("--corrupted", type=int, default=100)
     settings = parse(parser)

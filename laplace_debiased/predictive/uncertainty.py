@@ -22,6 +22,8 @@ import torch
 from scipy.stats import qmc
 from torch import Tensor
 
+from laplace_debiased.rows.chunks import at_once
+
 NUM_SAMPLES = 256
 # what fits into a processor's cache
 _CHUNK_ENTRIES = 2**18
@@ -96,7 +98,7 @@ def entropies(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         Both entropies ``[batch]``; the first is never below the second.
     """
     normal = normal_points(mean.shape[1]).to(mean)
-    size = max(1, _CHUNK_ENTRIES // normal.numel())
+    size = max(1, at_once(_CHUNK_ENTRIES, mean.device) // normal.numel())
     # small results of each chunk would lie between its large ones in memory, and keep
     # the next chunk from taking their places
     predictive, expected = (mean.new_empty(len(mean)) for _ in range(2))
