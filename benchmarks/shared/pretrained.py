@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from laplace_debiased import KronDebiasedLaplace
 from laplace_debiased.comparison.experiment import mutual_information
 from shared.internals import (
-    calibration_of,
     classification_scores,
     entropies,
     entropy,
     probit_probabilities,
 )
+from shared.predictions import scaled_temperature
 from shared.processes import peak_megabytes, reset_peak
 from shared.reports import Progress, write_report
 from shared.tables import mean_and_std
@@ -261,7 +261,7 @@ def _without_posterior(
         start = time.perf_counter()
         outputs = torch.cat([_outputs(task, X) for X, _ in parts])
         y = torch.cat([labels for _, labels in parts])
-        scaled = calibration_of(outputs, torch.zeros_like(outputs), y).temperature
+        scaled = scaled_temperature(outputs, y)
         seconds = time.perf_counter() - start
         for label, temperature in ((MAP, 1.0), (SCALED, scaled)):
 
@@ -269,7 +269,7 @@ def _without_posterior(
                 p = (_outputs(task, X) / temperature).softmax(1)
                 return Predicted(p, entropy(p))
 
-            own = {} if label == MAP else {"fit": seconds}
+            own = {} if label == MAP else {"fit": seconds, "temperature": scaled}
             yield label, _scored(predict, task, score) | own
 
 
