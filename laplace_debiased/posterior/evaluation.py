@@ -23,7 +23,7 @@ from laplace_debiased.predictive.scores import risk_coverage
 from laplace_debiased.predictive.uncertainty import Uncertainty, entropy
 from laplace_debiased.rows.inputs import check_targets
 from laplace_debiased.rows.output_curvature import is_counted
-from laplace_debiased.rows.positions import flat_targets
+from laplace_debiased.rows.targets import targets_of_points
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
@@ -73,9 +73,7 @@ def predictions(
             parts.append(_on_cpu(found))
             continue
         loss = loss_of(la.backend)
-        y = flat_targets(la.model, y.to(found.mean.device))
-        if la.class_axis is not None:
-            y = y.reshape(len(found.mean), *y.shape[2:])
+        y = targets_of_points(la.model, y, loss, found.mean)
         y = check_targets(found.mean, y, loss)
         if la.likelihood == Likelihood.CLASSIFICATION and y.is_floating_point():
             raise ValueError("Targets must be class indices.")

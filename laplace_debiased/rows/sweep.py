@@ -29,11 +29,12 @@ from laplace_debiased.rows.output_curvature import (
     example_losses,
     is_counted,
 )
-from laplace_debiased.rows.positions import flat_targets, num_positions, points
+from laplace_debiased.rows.positions import num_positions, points
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.separation import SeparationCheck
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.rows.tape import Tape, record_rows
+from laplace_debiased.rows.targets import arranged_targets
 from laplace_debiased.rows.thinning import thinnings
 
 
@@ -225,15 +226,15 @@ def sweep(
     generator = Generator(device=device)
     if not backward:
         layers = [layer for layer in layers if layer.has_inputs]
-    totals = _Totals(parameter.dtype, device)
-    check_examples_are_separate = SeparationCheck()
+    totals, check_separate = _Totals(parameter.dtype, device), SeparationCheck()
     add_inputs = accumulator.add_inputs if accumulator.takes_inputs else None
     weight_dtype = torch.promote_types(parameter.dtype, _SINGLE)
     with tqdm(
         desc=f"[{description}]", total=num_points, disable=not progress_bar
     ) as bar:
         for X, y in _parts(data, (among or layers) if backward else []):
-            X, y = on_device(X, device), flat_targets(model, moved(y, device))
+            X, y = on_device(X, device), moved(y, device)
+            y = arranged_targets(model, y, loss_func)
             check_finite_inputs(X, totals.requirements.add)
             own = _weights_of_batch(weights, totals.num_data, len(y)).to(weight_dtype)
             own = moved(own, device) * is_counted(loss_func, y)
@@ -250,7 +251,7 @@ def sweep(
                 output = run(model, X)
             y = check_targets(output, y, loss_func, totals.requirements.add)
             if layers and backward:
-                check_examples_are_separate(tape, output)
+                check_separate(tape, output)
                 columns = output_curvature.columns(output, y, generator)
                 columns = columns * own.sqrt().to(columns.dtype)[:, None]
                 for layer, rows in _gradient_rows(tape, output, columns):
