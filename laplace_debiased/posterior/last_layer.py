@@ -152,11 +152,10 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             ),
             *limits,
         )
-        known = kind_of(likelihood).known
-        network = own_module(model), known, sigma_noise, prior_precision
-        data = prior_mean, temperature, enable_backprop, feature_reduction, dict_key_x
-        rest = dict_key_y, backend, last_layer_name, damping, backend_kwargs
-        given = (*network, *data, *rest, asdl_fisher_kwargs)
+        network = own_module(model), kind_of(likelihood).known
+        prior = sigma_noise, prior_precision, prior_mean, temperature, enable_backprop
+        data = feature_reduction, dict_key_x, dict_key_y, backend, last_layer_name
+        given = (*network, *prior, *data, damping, backend_kwargs, asdl_fisher_kwargs)
         KronLLLaplace.__init__(self, *given)
         self.damping = damping  # laplace-torch's class forgets it on the way
         self.model = PicklableExtractor(self.model, dict_key_y)

@@ -65,7 +65,7 @@ def test_targets_that_are_no_distributions_are_refused(change, class_axis):
     y.view(-1, 3)[-1] = torch.tensor(row[change]).float()
     la = debiased(model, class_axis=class_axis)
     with pytest.raises(
-        ValueError, match="posterior is `Laplace.*'binary_classification'"
+        ValueError, match=r"posterior is `Laplace.*'binary_classification'"
     ):
         la.fit(DataLoader(TensorDataset(X, y), 3))
 
