@@ -109,7 +109,12 @@ class KronDebiasedLaplace(KronLaplace):
     Args:
         model: The trained network.
         likelihood: ``"classification"`` (of logits: a softmax at the network's end is
-            warned of), ``"regression"`` or ``"reward_modeling"``.
+            warned of), ``"regression"``, ``"reward_modeling"``, or
+            ``"binary_classification"``, which laplace-torch has not: of labels that are
+            0 or 1, or probabilities between them, by one logit each, as
+            ``BCEWithLogitsLoss`` takes them. Outputs and labels are ``[batch,
+            labels]``; those of one label may be ``[batch]``, and predictions are then
+            ``[batch, 1]``.
         sigma_noise: Standard deviation of a regression's noise, as in ``KronLaplace``,
             like all that follow until ``magnitudes``. It is one unless it is given or
             tuned (:meth:`optimize_prior_precision`).
@@ -1076,9 +1081,10 @@ class KronDebiasedLaplace(KronLaplace):
             val_loader: Yields validation data, in the form of training data, that the
                 network was not trained with.
             optimize_prior: Whether to choose the prior precision; else it stays.
-            tolerance: Mean negative log likelihood of the validation data in nats that
-                may be given up for more covariance, which inputs need that have changed
-                since training; ``math.inf`` keeps all of it.
+            tolerance: Mean negative log likelihood of the validation data in nats, of
+                all labels of a point together, that may be given up for more
+                covariance, which inputs need that have changed since training;
+                ``math.inf`` keeps all of it.
             progress_bar: Whether to show a progress bar.
 
         Returns:
@@ -1106,7 +1112,8 @@ class KronDebiasedLaplace(KronLaplace):
 
         Returns:
             Probabilities, and total, aleatoric and epistemic uncertainty of each
-            example. Without random numbers: within 3 % of those of many samples.
+            example, or of each of its labels. Without random numbers: within 3 % of
+            those of many samples.
 
         Raises:
             AttributeError: If there is no fit yet.

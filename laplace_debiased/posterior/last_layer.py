@@ -39,7 +39,8 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
 
     Args:
         model: The trained network, which is copied.
-        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        likelihood: ``"classification"``, ``"binary_classification"``, ``"regression"``
+            or ``"reward_modeling"``.
         sigma_noise: As in ``KronLLLaplace``, like all that follow until ``magnitudes``.
         prior_precision: A scalar, or one for each parameter tensor.
         prior_mean: Mean of the prior.
