@@ -49,7 +49,24 @@ Loss = torchmetrics.Metric | Callable[..., Tensor]
 _SAMPLED_TOLERANCE = 1e-2
 
 
-class GaussianNLL(torchmetrics.Metric):
+class _MeanNLL(torchmetrics.Metric):
+    """Mean of negative logarithms, in double precision."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        zero = torch.zeros((), dtype=torch.float64)
+        for name in ("total", "count"):
+            self.add_state(name, zero, dist_reduce_fx="sum")
+
+    def compute(self) -> Tensor:
+        """Return the mean over all that was added."""
+        return self.total / self.count
+
+
+class GaussianNLL(_MeanNLL):
     """Mean negative log density of targets in a regression.
 
     The predictive distribution is a Gaussian, whose covariance is that of the network's
@@ -59,15 +76,9 @@ class GaussianNLL(torchmetrics.Metric):
         noise_variance: Variance of the noise in each output, a scalar.
     """
 
-    total: Tensor
-    count: Tensor
-
     def __init__(self, noise_variance: Tensor):
         super().__init__()
         self.noise_variance = noise_variance.detach().double()
-        zero = torch.zeros((), dtype=torch.float64)
-        for name in ("total", "count"):
-            self.add_state(name, zero, dist_reduce_fx="sum")
 
     def update(self, mean: Tensor, covariance: Tensor, y: Tensor) -> None:
         """Add a batch.
@@ -94,22 +105,9 @@ class GaussianNLL(torchmetrics.Metric):
         self.total = self.total - density.log_prob(y.double()).sum()
         self.count = self.count + len(y)
 
-    def compute(self) -> Tensor:
-        """Return the mean over all points."""
-        return self.total / self.count
 
-
-class LabelNLL(torchmetrics.Metric):
+class LabelNLL(_MeanNLL):
     """Mean negative log likelihood of a label, in nats."""
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        zero = torch.zeros((), dtype=torch.float64)
-        for name in ("total", "count"):
-            self.add_state(name, zero, dist_reduce_fx="sum")
 
     def update(self, probabilities: Tensor, y: Tensor) -> None:
         """Add a batch.
@@ -123,10 +121,6 @@ class LabelNLL(torchmetrics.Metric):
         # torch's logarithm of a probability is at least -100
         self.total = self.total + binary_cross_entropy(p, y, reduction="sum")
         self.count = self.count + y.numel()
-
-    def compute(self) -> Tensor:
-        """Return the mean over all labels."""
-        return self.total / self.count
 
 
 def default_loss(la: KronDebiasedLaplace) -> Loss | None:

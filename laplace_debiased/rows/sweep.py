@@ -24,6 +24,7 @@ from laplace_debiased.rows.inputs import (
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.one_hot import OneHotRows
 from laplace_debiased.rows.output_curvature import (
+    Loss,
     OutputCurvature,
     are_probabilities,
     example_losses,
@@ -34,7 +35,7 @@ from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.separation import SeparationCheck
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.rows.tape import Tape, record_rows
-from laplace_debiased.rows.targets import arranged_targets
+from laplace_debiased.rows.targets import arranged_targets, classes_of
 from laplace_debiased.rows.thinning import thinnings
 
 
@@ -258,7 +259,7 @@ def sweep(
                     accumulator.add_gradients(layer, rows)
             totals.add(output_curvature, output, y, own)
             bar.update(len(y))
-    summary = totals.summary(weights)
+    summary = totals.summary(weights, loss_func)
     if start is None:
         summary.check_counted()
     return summary
@@ -345,7 +346,7 @@ class _Totals:
         self.total_weight = self.total_weight + weights.sum()
         self.num_data, self.num_outputs = self.num_data + len(y), classes
 
-    def summary(self, weights: Tensor | None) -> SweepSummary:
+    def summary(self, weights: Tensor | None, loss_func: Loss) -> SweepSummary:
         """Check that there were as many points as weights, and sum up."""
         if self.num_data == 0:
             raise ValueError("The data source is empty: there is nothing to fit.")
@@ -359,8 +360,6 @@ class _Totals:
             raise ValueError(
                 f"The loss is {self.loss.item()}: model or targets are not finite."
             )
-        last = self.targets[-1]
-        are_classes = not last.is_floating_point() and last.ndim == 1
         return SweepSummary(
             self.num_data,
             self.total_weight.item(),
@@ -369,7 +368,7 @@ class _Totals:
             bool(self.are_probabilities),
             torch.cat(self.losses),
             torch.cat(self.traces),
-            torch.cat(self.targets) if are_classes else None,
+            classes_of(self.targets, loss_func),
         )
 
 

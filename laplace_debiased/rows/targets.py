@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import BCEWithLogitsLoss
@@ -39,6 +41,26 @@ def arranged_targets(model: nn.Module, y: Tensor, loss_func: nn.Module) -> Tenso
         :func:`label_targets`.
     """
     return flat_targets(model, label_targets(y, loss_func))
+
+
+def classes_of(targets: Sequence[Tensor], loss_func: nn.Module) -> Tensor | None:
+    """Return the class of each example, if it has one.
+
+    Args:
+        targets: Arranged targets of batches.
+        loss_func: The loss.
+
+    Returns:
+        The classes ``[examples]``, one label's among them; None if examples have no
+        class, or several.
+    """
+    last = targets[-1]
+    if not last.is_floating_point():
+        return torch.cat(list(targets)) if last.ndim == 1 else None
+    if not isinstance(loss_func, BCEWithLogitsLoss) or last.shape[1:] != (1,):
+        return None
+    label = torch.cat(list(targets))[:, 0]
+    return label.long() if ((label == 0) | (label == 1)).all() else None
 
 
 def targets_of_points(

@@ -93,7 +93,7 @@ def test_same_data_in_both_roles_give_the_kfac_of_the_loss(subset, backend):
     assert torch.allclose(la.loss, LOSS(model(X), Y))
 
 
-@pytest.mark.parametrize("options", [{}, {"magnitudes": "ggn"}])
+@pytest.mark.parametrize("options", [{}, {"magnitudes": "ggn"}, {"budget": 20}])
 def test_one_logit_is_two_classes(options):
     la, other = fitted_pair(**options)
     assert dense.relative_error(posterior(la), posterior(other)) < 1e-10
