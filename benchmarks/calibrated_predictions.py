@@ -41,6 +41,7 @@ from shared.internals import (
     entropy,
     probit_probabilities,
 )
+from shared.predictions import scaled_temperature
 from shared.problems import FIT_BATCH_SIZE, Problem
 from shared.reports import Progress, write_report
 from shared.training import CHECKPOINTS, trained
@@ -152,6 +153,17 @@ def moments(la: KronDebiasedLaplace, X: Tensor) -> Moments:
     )
 
 
+def scaled(outputs: Moments, y: Tensor) -> Calibration:
+    """Choose a temperature alone, without prior."""
+    temperature = scaled_temperature(outputs.mean, y)
+    return Calibration(temperature, 0.0, 0.0, len(y), 0.0, ())
+
+
+def calibrated(outputs: Moments, y: Tensor, **options: float) -> Calibration:
+    """Choose as ``la.calibrate`` does."""
+    return calibration_of(outputs.mean, outputs.variance, y, **options)
+
+
 def certain(model: nn.Module, X: Tensor) -> Moments:
     """Compute the outputs of the network alone."""
     mean = torch.cat([model(part) for part in X.split(BATCH_SIZE)])
@@ -188,16 +200,17 @@ def _of_probabilities(p: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def small_sets(
+    choose: Callable[[Moments, Tensor], Calibration],
     predict: Callable[[Tensor], Moments],
     validation: tuple[Moments, Tensor],
     images: Images,
 ) -> dict[str, float]:
-    """Score calibrations by few of the validation images: test NLLs."""
+    """Score choices by few of the validation images: test NLLs."""
     (X, labels), (known, y) = images.own, validation
     own, result = predict(X), {}
     for count in SMALL_SETS:
-        chosen = calibration_of(known.mean[:count], known.variance[:count], y[:count])
-        p = own.probabilities(chosen)
+        few = Moments(known.mean[:count], known.variance[:count])
+        p = own.probabilities(choose(few, y[:count]))
         result[f"{count} points"] = nll_loss(p.log(), labels).item()
     return result
 
@@ -264,15 +277,13 @@ def run_seed(
     predict = cache(partial(moments, la))
     known = predict(X)
     of_validation = of_map(X)
-    scaled = calibration_of(of_validation.mean, of_validation.variance, y)
-    scaled = replace(scaled, scale=0.0)
     rows = {
         MAP: scores(of_map, MAP_OUTPUTS, images),
-        SCALED: scores(of_map, scaled, images)
-        | small_sets(of_map, (of_validation, y), images),
+        SCALED: scores(of_map, scaled(of_validation, y), images)
+        | small_sets(scaled, of_map, (of_validation, y), images),
         DEFAULT: scores(predict, UNCALIBRATED, images),
         CALIBRATED: scores(predict, chosen, images)
-        | small_sets(predict, (known, y), images),
+        | small_sets(calibrated, predict, (known, y), images),
     }
     if last is not None:
         rows[LAST] = scores(partial(moments, last), UNCALIBRATED, images)

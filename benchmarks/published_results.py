@@ -26,7 +26,8 @@ from laplace import Laplace
 from scipy.stats import sem
 from shared.command_line import parse, study_parser
 from shared.figures import legend_below, written_figure
-from shared.internals import calibration_of, entropy
+from shared.internals import entropy
+from shared.predictions import scaled_temperature
 from shared.published import (
     PUBLISHED,
     ProtocolData,
@@ -45,7 +46,7 @@ from laplace_debiased.comparison.metrics import auroc, score
 STUDY = Path(__file__).stem
 DATASETS = ("fashion-mnist", "mnist")
 BUDGET, BATCH_SIZE, NUM_SAMPLES = 128, 500, 2048
-ANGLES = range(30, 181, 30)
+ANGLES = range(10, 181, 10)
 MAP, SCALED, KRON = "MAP", "temperature scaling", "laplace-torch, kron"
 DEFAULT, CALIBRATED = "default", "default, calibrated"
 COLUMNS = {
@@ -165,10 +166,10 @@ def run_seed(
     X, y = data.validation
     with torch.no_grad():
         outputs = model(X)
-        scaled = calibration_of(outputs, torch.zeros_like(outputs), y)
+        temperature = scaled_temperature(outputs, y)
         rows = {
             MAP: of_network(model, 1.0, data, count) | {"seconds": 0.0},
-            SCALED: of_network(model, scaled.temperature, data, count),
+            SCALED: of_network(model, temperature, data, count),
             DEFAULT: of_posterior(la, data, count) | {"seconds": fit_seconds},
         }
         start = time.process_time()

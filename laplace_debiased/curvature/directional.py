@@ -17,6 +17,7 @@ from laplace_debiased.curvature.factors import (
 )
 from laplace_debiased.curvature.jacobians import rotated_jacobians
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
+from laplace_debiased.rows.chunks import at_once
 from laplace_debiased.rows.layers import Layer, join_positions
 from laplace_debiased.rows.one_hot import OneHotRows
 
@@ -146,7 +147,7 @@ def _squared_gradients(
 
     total = inputs.new_zeros(len(basis), inputs.shape[3])
     of_examples = []
-    size = max(1, _CHUNK_ENTRIES // total.numel())
+    size = max(1, at_once(_CHUNK_ENTRIES, total.device) // total.numel())
     for g, x in zip(gradients.split(size), inputs.split(size), strict=True):
         # [batch, d_out, d_in]
         squares = rotated_jacobians(g[:, None], x, basis).squeeze(1).square_()
@@ -170,7 +171,8 @@ def _add_one_hot(
         The squares' sums over the gradient ``[batch]``.
     """
     of_examples = []
-    size = max(1, _CHUNK_ENTRIES // (len(total) * inputs.shape[1]))
+    entries = at_once(_CHUNK_ENTRIES, total.device)
+    size = max(1, entries // (len(total) * inputs.shape[1]))
     for g, own in zip(gradients.split(size), inputs.split(size), strict=True):
         rows, numbers = own.compressed()
         curvature, squares = _squared_gradients(g, rows, basis)

@@ -19,7 +19,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import exp, inf, log
 
+import torch
 from torch import Tensor
+
+from laplace_debiased.rows.chunks import at_once
 
 _TOLERANCE = 1e-6
 # what fits in a processor's cache, and is few enough to sum in single precision
@@ -68,13 +71,14 @@ def _effective_number(
         The sums of t and of t (1 - t) for the share t of an eigenvalue in its sum with
         delta.
     """
-    gamma = squares = 0.0
+    sums = []
     for own in blocks:
         outer = own[0].reshape(len(own[0]), -1)
         inner = own[1] if len(own) == 2 else outer.new_ones(outer.shape[1])
-        for rows in outer.split(max(1, _CHUNK_ENTRIES // len(inner))):
+        size = at_once(_CHUNK_ENTRIES, outer.device) // len(inner)
+        for rows in outer.split(max(1, size)):
             values = (rows * inner).flatten()  # [rows * d_in]
             shares = values.div_(values + delta)
-            gamma += shares.sum().item()
-            squares += shares.dot(shares).item()
+            sums.append(torch.stack([shares.sum(), shares.dot(shares)]).double())
+    gamma, squares = sum(sums, torch.zeros(2).to(sums[0])).tolist() if sums else (0, 0)
     return gamma, gamma - squares

@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
 from laplace_debiased.predictive.blocks import Covariance
+from laplace_debiased.rows.chunks import at_once
 from laplace_debiased.rows.inputs import Inputs, at_least_single
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.separation import some_examples
@@ -120,7 +121,8 @@ def _bucket(
     columns = columns[(spread + start + number) % count]  # [groups, columns]
     change = torch.zeros_like(precisions)
     # what fits into a processor's cache
-    size = max(1, _COPIED_ENTRIES // (columns.shape[1] * len(right)))
+    entries = at_once(_COPIED_ENTRIES, device)
+    size = max(1, entries // (columns.shape[1] * len(right)))
     for own, places in zip(rows.split(size), columns.split(size), strict=True):
         values = precisions[own[:, :, None], places[:, None]].reciprocal_().mul_(count)
         values = values.sqrt_() * ((own >= 0)[:, :, None] & (places >= 0)[:, None])

@@ -21,6 +21,7 @@ from laplace_debiased.predictive.blocks import (
     Variances,
     block_posteriors,
 )
+from laplace_debiased.rows.chunks import at_once
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.linearization import linearize, rows_per_example
@@ -70,7 +71,9 @@ class LinearizedPredictive:
         self._dtype = posteriors[0].precisions.dtype
         self._num_outputs, self._example_size = num_outputs, example_size
         self._memory_limit = memory_limit
-        self._jacobian_bytes = min(JACOBIAN_BYTES, memory_limit // 4)
+        self._device = posteriors[0].precisions.device
+        some = at_once(JACOBIAN_BYTES, self._device)
+        self._jacobian_bytes = min(some, memory_limit // 4)
         self._differentiable = differentiable
 
     def moments(
@@ -192,7 +195,7 @@ class LinearizedPredictive:
         """Tell how many examples, and outputs of them, have their rows at once."""
         if not moment.is_by_output:
             return self._chunk_size(X, batch_size), self._num_outputs
-        of_rows = min(ROW_BYTES, self._memory_limit // 2)
+        of_rows = min(at_once(ROW_BYTES, self._device), self._memory_limit // 2)
         each = self._scale(X, batch_size) * rows_per_example(self._layers, 1)
         examples = min(
             batch_size,

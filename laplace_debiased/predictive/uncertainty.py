@@ -25,6 +25,7 @@ from scipy.stats import qmc
 from torch import Tensor
 
 from laplace_debiased.predictive.links import SOFTMAX, Link
+from laplace_debiased.rows.chunks import at_once
 
 NUM_SAMPLES = 256
 # what fits into a processor's cache
@@ -108,7 +109,8 @@ def entropies(
     num_outputs = mean.shape[1]
     # each label takes the same points
     normal = normal_points(link.num_together(num_outputs)).to(mean)
-    size = max(1, _CHUNK_ENTRIES // (len(normal) * num_outputs))
+    entries = at_once(_CHUNK_ENTRIES, mean.device)
+    size = max(1, entries // (len(normal) * num_outputs))
     # small results of each chunk would lie between its large ones in memory, and keep
     # the next chunk from taking their places
     shape = link.entropy(mean[:0]).shape[1:]

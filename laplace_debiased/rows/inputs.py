@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
+from copy import copy
 from typing import Any
 from warnings import warn
 
@@ -25,16 +26,24 @@ _SUM_TOLERANCE = 1e-2
 
 
 def on_device(X: Inputs, device: torch.device) -> Inputs:
-    """Move inputs to a device, unless they are a mapping: the model itself moves those.
+    """Move inputs to a device.
 
     Args:
-        X: A batch of inputs.
+        X: A batch of inputs, a tensor or a mapping.
         device: The device.
 
     Returns:
-        The inputs.
+        The inputs. A mapping whose tensors are elsewhere is copied: its owner's stays.
     """
-    return moved(X, device) if isinstance(X, Tensor) else X
+    if isinstance(X, Tensor):
+        return moved(X, device)
+    tensors = {key: own for key, own in X.items() if isinstance(own, Tensor)}
+    if all(own.device == device for own in tensors.values()):
+        return X
+    X = copy(X)
+    for key, own in tensors.items():
+        X[key] = moved(own, device)
+    return X
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
