@@ -9,7 +9,7 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 from torch import nn
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.classification import MultilabelAccuracy
+from torchmetrics.classification import MultilabelAUROC
 
 from laplace_debiased import merge
 from laplace_debiased.predictive.label_scores import LabelScores
@@ -235,7 +235,8 @@ def test_bias_reports_and_memory_need_no_more():
 
 
 def test_metrics_take_labels_as_they_are():
-    la, metric = fitted(), MultilabelAccuracy(3)
+    """Some take integers alone."""
+    la, metric = fitted(), MultilabelAUROC(3)
     la.optimize_prior_precision(
         method="gridsearch", val_loader=judged(LABELS.long()), loss=metric, grid_size=3
     )
