@@ -27,6 +27,7 @@ import torch
 from calibrated_predictions import (
     GGN,
     MAP_OUTPUTS,
+    PROBLEMS,
     UNCALIBRATED,
     Moments,
     calibrated,
@@ -62,15 +63,6 @@ TOLERANCES = {
     "tolerance .01": 1e-2,
     "all of the variance": inf,
 }
-PROBLEMS = [
-    "fashion-mnist/MLP",
-    "mnist/MLP",
-    "fashion-mnist/all-convolutional",
-    "fashion-mnist/ResNet",
-    "fashion-mnist/ViT-Little",
-    "fashion-mnist/ALL-CNN-C",
-    "fashion-mnist/WideResNet",
-]
 
 
 def test_images(

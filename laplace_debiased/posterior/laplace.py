@@ -166,6 +166,7 @@ class KronDebiasedLaplace(KronLaplace):
         seed: Makes draw and assignment of the points reproducible.
         memory_limit: Bytes that a GLM prediction may take for a chunk of examples, and
             rows that a fit with ``ggn`` magnitudes keeps; may be changed at any time.
+            None for 1 GiB, or a quarter of a GPU's memory.
         fit_memory_limit: Bytes that a fit may take in each process, beside network,
             data and a pass over a batch; it needs a curvlinops backend. Where factors
             of all layers are more, some layers are measured after the others, each by
@@ -250,7 +251,7 @@ class KronDebiasedLaplace(KronLaplace):
         sampling_floor: float = 0.1,
         fisher_rank: int | None = None,
         seed: int = 0,
-        memory_limit: int = 2**30,
+        memory_limit: int | None = None,
         fit_memory_limit: int | None = None,
         strict: bool = False,
         decomposition_tolerance: float = DECOMPOSITION_TOLERANCE,
@@ -287,14 +288,15 @@ class KronDebiasedLaplace(KronLaplace):
     def _configure(
         self,
         settings: Settings,
-        limits: tuple[int, int | None],
+        limits: tuple[int | None, int | None],
         strict: bool,
         forward_samples: int | str | None,
         class_axis: int | None,
     ) -> None:
         """Take over what laplace-torch does not know of, before anything is built."""
         self.memory_limit, self.fit_memory_limit = limits
-        check_integer("memory_limit", self.memory_limit, 1)
+        if self.memory_limit is not None:
+            check_integer("memory_limit", self.memory_limit, 1)
         predicting.check_forward_samples(forward_samples)
         self.forward_samples, self.class_axis = forward_samples, class_axis
         self.settings, self.strict = settings, strict

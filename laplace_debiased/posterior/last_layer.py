@@ -64,7 +64,8 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         sampling_floor: Share of the uniform distribution in curvature sampling.
         fisher_rank: Number of columns of the output curvature that are kept.
         seed: Makes draw and assignment reproducible.
-        memory_limit: Bytes that a GLM prediction may take for a chunk of examples.
+        memory_limit: Bytes that a GLM prediction may take for a chunk of examples. None
+            for 1 GiB, or a quarter of a GPU's memory.
         fit_memory_limit: As in
             :class:`~laplace_debiased.posterior.laplace.KronDebiasedLaplace`.
         strict: Whether to refuse parameters whose uses are not supported.
@@ -129,7 +130,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         sampling_floor: float = 0.1,
         fisher_rank: int | None = None,
         seed: int = 0,
-        memory_limit: int = 2**30,
+        memory_limit: int | None = None,
         fit_memory_limit: int | None = None,
         strict: bool = False,
         decomposition_tolerance: float = DECOMPOSITION_TOLERANCE,

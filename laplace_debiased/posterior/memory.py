@@ -18,6 +18,7 @@ from torch import Tensor
 
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
 from laplace_debiased.posterior.checkpoint import flat
+from laplace_debiased.posterior.predicting import memory_limit
 from laplace_debiased.posterior.settings import check_integer
 from laplace_debiased.posterior.upstream import is_curvlinops, output_curvature
 from laplace_debiased.rows.layers import Layer
@@ -330,7 +331,7 @@ def of_fit(
     rows = scheme.itemsize * _row_entries(la, folds)
     # rows are not in a checkpoint: they are computed again
     keeps = settings.measures_again(folds) and not checkpoint
-    kept = (rows, la.memory_limit) if keeps else (0, 0)
+    kept = (rows, memory_limit(la)) if keeps else (0, 0)
     scheme = replace(scheme, fixed=present)
     return fit_memory(layers, scheme, la.fit_memory_limit, *kept)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 from warnings import warn
 
+import torch
 from laplace.utils.enums import LinkApprox
 from torch import Tensor
 
@@ -107,6 +108,15 @@ def num_samples(la: KronDebiasedLaplace) -> int | None:
     return NUM_SAMPLES if many else None
 
 
+def memory_limit(la: KronDebiasedLaplace) -> int:
+    """Return the bytes that a chunk of examples may take."""
+    if la.memory_limit is not None:
+        return la.memory_limit
+    if la._device.type != "cuda":
+        return 2**30
+    return torch.cuda.get_device_properties(la._device).total_memory // 4
+
+
 def predictive(la: KronDebiasedLaplace, posterior: EigenbasisMatrix) -> Predictive:
     """Return what computes moments of a posterior's outputs.
 
@@ -125,7 +135,7 @@ def predictive(la: KronDebiasedLaplace, posterior: EigenbasisMatrix) -> Predicti
         posterior,
         la._selection.num_outputs,
         la._selection.example_size,
-        la.memory_limit,
+        memory_limit(la),
         la.enable_backprop,
     )
     count = num_samples(la)
@@ -137,7 +147,7 @@ def predictive(la: KronDebiasedLaplace, posterior: EigenbasisMatrix) -> Predicti
         posterior,
         count,
         la.settings.seed,
-        la.memory_limit,
+        memory_limit(la),
         la.enable_backprop,
     )
     return SampledIfPossible(sampled, exact) if la.forward_samples == AUTO else sampled

@@ -462,7 +462,7 @@ def test_sequences_batched_by_length_are_those_one_by_one(budget):
         ({"budget": 0.5}, TypeError, "`budget` must be an int"),
         ({"budget": True}, TypeError, "`budget` must be an int"),
         ({"seed": 0.5}, TypeError, "`seed` must be an int"),
-        ({"memory_limit": None}, TypeError, "`memory_limit` must be an int"),
+        ({"memory_limit": 0.5}, TypeError, "`memory_limit` must be an int"),
         ({"memory_limit": 0}, ValueError, "`memory_limit` must be at least 1"),
         ({"magnitudes": "ggn", "damping": True}, ValueError, "needs factored"),
     ],
