@@ -29,6 +29,7 @@ CLAIMS = {
     "docs/knobs.md": [
         "worst < 0.2",
         "(interval[0] < interval[1]).all()",
+        "of_labels.shape == (5, 3) and epistemic.shape == (5,)",
         "of_tokens.shape == (2, 5, 3)",
     ],
     "docs/scale.md": [
