@@ -57,7 +57,7 @@ def pays(gradients: Tensor, inputs: Tensor, count: int) -> bool:
     d_out = gradients.shape[4]
     leading = d_out - count
     ours = leading * (2 * d_out + d_in) + positions * (d_out + d_in)
-    return 2 * ours < d_out * (d_out + d_in)
+    return 4 * ours < 3 * d_out * (d_out + d_in)
 
 
 def residuals(gradients: Tensor, leading: Tensor) -> Tensor:
