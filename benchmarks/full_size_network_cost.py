@@ -1,8 +1,8 @@
 """What each stage costs on full-size networks: time and peak memory, random inputs.
 
 The cost depends on shapes alone, so neither weights nor inputs are trained or real.
-Each case runs in a process of its own; peak memory is that of the process so far. The
-networks of Hugging Face need the extra ``test``.
+Each case runs in a process of its own; times are those of the processor, peak memory is
+that of the process so far. The networks of Hugging Face need the extra ``test``.
 
     python benchmarks/full_size_network_cost.py
 
@@ -27,7 +27,7 @@ from shared.command_line import add_out, parse
 from shared.networks import wide_resnet
 from shared.processes import in_own_process, peak_megabytes
 from shared.reports import Progress, write_report
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import models
@@ -35,6 +35,10 @@ from tqdm import tqdm
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -46,18 +50,6 @@ NUM_TOKENS = 128
 TIME_LIMIT = 1800.0
 
 
-class Logits(nn.Module):
-    """A Hugging Face classifier as laplace-torch needs it: from a batch to logits."""
-
-    def __init__(self, classifier: nn.Module, *keys: str):
-        super().__init__()
-        self.classifier, self.keys = classifier, keys
-
-    def forward(self, batch: MutableMapping[str, Tensor]) -> Tensor:
-        """Map a batch to logits ``[batch, classes]``."""
-        return self.classifier(**{key: batch[key] for key in self.keys}).logits
-
-
 def cifar_resnet18(num_classes: int) -> nn.Module:
     """Build ResNet-18 with the first layers that are usual for 32×32 images."""
     model = models.resnet18(num_classes=num_classes)
@@ -66,24 +58,58 @@ def cifar_resnet18(num_classes: int) -> nn.Module:
     return model
 
 
+def vit(num_classes: int) -> nn.Module:
+    """Build torchvision's ViT-B/16, with a head that is not zero."""
+    model = models.vit_b_16(num_classes=num_classes)
+    nn.init.normal_(model.heads.head.weight, std=0.02)
+    return model
+
+
 def hugging_face_vit(num_classes: int) -> nn.Module:
     """Build Hugging Face's ViT-B/16."""
-    config = ViTConfig(num_labels=num_classes)
-    return Logits(ViTForImageClassification(config), "pixel_values")
+    return ViTForImageClassification(ViTConfig(num_labels=num_classes))
 
 
 def bert(num_classes: int) -> nn.Module:
     """Build BERT-base for sequence classification."""
-    config = BertConfig(num_labels=num_classes)
-    return Logits(BertForSequenceClassification(config), "input_ids", "attention_mask")
+    return BertForSequenceClassification(BertConfig(num_labels=num_classes))
+
+
+def minilm(num_classes: int) -> nn.Module:
+    """Build a BERT of the size of MiniLM-L6."""
+    config = BertConfig(
+        hidden_size=384,
+        num_hidden_layers=6,
+        intermediate_size=1536,
+        num_labels=num_classes,
+    )
+    return BertForSequenceClassification(config)
+
+
+def gpt_2(num_classes: int) -> nn.Module:
+    """Build GPT-2 (124M) for sequence classification."""
+    config = GPT2Config(num_labels=num_classes, pad_token_id=0)
+    return GPT2ForSequenceClassification(config)
+
+
+def llama(num_classes: int) -> nn.Module:
+    """Build a small decoder with rotary positions and gated layers."""
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_labels=num_classes,
+        pad_token_id=0,
+    )
+    return LlamaForSequenceClassification(config)
 
 
 def bert_lora(num_classes: int) -> nn.Module:
     """Adapt BERT-base by LoRA of rank 8."""
-    model = bert(num_classes)
     config = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])
-    model.classifier = get_peft_model(model.classifier, config)
-    return model
+    return get_peft_model(bert(num_classes), config)
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -93,12 +119,16 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "WideResNet-50-2": models.wide_resnet50_2,
     "EfficientNet-B0": models.efficientnet_b0,
     "ConvNeXt-Tiny": models.convnext_tiny,
-    "ViT-B/16": models.vit_b_16,
+    "ViT-B/16": vit,
     "Swin-T": models.swin_t,
     "ViT-B/16, Hugging Face": hugging_face_vit,
     "BERT-base": bert,
     "BERT-base, LoRA": bert_lora,
+    "MiniLM-L6": minilm,
+    "GPT-2": gpt_2,
+    "Llama, 8 layers": llama,
 }
+TEXT = ("BERT", "MiniLM", "GPT", "Llama")
 
 
 @dataclass(frozen=True)
@@ -131,7 +161,7 @@ class Case:
     @property
     def on_text(self) -> bool:
         """Whether the inputs are tokens."""
-        return self.network.startswith("BERT")
+        return self.network.startswith(TEXT)
 
     @property
     def on_mappings(self) -> bool:
@@ -155,7 +185,10 @@ CASES = [
     Case("ResNet-50", "all", 224, 10, 32, 4, 4),
     Case("BERT-base, LoRA", "all", NUM_TOKENS, 2, 32, 4, 4),
     Case("ViT-B/16", "all", 224, 10, 32, 4, 4),
+    Case("MiniLM-L6", "all", NUM_TOKENS, 2, 32, 4, 4),
+    Case("Llama, 8 layers", "all", NUM_TOKENS, 2, 32, 4, 4),
     Case("BERT-base", "all", NUM_TOKENS, 2, 32, 4, 4),
+    Case("GPT-2", "all", NUM_TOKENS, 2, 32, 4, 4),
     Case("ViT-B/16, Hugging Face", "all", 224, 10, 32, 4, 4),
     Case("WideResNet-40-4", "all", 32, 10, 32, 8, 8),
     Case("WideResNet-50-2", "last_layer", 224, 1000, 32, 16, 8),
@@ -193,7 +226,10 @@ class RandomInputs(Dataset):
 @torch.no_grad()
 def network_alone(model: nn.Module, inputs: Any) -> None:
     """Predict by the network itself."""
-    model.eval()(inputs)
+    if isinstance(inputs, MutableMapping):
+        model.eval()(**{key: inputs[key] for key in inputs if key != "labels"})
+    else:
+        model.eval()(inputs)
 
 
 def run_case(case: Case) -> dict[str, Any]:
@@ -203,9 +239,10 @@ def run_case(case: Case) -> dict[str, Any]:
         case: What to run.
 
     Returns:
-        Number of fitted parameters, of those that stay at their trained values, for
-        each stage its seconds and the peak memory so far in megabytes, and the seconds
-        of the fit that eigendecompositions took.
+        Number of fitted parameters, of those of which a diagonal alone is kept, of
+        those that stay at their trained values, for each stage its seconds and the peak
+        memory so far in megabytes, and the seconds of the fit that eigendecompositions
+        took.
     """
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -234,13 +271,16 @@ def run_case(case: Case) -> dict[str, Any]:
     result: dict[str, Any] = {"stages": {}}
     with DecompositionTimer() as decompositions:
         for name, stage in stages.items():
-            start = time.perf_counter()
+            start = time.process_time()
             stage()
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             result["stages"][name] = {"seconds": seconds, "peak_mb": peak_megabytes()}
     kept = trainable - la.n_params if case.subset == "all" else 0
+    sizes = {name: param.numel() for name, param in la.model.named_parameters()}
+    kinds = la.parameter_kinds if case.subset == "all" else {}
     return result | {
         "n_params": la.n_params,
+        "n_diagonal": sum(sizes[k] for k in kinds if kinds[k] == "diagonal"),
         "n_kept": kept,
         "decompositions": decompositions.seconds,
     }
@@ -257,24 +297,23 @@ class DecompositionTimer(TorchFunctionMode):
         """Call a function of torch; time it if it is an eigendecomposition."""
         if func is not torch.linalg.eigh:
             return func(*args, **kwargs or {})
-        start = time.perf_counter()
+        start = time.process_time()
         result = func(*args, **kwargs or {})
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.process_time() - start
         return result
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Format the cases as a Markdown table."""
     lines = [
-        "| network | fitted | parameters | left out | magnitudes | estimator | points "
+        "| network | fitted | parameters | diagonal | left out | estimator | points "
         "| fit s | of it decompositions | fit GB | prior s | inputs | predict s "
         "| predict GB |",
         "|---" * 14 + "|",
     ]
     for row in rows:
-        size = (
-            f"{row['size']} tokens" if "BERT" in row["network"] else f"{row['size']}²"
-        )
+        is_text = row["network"].startswith(TEXT)
+        size = f"{row['size']} tokens" if is_text else f"{row['size']}²"
         name = f"{row['network']}, {size}, {row['classes']} classes"
         if "error" in row:
             lines.append(f"| {name} | {row['subset']} | {row['error']}{' |' * 12}")
@@ -284,8 +323,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         lines.append(
             f"| {name} | {row['subset'].replace('_', ' ')} "
-            f"| {row['n_params'] / 1e6:.1f}M | {row['n_kept'] / 1e6:.1f}M "
-            f"| {row['magnitudes']} | {row['estimator'].replace('_', '-')} "
+            f"| {row['n_params'] / 1e6:.1f}M | {row['n_diagonal'] / 1e6:.2f}M "
+            f"| {row['n_kept']} | {row['estimator'].replace('_', '-')} "
             f"| {row['budget']} | {fit['seconds']:.1f} "
             f"| {row['decompositions']:.1f} | {fit['peak_mb'] / 1024:.1f} "
             f"| {tune['seconds']:.1f} | {row['predicted']} "
