@@ -1,8 +1,10 @@
 """What each stage costs on full-size networks: time and peak memory, random inputs.
 
 The cost depends on shapes alone, so neither weights nor inputs are trained or real.
-Each case runs in a process of its own; peak memory is that of the process so far. The
-networks of Hugging Face need the extra ``test``.
+Each case runs in a process of its own; times are those of the processor, peak memory is
+that of the process so far. The limit of a prediction is a forward pass and one backward
+pass for each class; that of a fit is as much for each of its points. For a last layer
+or a thousand classes it is the forward pass alone. The networks of Hugging Face need the extra ``test``.
 
     python benchmarks/full_size_network_cost.py
 
@@ -35,6 +37,10 @@ from tqdm import tqdm
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -42,20 +48,8 @@ from transformers import (
 from laplace_debiased import Laplace
 
 STUDY = Path(__file__).stem
-NUM_TOKENS = 128
+NUM_TOKENS, FEW_CLASSES = 128, 10
 TIME_LIMIT = 1800.0
-
-
-class Logits(nn.Module):
-    """A Hugging Face classifier as laplace-torch needs it: from a batch to logits."""
-
-    def __init__(self, classifier: nn.Module, *keys: str):
-        super().__init__()
-        self.classifier, self.keys = classifier, keys
-
-    def forward(self, batch: MutableMapping[str, Tensor]) -> Tensor:
-        """Map a batch to logits ``[batch, classes]``."""
-        return self.classifier(**{key: batch[key] for key in self.keys}).logits
 
 
 def cifar_resnet18(num_classes: int) -> nn.Module:
@@ -66,24 +60,58 @@ def cifar_resnet18(num_classes: int) -> nn.Module:
     return model
 
 
+def vit(num_classes: int) -> nn.Module:
+    """Build torchvision's ViT-B/16, with a head that is not zero."""
+    model = models.vit_b_16(num_classes=num_classes)
+    nn.init.normal_(model.heads.head.weight, std=0.02)
+    return model
+
+
 def hugging_face_vit(num_classes: int) -> nn.Module:
     """Build Hugging Face's ViT-B/16."""
-    config = ViTConfig(num_labels=num_classes)
-    return Logits(ViTForImageClassification(config), "pixel_values")
+    return ViTForImageClassification(ViTConfig(num_labels=num_classes))
 
 
 def bert(num_classes: int) -> nn.Module:
     """Build BERT-base for sequence classification."""
-    config = BertConfig(num_labels=num_classes)
-    return Logits(BertForSequenceClassification(config), "input_ids", "attention_mask")
+    return BertForSequenceClassification(BertConfig(num_labels=num_classes))
+
+
+def minilm(num_classes: int) -> nn.Module:
+    """Build a BERT of the size of MiniLM-L6."""
+    config = BertConfig(
+        hidden_size=384,
+        num_hidden_layers=6,
+        intermediate_size=1536,
+        num_labels=num_classes,
+    )
+    return BertForSequenceClassification(config)
+
+
+def gpt_2(num_classes: int) -> nn.Module:
+    """Build GPT-2 (124M) for sequence classification."""
+    config = GPT2Config(num_labels=num_classes, pad_token_id=0)
+    return GPT2ForSequenceClassification(config)
+
+
+def llama(num_classes: int) -> nn.Module:
+    """Build a small decoder with rotary positions and gated layers."""
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_labels=num_classes,
+        pad_token_id=0,
+    )
+    return LlamaForSequenceClassification(config)
 
 
 def bert_lora(num_classes: int) -> nn.Module:
     """Adapt BERT-base by LoRA of rank 8."""
-    model = bert(num_classes)
     config = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])
-    model.classifier = get_peft_model(model.classifier, config)
-    return model
+    return get_peft_model(bert(num_classes), config)
 
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -93,12 +121,16 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "WideResNet-50-2": models.wide_resnet50_2,
     "EfficientNet-B0": models.efficientnet_b0,
     "ConvNeXt-Tiny": models.convnext_tiny,
-    "ViT-B/16": models.vit_b_16,
+    "ViT-B/16": vit,
     "Swin-T": models.swin_t,
     "ViT-B/16, Hugging Face": hugging_face_vit,
     "BERT-base": bert,
     "BERT-base, LoRA": bert_lora,
+    "MiniLM-L6": minilm,
+    "GPT-2": gpt_2,
+    "Llama, 8 layers": llama,
 }
+TEXT = ("BERT", "MiniLM", "GPT", "Llama")
 
 
 @dataclass(frozen=True)
@@ -131,7 +163,7 @@ class Case:
     @property
     def on_text(self) -> bool:
         """Whether the inputs are tokens."""
-        return self.network.startswith("BERT")
+        return self.network.startswith(TEXT)
 
     @property
     def on_mappings(self) -> bool:
@@ -153,9 +185,13 @@ CASES = [
     Case("ConvNeXt-Tiny", "all", 224, 10, 32, 4, 4),
     Case("Swin-T", "all", 224, 10, 32, 4, 4),
     Case("ResNet-50", "all", 224, 10, 32, 4, 4),
+    Case("ResNet-50", "all", 224, 1000, 32, 4, 8),
     Case("BERT-base, LoRA", "all", NUM_TOKENS, 2, 32, 4, 4),
     Case("ViT-B/16", "all", 224, 10, 32, 4, 4),
+    Case("MiniLM-L6", "all", NUM_TOKENS, 2, 32, 4, 4),
+    Case("Llama, 8 layers", "all", NUM_TOKENS, 2, 32, 4, 4),
     Case("BERT-base", "all", NUM_TOKENS, 2, 32, 4, 4),
+    Case("GPT-2", "all", NUM_TOKENS, 2, 32, 4, 4),
     Case("ViT-B/16, Hugging Face", "all", 224, 10, 32, 4, 4),
     Case("WideResNet-40-4", "all", 32, 10, 32, 8, 8),
     Case("WideResNet-50-2", "last_layer", 224, 1000, 32, 16, 8),
@@ -190,10 +226,24 @@ class RandomInputs(Dataset):
         return row | {"labels": y} if self._on_mappings else (row[self._key], y)
 
 
+def outputs_of(model: nn.Module, inputs: Any) -> Tensor:
+    """Compute the network's outputs ``[inputs, classes]``."""
+    if not isinstance(inputs, MutableMapping):
+        return model(inputs)
+    return model(**{key: inputs[key] for key in inputs if key != "labels"}).logits
+
+
 @torch.no_grad()
 def network_alone(model: nn.Module, inputs: Any) -> None:
     """Predict by the network itself."""
-    model.eval()(inputs)
+    outputs_of(model, inputs)
+
+
+def passes(model: nn.Module, inputs: Any) -> None:
+    """Make a forward pass, and a backward pass for each class."""
+    params = [param for param in model.parameters() if param.requires_grad]
+    for column in outputs_of(model, inputs).sum(0):
+        torch.autograd.grad(column, params, retain_graph=True, allow_unused=True)
 
 
 def run_case(case: Case) -> dict[str, Any]:
@@ -203,13 +253,14 @@ def run_case(case: Case) -> dict[str, Any]:
         case: What to run.
 
     Returns:
-        Number of fitted parameters, of those that stay at their trained values, for
-        each stage its seconds and the peak memory so far in megabytes, and the seconds
-        of the fit that eigendecompositions took.
+        Number of fitted parameters, of those of which a diagonal alone is kept, of
+        those that stay at their trained values, for each stage (the limit of the
+        prediction is one) its seconds and the peak memory so far in megabytes, and the
+        seconds of the fit that eigendecompositions took.
     """
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
-    model = NETWORKS[case.network](num_classes=case.classes)
+    model = NETWORKS[case.network](num_classes=case.classes).eval()
     points = RandomInputs(case)
     train = DataLoader(Subset(points, range(case.budget)), case.batch_size)
     batch = next(iter(DataLoader(points, case.predicted)))
@@ -225,8 +276,12 @@ def run_case(case: Case) -> dict[str, Any]:
         dict_key_x=case.dict_key_x,
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    is_small = case.subset == "all" and case.classes <= FEW_CLASSES
+    limit = passes if is_small else network_alone
+    network_alone(model, inputs)  # the first call also sets up
     stages: dict[str, Callable] = {
         "network alone": partial(network_alone, model, inputs),
+        "limit": partial(limit, model, inputs),
         "fit": partial(la.fit, train),
         "tune the prior": la.optimize_prior_precision,
         "predict": partial(la, inputs),
@@ -234,13 +289,16 @@ def run_case(case: Case) -> dict[str, Any]:
     result: dict[str, Any] = {"stages": {}}
     with DecompositionTimer() as decompositions:
         for name, stage in stages.items():
-            start = time.perf_counter()
+            start = time.process_time()
             stage()
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             result["stages"][name] = {"seconds": seconds, "peak_mb": peak_megabytes()}
     kept = trainable - la.n_params if case.subset == "all" else 0
+    sizes = {name: param.numel() for name, param in la.model.named_parameters()}
+    kinds = la.parameter_kinds if case.subset == "all" else {}
     return result | {
         "n_params": la.n_params,
+        "n_diagonal": sum(sizes[k] for k in kinds if kinds[k] == "diagonal"),
         "n_kept": kept,
         "decompositions": decompositions.seconds,
     }
@@ -257,39 +315,43 @@ class DecompositionTimer(TorchFunctionMode):
         """Call a function of torch; time it if it is an eigendecomposition."""
         if func is not torch.linalg.eigh:
             return func(*args, **kwargs or {})
-        start = time.perf_counter()
+        start = time.process_time()
         result = func(*args, **kwargs or {})
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.process_time() - start
         return result
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Format the cases as a Markdown table."""
     lines = [
-        "| network | fitted | parameters | left out | magnitudes | estimator | points "
-        "| fit s | of it decompositions | fit GB | prior s | inputs | predict s "
-        "| predict GB |",
-        "|---" * 14 + "|",
+        "| network | fitted | parameters | diagonal | left out | estimator | points "
+        "| fit: limit s | fit s | ratio | of it decompositions s | GB | prior s "
+        "| inputs | predict: limit s | predict s | ratio | GB |",
+        "|---" * 18 + "|",
     ]
     for row in rows:
-        size = (
-            f"{row['size']} tokens" if "BERT" in row["network"] else f"{row['size']}²"
-        )
+        is_text = row["network"].startswith(TEXT)
+        size = f"{row['size']} tokens" if is_text else f"{row['size']}²"
         name = f"{row['network']}, {size}, {row['classes']} classes"
         if "error" in row:
-            lines.append(f"| {name} | {row['subset']} | {row['error']}{' |' * 12}")
+            lines.append(f"| {name} | {row['subset']} | {row['error']}{' |' * 16}")
             continue
-        fit, tune, predict = (
-            row["stages"][stage] for stage in ("fit", "tune the prior", "predict")
+        limit, fit, tune, predict = (
+            row["stages"][stage]
+            for stage in ("limit", "fit", "tune the prior", "predict")
         )
+        least = limit["seconds"]
+        least_of_fit = least * row["budget"] / row["predicted"]
         lines.append(
             f"| {name} | {row['subset'].replace('_', ' ')} "
-            f"| {row['n_params'] / 1e6:.1f}M | {row['n_kept'] / 1e6:.1f}M "
-            f"| {row['magnitudes']} | {row['estimator'].replace('_', '-')} "
-            f"| {row['budget']} | {fit['seconds']:.1f} "
+            f"| {row['n_params'] / 1e6:.1f}M | {row['n_diagonal'] / 1e6:.2f}M "
+            f"| {row['n_kept']} | {row['estimator'].replace('_', '-')} "
+            f"| {row['budget']} | {least_of_fit:.1f} | {fit['seconds']:.1f} "
+            f"| {fit['seconds'] / least_of_fit:.1f} "
             f"| {row['decompositions']:.1f} | {fit['peak_mb'] / 1024:.1f} "
             f"| {tune['seconds']:.1f} | {row['predicted']} "
-            f"| {predict['seconds']:.1f} | {predict['peak_mb'] / 1024:.1f} |"
+            f"| {least:.1f} | {predict['seconds']:.1f} "
+            f"| {predict['seconds'] / least:.1f} | {predict['peak_mb'] / 1024:.1f} |"
         )
     return "\n".join(lines)
 
