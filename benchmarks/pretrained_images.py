@@ -12,25 +12,22 @@ An interrupted study resumes where it stopped.
 from __future__ import annotations
 
 import argparse
-import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from shared.command_line import parse, study_parser
 from shared.pretrained import (
-    BUDGET,
     COSTS,
     SCORES,
     Task,
     package_file,
     parameters_before,
     run_methods,
+    run_seeds,
     scores_of,
 )
 from shared.pretrained import table as table_of
-from shared.reports import Progress, write_report
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from torch.utils.data import DataLoader, TensorDataset
@@ -137,17 +134,7 @@ def main() -> None:
     settings = parse(parser)
     if settings.quick:
         settings.train, settings.validation, settings.test = 50, 10, 10
-    warnings.simplefilter("ignore")
-    progress = Progress(settings, STUDY)
-    seeds = []
-    for seed in range(settings.seeds):
-        seeds.append(progress.run(str(seed), partial(run_seed, settings, seed)))
-        print(seed, seeds[-1], flush=True)
-    names = "train", "validation", "test", "seeds"
-    recorded = {name: getattr(settings, name) for name in names}
-    recorded |= {"budget": BUDGET, "size": SIZE, "epochs": EPOCHS}
-    write_report(settings.out, STUDY, recorded, seeds, table(seeds))
-    progress.clear()
+    run_seeds(settings, STUDY, run_seed, COLUMNS, {"size": SIZE, "epochs": EPOCHS})
 
 
 if __name__ == "__main__":

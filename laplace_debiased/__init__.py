@@ -19,6 +19,7 @@ The folders are in reading order; none imports one below it::
 ``la.fit(train_loader)`` calls, in this order::
 
     posterior/laplace        fit
+    posterior/likelihoods        by the loss of the likelihood
     posterior/fitting        assign the points, then update the posterior
     sampling/folds           draw points, split them into folds
     sampling/loaders             by their dataset indices
@@ -42,6 +43,7 @@ The folders are in reading order; none imports one below it::
 and ``la(x)`` calls::
 
     posterior/laplace        probit, samples or moments
+    predictive/links             probabilities of classes, or of labels
     posterior/predicting     exact moments, or samples where outputs are many
     predictive/moments       covariance of the outputs
     predictive/blocks            block by block, some outputs after the others

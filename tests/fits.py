@@ -7,12 +7,13 @@ from laplace_debiased.sampling.folds import draw_uniformly
 from tests.cases import batch
 
 SIZE = 60
+LOSSES = {"regression": "mse", "binary_classification": "bce"}
 SUBSETS = ["all", "last_layer"]
 TWO_BATCH = {"estimator": "two_batch", "sampling": "uniform"}  # the paper's
 
 
 def loader(name="mlp", likelihood="classification", size=SIZE, batch_size=7, **kwargs):
-    loss = "mse" if likelihood == "regression" else "cross-entropy"
+    loss = LOSSES.get(likelihood, "cross-entropy")
     data = batch(name, size, loss, **kwargs)
     return DataLoader(TensorDataset(*data), batch_size=batch_size)
 

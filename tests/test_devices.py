@@ -246,3 +246,23 @@ def test_the_gpu_is_waited_for_as_often_for_many_batches(name):
     counts = [waits(partial(la, own)) for own in X]
     print(name, counts)
     assert abs(counts[1] - counts[0]) <= 2
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_labels_have_the_posterior_of_the_cpu(subset):
+    X, y = batch("mlp", SIZE, "bce")
+    found = []
+    for device in (DEVICE, "cpu"):
+        options = {"likelihood": "binary_classification", "subset_of_weights": subset}
+        train = DataLoader(TensorDataset(X, y.int()), BATCH)
+        found.append(fitted(network("mlp"), train, device, budget=24, **options))
+    assert_same_posteriors(*found, X[:5])
+    for la in found:
+        la.calibrate(train)
+    epistemic = [
+        la.uncertainty(on(device, X)).epistemic
+        for la, device in zip(found, (DEVICE, "cpu"), strict=True)
+    ]
+    assert_same(*epistemic, 1e-4)
+    nll = [la.report(train).posterior.nll for la in found]
+    assert nll[0] == pytest.approx(nll[1], rel=1e-4)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
@@ -13,19 +16,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from laplace import Laplace
+from laplace.curvature import CurvlinopsGGN
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import KronDebiasedLaplace
 from laplace_debiased.comparison.experiment import mutual_information
 from shared.internals import (
-    calibration_of,
     classification_scores,
     entropies,
     entropy,
     probit_probabilities,
 )
+from shared.predictions import scaled_temperature
 from shared.processes import peak_megabytes, reset_peak
+from shared.reports import Progress, write_report
 from shared.tables import mean_and_std
 
 BUDGET = 128
@@ -178,6 +183,35 @@ def scores_of(test: Predicted, others: Predicted, y: Tensor) -> dict[str, float]
     return {name: found[name] for name in names if found[name] is not None}
 
 
+def run_seeds(
+    settings: argparse.Namespace,
+    study: str,
+    run_seed: Callable[[argparse.Namespace, int], dict[str, dict]],
+    columns: dict[str, tuple[str, int]],
+    constants: dict[str, int],
+) -> None:
+    """Run a study, and write table and numbers.
+
+    Args:
+        settings: The study's.
+        study: Its name.
+        run_seed: From settings and seed to rows, by method.
+        columns: Title and digits, by key.
+        constants: What else the results depend on, by name.
+    """
+    warnings.simplefilter("ignore")
+    progress = Progress(settings, study)
+    seeds = []
+    for seed in range(settings.seeds):
+        seeds.append(progress.run(str(seed), partial(run_seed, settings, seed)))
+        print(seed, seeds[-1], flush=True)
+    names = "train", "validation", "test", "seeds"
+    recorded = {name: getattr(settings, name) for name in names}
+    recorded |= {"budget": BUDGET} | constants
+    write_report(settings.out, study, recorded, seeds, table(seeds, columns))
+    progress.clear()
+
+
 def table(seeds: list[dict[str, dict]], columns: dict[str, tuple[str, int]]) -> str:
     """Format means ± standard deviations.
 
@@ -227,7 +261,7 @@ def _without_posterior(
         start = time.perf_counter()
         outputs = torch.cat([_outputs(task, X) for X, _ in parts])
         y = torch.cat([labels for _, labels in parts])
-        scaled = calibration_of(outputs, torch.zeros_like(outputs), y).temperature
+        scaled = scaled_temperature(outputs, y)
         seconds = time.perf_counter() - start
         for label, temperature in ((MAP, 1.0), (SCALED, scaled)):
 
@@ -235,7 +269,7 @@ def _without_posterior(
                 p = (_outputs(task, X) / temperature).softmax(1)
                 return Predicted(p, entropy(p))
 
-            own = {} if label == MAP else {"fit": seconds}
+            own = {} if label == MAP else {"fit": seconds, "temperature": scaled}
             yield label, _scored(predict, task, score) | own
 
 
@@ -268,9 +302,11 @@ def _their_last_layer(task: Task, score: Callable[..., dict]) -> dict[str, float
 
 def _their_weights(task: Task) -> dict[str, str]:
     """Say why laplace-torch's ``kron`` of all weights does not take the network."""
-    la = Laplace(_OfBatches(task.model), "classification", "all", "kron")
+    # the class would first allocate a square factor of the vocabulary's size
+    backend = CurvlinopsGGN(_OfBatches(task.model), "classification")
+    X, y = inputs_of(next(iter(task.train)))
     try:
-        la.fit(task.train)
+        backend.kron(X, y, len(y))
     except (NotImplementedError, ValueError, RuntimeError, TypeError) as error:
         return {"refused": shorten(f"{type(error).__name__}: {error}", 80)}
     raise AssertionError("It fits by now: the study should score it.")
@@ -287,7 +323,7 @@ class _OfBatches(nn.Module):
         """Compute logits ``[batch, classes]``."""
         if isinstance(batch, Tensor):
             return self.model(batch)
-        return self.model(**{k: v for k, v in batch.items() if k != "labels"})
+        return self.model(**batch)
 
 
 def _ours(

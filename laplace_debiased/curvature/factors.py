@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.kronecker import Kronecker
+from laplace_debiased.curvature.symmetric_products import summed_outer_products
 from laplace_debiased.rows.layers import Layer, join_positions
 from laplace_debiased.rows.one_hot import OneHotRows
 
@@ -165,7 +166,7 @@ class KroneckerFactors:
             rows = with_bias_column(rows)
         weights = self._weights.to(rows.dtype)
         weighted = (rows * weights[:, None, None].sqrt()).flatten(0, 1)
-        _accumulate(self._inputs, layer.name, weighted.T @ weighted)
+        _accumulate(self._inputs, layer.name, summed_outer_products(weighted))
         total = self._row_weights.get(layer.name, 0.0)
         self._row_weights[layer.name] = total + rows.shape[1] * weights.sum()
 
@@ -309,8 +310,7 @@ def _uncentred(rows: Tensor) -> Tensor:
     if rows.stride(2) != 1 and 2 * positions >= size:
         # rows of convolutions, whose positions are neighbours: copying takes longer
         return (rows.mT @ rows).sum(0)
-    flat = rows.flatten(0, 1)
-    return flat.T @ flat
+    return summed_outer_products(rows.flatten(0, 1))
 
 
 def _accumulate(sums: dict[str, Tensor], name: str, term: Tensor) -> None:

@@ -36,10 +36,10 @@ from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.model_state import check_repeatable, unchanged_on_failure
 from laplace_debiased.rows.output_curvature import (
-    ENDS_IN_SOFTMAX,
     TYPE_2,
     Loss,
     OutputCurvature,
+    ends_in_link,
     loss_scale,
 )
 from laplace_debiased.rows.seeds import mixed_seed
@@ -216,7 +216,7 @@ class DebiasedKFACLinearOperator(LinearOperator):
     def _scale(self, summary: SweepSummary) -> float:
         """Factor from sums over the magnitude data to the loss."""
         if summary.are_probabilities:
-            warn(ENDS_IN_SOFTMAX, stacklevel=2)
+            warn(ends_in_link(self._loss_func), stacklevel=2)
         return loss_scale(self._loss_func, summary.total_weight)
 
     def _sweep(

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import (
-    ENDS_IN_SOFTMAX,
     Loss,
     OutputCurvature,
+    ends_in_link,
 )
 from laplace_debiased.rows.separation import check_outputs
 from laplace_debiased.rows.sharing import thread_restored
@@ -68,7 +68,7 @@ def curvature_scores(
         backward=False,
     )
     if summary.are_probabilities:
-        warn(ENDS_IN_SOFTMAX, stacklevel=3)
+        warn(ends_in_link(loss_func), stacklevel=3)
     assert summary.traces is not None
     return summary.traces
 

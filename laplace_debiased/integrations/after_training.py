@@ -18,7 +18,8 @@ class AfterTraining:
     """Fits a posterior, tunes and saves it.
 
     Args:
-        likelihood: ``"classification"`` or ``"regression"``.
+        likelihood: ``"classification"``, ``"binary_classification"`` or
+            ``"regression"``.
         subset_of_weights: ``"all"`` or ``"last_layer"``.
         path: Where to save the posterior; None if it is not saved.
         options: Further keywords of

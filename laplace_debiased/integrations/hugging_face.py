@@ -22,7 +22,8 @@ class LaplaceCallback(TrainerCallback):
     """Fits a posterior to a model when its training ends.
 
     Args:
-        likelihood: ``"classification"`` or ``"regression"``.
+        likelihood: ``"classification"``, ``"binary_classification"`` or
+            ``"regression"``.
         subset_of_weights: ``"all"`` or ``"last_layer"``.
         val_loader: Validation data, such as ``trainer.get_eval_dataloader()``; None for
             the trainer's, if it evaluated on some.

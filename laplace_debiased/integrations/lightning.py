@@ -19,7 +19,8 @@ class LaplaceCallback(Callback):
     validation data for calibration.
 
     Args:
-        likelihood: ``"classification"`` or ``"regression"``.
+        likelihood: ``"classification"``, ``"binary_classification"`` or
+            ``"regression"``.
         subset_of_weights: ``"all"`` or ``"last_layer"``.
         network: Name of the submodule that gives outputs ``[batch, outputs]``; None if
             the module itself does.

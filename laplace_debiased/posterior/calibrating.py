@@ -15,7 +15,6 @@ from tqdm import tqdm
 from laplace_debiased.posterior.predicting import of_output
 from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
 from laplace_debiased.predictive.calibration import Calibration, calibration_of
-from laplace_debiased.predictive.links import probit_probabilities
 from laplace_debiased.predictive.uncertainty import Uncertainty, entropies
 from laplace_debiased.rows.inputs import (
     Inputs,
@@ -26,7 +25,8 @@ from laplace_debiased.rows.inputs import (
 )
 from laplace_debiased.rows.model_state import evaluating
 from laplace_debiased.rows.output_curvature import is_counted
-from laplace_debiased.rows.positions import flat_targets, points
+from laplace_debiased.rows.positions import points
+from laplace_debiased.rows.targets import targets_of_points
 from laplace_debiased.sampling.processes import present_group
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def calibrate(
     """Choose temperature and scale of the posterior by one pass over validation data.
 
     Args:
-        la: The posterior, of a classification.
+        la: The posterior, of a classification, or of labels.
         val_loader: Yields the data.
         tolerance: Negative log likelihood that may be given up.
         progress_bar: Whether to show a progress bar.
@@ -55,7 +55,8 @@ def calibrate(
         ValueError: If it is no classification, targets are not class indices, or there
             are none.
     """
-    if la.likelihood != Likelihood.CLASSIFICATION:
+    link = la._kind.link
+    if link is None or not la._kind.is_classification:
         raise ValueError(
             f"`calibrate` is for classification, not {str(la.likelihood)!r}: for "
             "regression, use `optimize_prior_precision(tune_sigma_noise=True)`."
@@ -64,10 +65,10 @@ def calibrate(
     parts: list[tuple[Tensor, ...]] = []
     for batch in tqdm(val_loader, disable=not progress_bar, desc="[Calibration]"):
         X, y = inputs_and_targets(batch, la.backend)
-        if y.is_floating_point():
+        if la.likelihood == Likelihood.CLASSIFICATION and y.is_floating_point():
             raise ValueError("Validation targets must be class indices.")
         mean, variance = output_variances(la, X)
-        y = flat_targets(la.model, y.to(mean.device)).flatten()
+        y = targets_of_points(la.model, y, loss, mean)
         y = check_targets(mean, y, loss)
         counted = is_counted(loss, y)
         parts.append((mean[counted], variance[counted], y[counted]))
@@ -76,7 +77,7 @@ def calibrate(
     if not parts:
         raise ValueError("`val_loader` yields no data.")
     mean, variance, y = (torch.cat(part) for part in zip(*parts, strict=True))
-    return calibration_of(mean, variance, y, tolerance)
+    return calibration_of(mean, variance, y, tolerance, link)
 
 
 def output_variances(la: KronDebiasedLaplace, X: Inputs) -> tuple[Tensor, Tensor]:
@@ -140,14 +141,15 @@ def uncertainty_of_points(la: KronDebiasedLaplace, X: Inputs) -> Uncertainty:
     if la.likelihood == Likelihood.REGRESSION:
         noise = (la.sigma_noise**2).to(variance).expand_as(variance)
         return Uncertainty(None, mean, variance + noise, noise, variance, variance)
-    calibration = la.calibration
+    calibration, link = la.calibration, la._kind.link
+    assert link is not None
     if calibration is None:
-        probabilities = probit_probabilities(mean, variance)
-        total, aleatoric = entropies(mean, variance)
+        probabilities = link.probit(mean, variance)
+        total, aleatoric = entropies(mean, variance, link)
     else:
-        probabilities = probit_probabilities(*calibration.outputs(mean, variance))
+        probabilities = link.probit(*calibration.outputs(mean, variance))
         wide = calibration.with_whole_posterior()
-        total, aleatoric = entropies(*wide.outputs(mean, variance))
+        total, aleatoric = entropies(*wide.outputs(mean, variance), link)
     epistemic = total - aleatoric
     return Uncertainty(probabilities, mean, total, aleatoric, epistemic, variance)
 

@@ -11,7 +11,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from laplace_debiased.posterior.calibrating import uncertainty_of_points
+from laplace_debiased.posterior.likelihoods import BINARY
 from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
+from laplace_debiased.predictive.label_scores import (
+    confidence,
+    label_scores,
+    told_right,
+)
+from laplace_debiased.predictive.links import SIGMOID
 from laplace_debiased.predictive.report import (
     LEVELS,
     PredictionReport,
@@ -23,7 +30,7 @@ from laplace_debiased.predictive.scores import risk_coverage
 from laplace_debiased.predictive.uncertainty import Uncertainty, entropy
 from laplace_debiased.rows.inputs import check_targets
 from laplace_debiased.rows.output_curvature import is_counted
-from laplace_debiased.rows.positions import flat_targets
+from laplace_debiased.rows.targets import targets_of_points
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
@@ -73,12 +80,12 @@ def predictions(
             parts.append(_on_cpu(found))
             continue
         loss = loss_of(la.backend)
-        y = flat_targets(la.model, y.to(found.mean.device))
-        if la.class_axis is not None:
-            y = y.reshape(len(found.mean), *y.shape[2:])
+        y = targets_of_points(la.model, y, loss, found.mean)
         y = check_targets(found.mean, y, loss)
         if la.likelihood == Likelihood.CLASSIFICATION and y.is_floating_point():
             raise ValueError("Targets must be class indices.")
+        if la.likelihood == BINARY and not ((y == 0) | (y == 1)).all():
+            raise ValueError("Labels must be 0 or 1 to be predicted.")
         counted = is_counted(loss, y)
         parts.append(_on_cpu(found, counted))
         targets.append(y[counted].cpu())
@@ -137,8 +144,7 @@ def report(
         "curvature_error": error
         and max((e for e in error.relative_errors().values() if e == e), default=None),
     }
-    make = _regression if found.probabilities is None else _classification
-    return make(found, y, foreign, common)
+    return _REPORTS[la.likelihood](found, y, foreign, common)
 
 
 def _classification(
@@ -189,3 +195,36 @@ def _regression(
         epistemic_of_foreign=of_foreign,
         **common,
     )
+
+
+def _labels(
+    found: Uncertainty, y: Tensor, foreign: Uncertainty | None, common: dict
+) -> PredictionReport:
+    assert found.probabilities is not None
+    p, of_network = found.probabilities, found.mean.sigmoid()
+    epistemic, total = found.epistemic.sum(1), found.total.sum(1)
+    of_foreign, total_of_foreign, entropy_of_foreign = None, None, None
+    if foreign is not None:
+        of_foreign, total_of_foreign = foreign.epistemic.sum(1), foreign.total.sum(1)
+        entropy_of_foreign = SIGMOID.entropy(foreign.mean.sigmoid()).sum(1)
+    by_entropy = SIGMOID.entropy(of_network).sum(1), entropy_of_foreign
+    mistaken = ~told_right(p, y)
+    return PredictionReport(
+        posterior=label_scores(
+            p, y, (total, total_of_foreign), (epistemic, of_foreign)
+        ),
+        network=label_scores(of_network, y, by_entropy, None),
+        expected=p.flatten(),
+        observed=y.flatten(),
+        risks=risk_coverage(confidence(p).flatten(), mistaken.flatten()),
+        epistemic=epistemic,
+        epistemic_of_foreign=of_foreign,
+        **common,
+    )
+
+
+_REPORTS = {
+    Likelihood.CLASSIFICATION: _classification,
+    Likelihood.REGRESSION: _regression,
+    BINARY: _labels,
+}

@@ -38,11 +38,12 @@ from laplace_debiased.rows.inputs import (
 )
 from laplace_debiased.rows.left_out import refusal, refusal_of_diagonals, warning
 from laplace_debiased.rows.model_state import check_repeatable, measuring
-from laplace_debiased.rows.output_curvature import ENDS_IN_SOFTMAX
+from laplace_debiased.rows.output_curvature import ends_in_link
 from laplace_debiased.rows.positions import check_positions, set_class_axis
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.selection import Selection, select
 from laplace_debiased.rows.substitution import output_shape
+from laplace_debiased.rows.targets import label_targets
 from laplace_debiased.sampling.folds import (
     Folds,
     Points,
@@ -177,6 +178,7 @@ def choose_parameters(la: KronDebiasedLaplace, batch: Any) -> None:
     if la.class_axis is not None:
         with measuring(la.model):
             shape = output_shape(la.model, X)
+        y = label_targets(y, la._kind.loss_func())
         check_positions(y, shape, la.class_axis)
     with measuring(la.model):
         candidates = la._find_candidates(X, len(y))
@@ -391,7 +393,7 @@ def messages(la: KronDebiasedLaplace, before: Seen, explicit: bool) -> list[str]
     if la._selection is not None and la._selection.left_out and not before.weight:
         found.append(warning(la._selection.left_out, la.n_params))
     if la._estimate is not None and la._estimate.are_probabilities:
-        found.append(ENDS_IN_SOFTMAX)
+        found.append(ends_in_link(la._kind.loss_func()))
     if not explicit and la.settings.budget is not None and la.sampling_error:
         message = la.sampling_error.warning(round(la._seen.num_points))
         found += [message] if message else []

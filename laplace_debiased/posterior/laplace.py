@@ -45,6 +45,14 @@ from laplace_debiased.posterior import (
     state,
     tuning,
 )
+from laplace_debiased.posterior.likelihoods import (
+    BINARY,
+    Kind,
+    backend_of_labels,
+    check_backend,
+    check_link,
+    kind_of,
+)
 from laplace_debiased.posterior.measuring import Estimate
 from laplace_debiased.posterior.memory import FitMemory
 from laplace_debiased.posterior.sampling_error import SamplingError
@@ -56,7 +64,6 @@ from laplace_debiased.posterior.settings import (
 from laplace_debiased.posterior.upstream import without_link_reminder
 from laplace_debiased.predictive.blocks import Covariance
 from laplace_debiased.predictive.calibration import TOLERANCE, Calibration
-from laplace_debiased.predictive.links import probit_probabilities
 from laplace_debiased.predictive.report import PredictionReport
 from laplace_debiased.predictive.samples import sampled_outputs
 from laplace_debiased.predictive.uncertainty import Uncertainty
@@ -102,7 +109,12 @@ class KronDebiasedLaplace(KronLaplace):
     Args:
         model: The trained network.
         likelihood: ``"classification"`` (of logits: a softmax at the network's end is
-            warned of), ``"regression"`` or ``"reward_modeling"``.
+            warned of), ``"regression"``, ``"reward_modeling"``, or
+            ``"binary_classification"``, which laplace-torch has not: of labels that are
+            0 or 1, or probabilities between them, by one logit each, as
+            ``BCEWithLogitsLoss`` takes them. Outputs and labels are ``[batch,
+            labels]``; those of one label may be ``[batch]``, and predictions are then
+            ``[batch, 1]``.
         sigma_noise: Standard deviation of a regression's noise, as in ``KronLaplace``,
             like all that follow until ``magnitudes``. It is one unless it is given or
             tuned (:meth:`optimize_prior_precision`).
@@ -268,9 +280,10 @@ class KronDebiasedLaplace(KronLaplace):
         prior = (sigma_noise, prior_precision, prior_mean, temperature)
         batches = (enable_backprop, dict_key_x, dict_key_y)
         curvature = (backend, damping, backend_kwargs, asdl_fisher_kwargs)
-        given = (own_module(model), likelihood, *prior, *batches, *curvature)
+        known = kind_of(likelihood).known
+        given = (own_module(model), known, *prior, *batches, *curvature)
         super().__init__(*given)
-        self._check_settings()
+        self._check_settings(likelihood)
 
     def _configure(
         self,
@@ -293,13 +306,27 @@ class KronDebiasedLaplace(KronLaplace):
         self._calibration: Calibration | None = None
         self._is_tuned = self._is_warned = self._is_sampling_known = False
 
-    def _check_settings(self) -> None:
-        """Refuse settings that do not go with laplace-torch's."""
+    def _check_settings(self, likelihood: Likelihood | str) -> None:
+        """Refuse settings that do not go with laplace-torch's, or the likelihood."""
+        self.likelihood = likelihood
+        check_backend(likelihood, self._backend_cls)
         self.settings.check_damping(self.damping)
         fitting.check_backend(self)
         # those with an own forward pass are not known before it is run
         self._candidates = list(self.params)
         self._is_tuned = bool((torch.as_tensor(self._prior_precision) != 1).any())
+
+    @property
+    def backend(self) -> CurvatureInterface:
+        """The curvature backend."""
+        if self._backend is None and self.likelihood == BINARY:
+            self._backend = backend_of_labels(self)
+        return super().backend
+
+    @property
+    def _kind(self) -> Kind:
+        """What is particular to the likelihood."""
+        return kind_of(self.likelihood)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -795,19 +822,35 @@ class KronDebiasedLaplace(KronLaplace):
         n_samples: int = 100,
         diagonal_output: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        check_link(likelihood, link_approx)
         if self.class_axis is not None:
             prediction = predicting.by_position(self, x, joint, link_approx)
             return cast("Tensor | tuple[Tensor, Tensor]", prediction)
+        link = kind_of(likelihood).link
         # laplace-torch computes the covariance of all outputs here, too
-        if likelihood == Likelihood.REGRESSION:
+        if link is None:
             if diagonal_output and not joint:
                 return self._glm_predictive_distribution(x, diagonal_output=True)
         elif link_approx == LinkApprox.PROBIT or self._is_certain:
             f_mu, f_var = self._glm_predictive_distribution(x, diagonal_output=True)
-            return probit_probabilities(f_mu, f_var)
+            return link.probit(f_mu, f_var)
         return super()._glm_forward_call(
             x, likelihood, joint, link_approx, n_samples, diagonal_output
         )
+
+    def _glm_predictive_samples(
+        self,
+        f_mu: Tensor,
+        f_var: Tensor,
+        n_samples: int,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        samples = self._glm_functional_samples(
+            f_mu, f_var, n_samples, diagonal_output, generator
+        )
+        link = self._kind.link
+        return samples if link is None else link.probabilities(samples)
 
     def _sampled_outputs(
         self,
@@ -868,10 +911,11 @@ class KronDebiasedLaplace(KronLaplace):
         **model_kwargs: Any,
     ) -> Tensor:
         samples = self._nn_functional_samples(X, n_samples, generator, **model_kwargs)
-        if self.likelihood == Likelihood.CLASSIFICATION:
-            axis = self.class_axis
-            return samples.softmax(-1 if axis is None or axis < 0 else axis + 1)
-        return samples
+        kind, axis = self._kind, self.class_axis
+        if kind.link is None or not kind.is_classification:
+            return samples
+        of_samples = -1 if axis is None or axis < 0 else axis + 1
+        return kind.link.probabilities(samples, of_samples)
 
     # the base class declares each further keyword as a dictionary
     @thread_restored
@@ -886,7 +930,7 @@ class KronDebiasedLaplace(KronLaplace):
             total = torch.zeros((), device=self._device)
             outputs = self._calibrated_outputs(X, n_samples, generator, **model_kwargs)
             for output in outputs:
-                total = total + predicting.softmax(self, output)
+                total = total + predicting.probabilities(self, output)
             (mean,) = predicting.of_output(self, X, [total / n_samples])
             return mean
 
@@ -948,8 +992,7 @@ class KronDebiasedLaplace(KronLaplace):
         """
         if tune_sigma_noise:
             tuning.check_noise_can_be_tuned(self, method, prior_structure)
-        if loss is None and self.likelihood == Likelihood.REGRESSION:
-            loss = tuning.GaussianNLL(self.sigma_noise**2)
+        loss = tuning.default_loss(self) if loss is None else loss
         climbs = method == TuningMethod.MARGLIK and not self.damping
         if climbs and prior_structure != PriorStructure.DIAG:
             if val_loader is not None:
@@ -1040,9 +1083,10 @@ class KronDebiasedLaplace(KronLaplace):
             val_loader: Yields validation data, in the form of training data, that the
                 network was not trained with.
             optimize_prior: Whether to choose the prior precision; else it stays.
-            tolerance: Mean negative log likelihood of the validation data in nats that
-                may be given up for more covariance, which inputs need that have changed
-                since training; ``math.inf`` keeps all of it.
+            tolerance: Mean negative log likelihood of the validation data in nats, of
+                all labels of a point together, that may be given up for more
+                covariance, which inputs need that have changed since training;
+                ``math.inf`` keeps all of it.
             progress_bar: Whether to show a progress bar.
 
         Returns:
@@ -1070,7 +1114,8 @@ class KronDebiasedLaplace(KronLaplace):
 
         Returns:
             Probabilities, and total, aleatoric and epistemic uncertainty of each
-            example. Without random numbers: within 3 % of those of many samples.
+            example, or of each of its labels. Without random numbers: within 3 % of
+            those of many samples.
 
         Raises:
             AttributeError: If there is no fit yet.

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from laplace_debiased.posterior import predicting, state
 from laplace_debiased.posterior.checkpoint import is_same
 from laplace_debiased.posterior.laplace import KronDebiasedLaplace
+from laplace_debiased.posterior.likelihoods import kind_of
 from laplace_debiased.posterior.settings import DECOMPOSITION_TOLERANCE, Settings
 from laplace_debiased.posterior.upstream import PicklableExtractor
 from laplace_debiased.predictive.last_layer import (
@@ -38,7 +39,8 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
 
     Args:
         model: The trained network, which is copied.
-        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        likelihood: ``"classification"``, ``"binary_classification"``, ``"regression"``
+            or ``"reward_modeling"``.
         sigma_noise: As in ``KronLLLaplace``, like all that follow until ``magnitudes``.
         prior_precision: A scalar, or one for each parameter tensor.
         prior_mean: Mean of the prior.
@@ -152,14 +154,14 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             ),
             *limits,
         )
-        network = own_module(model), likelihood, sigma_noise, prior_precision
-        data = prior_mean, temperature, enable_backprop, feature_reduction, dict_key_x
-        rest = dict_key_y, backend, last_layer_name, damping, backend_kwargs
-        given = (*network, *data, *rest, asdl_fisher_kwargs)
+        network = own_module(model), kind_of(likelihood).known
+        prior = sigma_noise, prior_precision, prior_mean, temperature, enable_backprop
+        data = feature_reduction, dict_key_x, dict_key_y, backend, last_layer_name
+        given = (*network, *prior, *data, damping, backend_kwargs, asdl_fisher_kwargs)
         KronLLLaplace.__init__(self, *given)
         self.damping = damping  # laplace-torch's class forgets it on the way
         self.model = PicklableExtractor(self.model, dict_key_y)
-        self._check_settings()
+        self._check_settings(likelihood)
 
     @property
     def fitted_params(self) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from warnings import warn
 
 import torch
-from laplace.utils.enums import Likelihood, LinkApprox
+from laplace.utils.enums import LinkApprox
 from torch import Tensor
 
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
@@ -19,7 +19,6 @@ from laplace_debiased.predictive.forward_mode import (
     SampledPredictive,
     relative_error,
 )
-from laplace_debiased.predictive.links import probit_probabilities
 from laplace_debiased.predictive.moments import LinearizedPredictive
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.model_state import evaluating
@@ -190,14 +189,14 @@ def by_position(
     Raises:
         ValueError: If something else is asked for.
     """
-    is_regression = la.likelihood == Likelihood.REGRESSION
-    if joint or not (is_regression or link_approx == LinkApprox.PROBIT):
+    link = la._kind.link
+    if joint or not (link is None or link_approx == LinkApprox.PROBIT):
         raise ValueError(_VARIANCES_ALONE)
     f_mu, f_var = la._glm_predictive_distribution(X, diagonal_output=True)
     mean, variance = (points(own, la.n_outputs) for own in (f_mu, f_var))
-    if is_regression:
+    if link is None:
         return tuple(of_output(la, X, [mean, variance]))
-    return of_output(la, X, [probit_probabilities(mean, variance)])[0]
+    return of_output(la, X, [link.probit(mean, variance)])[0]
 
 
 def of_output(
@@ -221,11 +220,13 @@ def of_output(
     return [restored(own, shape, la.class_axis) for own in rows]
 
 
-def softmax(la: KronDebiasedLaplace, outputs: Tensor) -> Tensor:
-    """Compute the softmax of outputs ``[batch, outputs]`` at each position."""
+def probabilities(la: KronDebiasedLaplace, outputs: Tensor) -> Tensor:
+    """Compute probabilities of outputs ``[batch, outputs]`` at each position."""
+    link = la._kind.link
+    assert link is not None
     if la.class_axis is None:
-        return outputs.softmax(-1)
-    return points(outputs, la.n_outputs).softmax(-1).view_as(outputs)
+        return link.probabilities(outputs)
+    return link.probabilities(points(outputs, la.n_outputs)).view_as(outputs)
 
 
 def are_sampled(count: int, num_outputs: int) -> str:

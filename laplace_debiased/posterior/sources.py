@@ -29,9 +29,10 @@ from laplace_debiased.rows.inputs import (
 from laplace_debiased.rows.kept import KeptRows
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import OutputCurvature
-from laplace_debiased.rows.positions import class_axis_of, flat_targets
+from laplace_debiased.rows.positions import class_axis_of
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
+from laplace_debiased.rows.targets import arranged_targets
 from laplace_debiased.sampling.folds import Fold
 from laplace_debiased.sampling.processes import ALONE, Alone
 
@@ -327,7 +328,7 @@ def checked_batches(
         check_finite_inputs(X)
         with torch.no_grad():
             output = run(model, X)
-        y = flat_targets(model, y)
+        y = arranged_targets(model, y, loss_of(backend))
         yield X, check_targets(output, y, loss_of(backend)), output
 
 

@@ -28,16 +28,18 @@ from laplace.utils.enums import (
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.distributions import MultivariateNormal
+from torch.nn.functional import binary_cross_entropy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from laplace_debiased.posterior import predicting
 from laplace_debiased.posterior.evidence import best_prior_precision
+from laplace_debiased.posterior.likelihoods import BINARY
 from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
-from laplace_debiased.predictive.links import probit_probabilities
 from laplace_debiased.predictive.prior_path import TOLERANCE, PriorInterval
 from laplace_debiased.rows.output_curvature import is_counted
-from laplace_debiased.rows.positions import flat_targets, points
+from laplace_debiased.rows.positions import points
+from laplace_debiased.rows.targets import targets_of_points
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
@@ -47,7 +49,24 @@ Loss = torchmetrics.Metric | Callable[..., Tensor]
 _SAMPLED_TOLERANCE = 1e-2
 
 
-class GaussianNLL(torchmetrics.Metric):
+class _MeanNLL(torchmetrics.Metric):
+    """Mean of negative logarithms, in double precision."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        zero = torch.zeros((), dtype=torch.float64)
+        for name in ("total", "count"):
+            self.add_state(name, zero, dist_reduce_fx="sum")
+
+    def compute(self) -> Tensor:
+        """Return the mean over all that was added."""
+        return self.total / self.count
+
+
+class GaussianNLL(_MeanNLL):
     """Mean negative log density of targets in a regression.
 
     The predictive distribution is a Gaussian, whose covariance is that of the network's
@@ -57,15 +76,9 @@ class GaussianNLL(torchmetrics.Metric):
         noise_variance: Variance of the noise in each output, a scalar.
     """
 
-    total: Tensor
-    count: Tensor
-
     def __init__(self, noise_variance: Tensor):
         super().__init__()
         self.noise_variance = noise_variance.detach().double()
-        zero = torch.zeros((), dtype=torch.float64)
-        for name in ("total", "count"):
-            self.add_state(name, zero, dist_reduce_fx="sum")
 
     def update(self, mean: Tensor, covariance: Tensor, y: Tensor) -> None:
         """Add a batch.
@@ -92,9 +105,36 @@ class GaussianNLL(torchmetrics.Metric):
         self.total = self.total - density.log_prob(y.double()).sum()
         self.count = self.count + len(y)
 
-    def compute(self) -> Tensor:
-        """Return the mean over all points."""
-        return self.total / self.count
+
+class LabelNLL(_MeanNLL):
+    """Mean negative log likelihood of a label, in nats."""
+
+    def update(self, probabilities: Tensor, y: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            probabilities: Probabilities of the labels ``[batch, labels]``.
+            y: Labels, of the same shape, or ``[batch]`` if there is one.
+        """
+        p = probabilities.double()
+        y = y.to(p).reshape(p.shape)
+        # torch's logarithm of a probability is at least -100
+        self.total = self.total + binary_cross_entropy(p, y, reduction="sum")
+        self.count = self.count + y.numel()
+
+
+def default_loss(la: KronDebiasedLaplace) -> Loss | None:
+    """Return what validation predictions are judged by, unless users say so.
+
+    Args:
+        la: The posterior.
+
+    Returns:
+        The loss; None where laplace-torch's own is right.
+    """
+    if la.likelihood == Likelihood.REGRESSION:
+        return GaussianNLL(la.sigma_noise**2)
+    return LabelNLL() if la.likelihood == BINARY else None
 
 
 @torch.no_grad()
@@ -289,7 +329,7 @@ def _is_known_from_one_pass(
         return False
     if not isinstance(loss, torchmetrics.Metric):  # needs all predictions at once
         return False
-    if la.likelihood == Likelihood.REGRESSION:
+    if la._kind.link is None:
         return la.n_outputs == 1
     return link_approx == LinkApprox.PROBIT
 
@@ -307,21 +347,22 @@ def _losses_from_one_pass(
     is_sampled = predicting.num_samples(la) is not None
     path = PriorInterval(*ends, _SAMPLED_TOLERANCE if is_sampled else TOLERANCE)
     metric.reset()
-    metrics = [deepcopy(metric) for _ in interval]
+    metrics, link = [deepcopy(metric) for _ in interval], la._kind.link
     for batch in tqdm(val_loader, disable=not progress_bar, desc="[Grid search]"):
         X, y = inputs_and_targets(batch, la.backend)
         mean, at_nodes = la._variances_by_prior(X, path.nodes)
         if la.class_axis is not None:
             mean = points(mean, la.n_outputs)
             at_nodes = at_nodes.reshape(*mean.shape, -1)
-            y = flat_targets(la.model, y)
-            y = y.reshape(len(mean), *y.shape[2:])
-        counted = is_counted(loss_of(la.backend), y)
+        loss = loss_of(la.backend)
+        # metrics may take labels as integers alone
+        y = targets_of_points(la.model, y, loss, mean).to(y.dtype)
+        counted = is_counted(loss, y)
         mean, at_nodes, y = mean[counted], at_nodes[counted], y[counted]
         variances = path.at(at_nodes, interval.to(mean))  # [batch, C, grid]
         for own, variance in zip(metrics, variances.unbind(2), strict=True):
-            if la.likelihood != Likelihood.REGRESSION:
-                own.update(probit_probabilities(mean, variance), y)
+            if link is not None:
+                own.update(link.probit(mean, variance), y)
                 continue
             try:
                 own.update(mean, variance[:, :, None], y)

@@ -25,6 +25,7 @@ from torch import Tensor
 from laplace_debiased.curvature.bases import rotated
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, transposed
 from laplace_debiased.curvature.jacobians import jacobians_by_rows, rotated_jacobians
+from laplace_debiased.predictive.isotropic import num_equal, pays, residuals, shares
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.one_hot import OneHotRows
 
@@ -52,6 +53,16 @@ class BlockPosterior:
         """``[d_out, d_in]``, with one input for a vector."""
         matrix = self.precisions.reshape(len(self.eigenvectors[0]), -1)
         return matrix.reciprocal()
+
+    @cached_property
+    def _num_equal(self) -> int:
+        """Number of directions of gradients, the first ones, of equal precisions."""
+        return num_equal(self.precisions)
+
+    def _leading(self, count: int) -> BlockPosterior:
+        """Return the part of the block without so many first directions."""
+        basis, *others = self.eigenvectors
+        return BlockPosterior([basis[:, count:], *others], self.precisions[count:])
 
     def of_rows(self, layer: Layer) -> BlockPosterior:
         """Return the block of the matrix that rows give, ``[d_out, d_in]``.
@@ -107,8 +118,7 @@ class BlockPosterior:
         least = 1 if kind == "full" else FEW
         for block, some, rows in self._parts(gradients, inputs, jacobian_bytes, least):
             if kind == "full":
-                flat = block._scaled_jacobians(some, rows).flatten(2)
-                parts.append(flat @ flat.mT)
+                parts.append(block._full_covariance(some, rows))
             else:
                 own = block._weighted(some, rows, [block._variances], jacobian_bytes)
                 parts.append(own.squeeze(2))
@@ -202,6 +212,18 @@ class BlockPosterior:
             covariance[part] = (rows * variances[part]) @ rows.T
         return covariance
 
+    def _full_covariance(self, gradients: Tensor, inputs: Tensor) -> Tensor:
+        """Compute the covariance of the outputs of some examples."""
+        count = self._num_equal
+        if not pays(gradients, inputs, count):
+            flat = self._scaled_jacobians(gradients, inputs).flatten(2)
+            return flat @ flat.mT
+        leading = self._leading(count)
+        flat = leading._scaled_jacobians(gradients, inputs).flatten(2)
+        residual = residuals(gradients, leading.eigenvectors[0])
+        weights = self.precisions[0].reciprocal()
+        return flat @ flat.mT + shares(residual, inputs, weights, full=True)
+
     def _weighted(
         self,
         gradients: Tensor,
@@ -220,14 +242,19 @@ class BlockPosterior:
         Returns:
             Sums ``[batch, C, K]``.
         """
-        sums = gradients.new_zeros(*gradients.shape[:2], len(weights))
+        count = self._num_equal if pays(gradients, inputs, self._num_equal) else 0
+        basis, terms = self.eigenvectors[0][:, count:], []
         for rows, jacobians in jacobians_by_rows(
-            gradients, inputs, self.eigenvectors[0], jacobian_bytes
+            gradients, inputs, basis, jacobian_bytes
         ):
             squares = jacobians.square_().flatten(2)
-            own = [squares @ matrix[rows].flatten() for matrix in weights]
-            sums = sums + torch.stack(own, 2)
-        return sums
+            own = [squares @ matrix[count:][rows].flatten() for matrix in weights]
+            terms.append(torch.stack(own, 2))
+        if count:
+            residual = residuals(gradients, basis)
+            own = [shares(residual, inputs, matrix[0]) for matrix in weights]
+            terms.append(torch.stack(own, 2))
+        return sum(terms[1:], terms[0])
 
     def _scaled_jacobians(self, gradients: Tensor, inputs: Tensor) -> Tensor:
         """Rotate the Jacobians, and divide by the root of the precision.
@@ -237,7 +264,8 @@ class BlockPosterior:
         """
         basis = self.eigenvectors[0]
         jacobians = rotated_jacobians(gradients, inputs, basis)
-        return jacobians.mul_(self.precisions.reshape(len(basis), -1).rsqrt())
+        precisions = self.precisions.reshape(len(self.precisions), -1)
+        return jacobians.mul_(precisions.rsqrt())
 
 
 class Moment(Protocol):

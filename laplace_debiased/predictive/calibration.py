@@ -32,7 +32,8 @@ from math import exp, inf, pi
 import numpy as np
 from scipy.optimize import brentq
 from torch import Tensor
-from torch.nn.functional import one_hot
+
+from laplace_debiased.predictive.links import SOFTMAX, Link
 
 TOLERANCE = 2e-3
 SCALES = (0.0, *np.logspace(-3, 0, 13).tolist())
@@ -55,7 +56,8 @@ class Calibration:
         temperature_error: Standard error of the temperature's logarithm; infinite where
             the points do not tell.
         num_points: Number of validation points.
-        nll: Their mean negative log likelihood, with this temperature and scale.
+        nll: Their mean negative log likelihood, with this temperature and scale: of the
+            class, or of all labels of a point together.
         frontier: That with the best temperature for each scale, by scale.
 
     Example:
@@ -118,7 +120,11 @@ class Calibration:
 
 
 def calibration_of(
-    mean: Tensor, variance: Tensor, y: Tensor, tolerance: float = TOLERANCE
+    mean: Tensor,
+    variance: Tensor,
+    y: Tensor,
+    tolerance: float = TOLERANCE,
+    link: Link = SOFTMAX,
 ) -> Calibration:
     """Choose temperature and scale by validation data.
 
@@ -129,10 +135,12 @@ def calibration_of(
     doing harm, see the module.
 
     Args:
-        mean: Means of the outputs ``[points, classes]``.
+        mean: Means of the outputs ``[points, outputs]``.
         variance: Their variances, of the same shape.
-        y: Classes ``[points]``.
-        tolerance: Negative log likelihood in nats that may be given up.
+        y: Classes ``[points]``, or labels ``[points, labels]``.
+        tolerance: Negative log likelihood in nats that may be given up, of a point and
+            all its labels.
+        link: How probabilities are made of outputs.
 
     Returns:
         The calibration.
@@ -147,16 +155,16 @@ def calibration_of(
     # with the points last, softmax is several times as fast
     mean, variance, labels = (
         own.double().cpu().T.contiguous()
-        for own in (mean, variance, one_hot(y, mean.shape[1]))
+        for own in (mean, variance, link.indicators(y, mean.shape[1]))
     )
     share = _PRIOR_POINTS / (len(y) + _PRIOR_POINTS)
-    mixed = (1 - share) * labels + share * mean.softmax(0)
-    candidates = [_Outputs(mean, pi / 8 * s * variance) for s in SCALES]
+    mixed = (1 - share) * labels + share * link.probabilities(mean, 0)
+    candidates = [_Outputs(mean, pi / 8 * s * variance, link) for s in SCALES]
     slope = 1 / (_PRIOR_SPREAD * (len(y) + _PRIOR_POINTS))
     logs = [_best_log_temperature(own, mixed, slope) for own in candidates]
-    found = [c.log_probabilities(x) for c, x in zip(candidates, logs, strict=True)]
-    losses = [-(mixed * own).sum(0) for own in found]
-    nlls = [-(labels * own).sum(0).mean().item() for own in found]
+    found = [c.logits(x) for c, x in zip(candidates, logs, strict=True)]
+    losses = [link.losses(own, mixed, 0) for own in found]
+    nlls = [link.losses(own, labels, 0).mean().item() for own in found]
     chosen = _largest_scale(losses, tolerance)
     return Calibration(
         exp(logs[chosen]),
@@ -173,23 +181,25 @@ class _Outputs:
     """Gaussian outputs, as a function of the logarithm x of their temperature.
 
     Args:
-        mean: Means of the outputs ``[classes, points]``.
+        mean: Means of the outputs ``[outputs, points]``.
         spread: Their variances times pi / 8, of the same shape: logits are those of
             :func:`~laplace_debiased.predictive.links.probit_logits`.
+        link: How probabilities are made of them.
     """
 
     mean: Tensor
     spread: Tensor
+    link: Link
 
-    def log_probabilities(self, x: float) -> Tensor:
-        """Compute the classes' log probabilities ``[classes, points]``."""
-        return (self.mean * (exp(2 * x) + self.spread).rsqrt()).log_softmax(0)
+    def logits(self, x: float) -> Tensor:
+        """Compute the logits ``[outputs, points]``."""
+        return self.mean * (exp(2 * x) + self.spread).rsqrt()
 
     def slope(self, x: float, labels: Tensor) -> float:
         """Compute the derivative of the labels' mean cross entropy."""
         total = exp(2 * x) + self.spread
         logits = self.mean * total.rsqrt()
-        errors = (labels - logits.softmax(0)).mul_(logits).div_(total)
+        errors = (labels - self.link.probabilities(logits, 0)).mul_(logits).div_(total)
         return exp(2 * x) * errors.sum().item() / labels.shape[1]
 
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from laplace_debiased.predictive.label_scores import LabelScores
 from laplace_debiased.predictive.scores import (
     NUM_BINS,
     auroc,
     brier,
     calibration_errors,
+    foreign_auroc,
     nll,
     risk_coverage,
 )
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SMALLEST = 1e-5
+_CONFIDENCE = "confidence", "accuracy"
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 
@@ -92,11 +95,14 @@ class PredictionReport:
         calibration: What calibration chose; None if there was none.
         curvature_error: Largest relative standard error of the curvature's scale in a
             layer; None if it is not known.
-        expected: Confidences of test points ``[points]``, or levels of intervals.
-        observed: Whether each prediction was right, or the coverage of each level.
-        risks: Share of mistakes among the most confident points ``[points]``; None of a
-            regression.
-        epistemic: Epistemic uncertainty of test points ``[points]``.
+        expected: Confidences of test points ``[points]``, probabilities of all labels
+            ``[points * labels]``, or levels of intervals.
+        observed: Whether each prediction was right, the labels, or the coverage of each
+            level.
+        risks: Share of mistakes among the most confident points ``[points]``, or labels
+            ``[points * labels]``; None of a regression.
+        epistemic: Epistemic uncertainty of test points ``[points]``, summed over
+            labels.
         epistemic_of_foreign: That of foreign ones; None without any.
 
     Example:
@@ -121,8 +127,8 @@ class PredictionReport:
     """
 
     num_points: int
-    posterior: ClassificationScores | RegressionScores
-    network: ClassificationScores | RegressionScores
+    posterior: ClassificationScores | LabelScores | RegressionScores
+    network: ClassificationScores | LabelScores | RegressionScores
     calibration: str | None
     curvature_error: float | None
     expected: Tensor
@@ -182,7 +188,9 @@ class PredictionReport:
         if self.risks is None:
             first.set(xlabel="level", ylabel="coverage")
         else:
-            first.set(xlabel="confidence", ylabel="accuracy")
+            is_labels = isinstance(self.posterior, LabelScores)
+            names = ("probability", "share") if is_labels else _CONFIDENCE
+            first.set(xlabel=names[0], ylabel=names[1])
             shares = torch.arange(1, len(self.risks) + 1) / len(self.risks)
             middle[0].plot(shares, self.risks)
             middle[0].set(xlabel="coverage", ylabel="share of mistakes", ylim=(0, None))
@@ -254,8 +262,8 @@ def classification_scores(
         classwise_ece=classwise_ece,
         aurc=risk_coverage(confidence, mistaken).mean().item(),
         mistakes=auroc(-confidence, mistaken),
-        foreign=_foreign(*total),
-        foreign_epistemic=None if epistemic is None else _foreign(*epistemic),
+        foreign=foreign_auroc(*total),
+        foreign_epistemic=None if epistemic is None else foreign_auroc(*epistemic),
     )
 
 
@@ -287,7 +295,7 @@ def regression_scores(
         coverage_90=ninety,
         coverage_95=most,
         width_95=2 * _half_width(LEVELS[-1]) * normal.stddev.mean().item(),
-        foreign_epistemic=None if epistemic is None else _foreign(*epistemic),
+        foreign_epistemic=None if epistemic is None else foreign_auroc(*epistemic),
     )
 
 
@@ -309,10 +317,3 @@ def coverage(mean: Tensor, variance: Tensor, y: Tensor) -> Tensor:
 
 def _half_width(level: float) -> float:
     return torch.special.ndtri(torch.tensor((1 + level) / 2).double()).item()
-
-
-def _foreign(inside: Tensor, outside: Tensor | None) -> float | None:
-    if outside is None:
-        return None
-    both = torch.cat([inside, outside])
-    return auroc(both, torch.arange(len(both)) >= len(inside))

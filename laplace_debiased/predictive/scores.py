@@ -30,6 +30,22 @@ def auroc(scores: Tensor, positive: Tensor) -> float | None:
     return binary_auroc(ranks / ranks.max().clamp(min=1), positive.long()).item()
 
 
+def foreign_auroc(inside: Tensor, outside: Tensor | None) -> float | None:
+    """Compute the area under the ROC curve of foreign points.
+
+    Args:
+        inside: Scores of other points ``[points]``.
+        outside: Higher scores of foreign ones ``[points]``; None without any.
+
+    Returns:
+        The area; None without foreign points.
+    """
+    if outside is None:
+        return None
+    both = torch.cat([inside, outside])
+    return auroc(both, torch.arange(len(both)) >= len(inside))
+
+
 def risk_coverage(confidence: Tensor, mistaken: Tensor) -> Tensor:
     """Compute the share of mistakes among the most confident points.
 

@@ -4,9 +4,11 @@ Of a classification, the entropy of the mean probabilities is the *total* uncert
 the mean entropy over the posterior the *aleatoric* part, which more data would not
 remove, and their difference, the mutual information of class and parameters, the
 *epistemic* part (Houlsby et al., 2011, arXiv 1112.5745; Depeweg et al., 2018,
-arXiv 1710.07283). Of a regression, variances take the place of entropies: that of the
-noise is aleatoric, that of the network's output epistemic (Kendall and Gal, 2017, arXiv
-1703.04977).
+arXiv 1710.07283). Of independent labels, each has its own: entropies of independent
+variables add up, so that their sum is the uncertainty of all labels together (Cover and
+Thomas, 2006, section 2.5). Of a regression, variances take the place of entropies: that
+of the noise is aleatoric, that of the network's output epistemic (Kendall and Gal,
+2017, arXiv 1703.04977).
 
 Entropies are those of the whole posterior, with the outputs' calibrated temperature:
 calibration may take variance out of the probabilities, since clean data need little of
@@ -22,6 +24,7 @@ import torch
 from scipy.stats import qmc
 from torch import Tensor
 
+from laplace_debiased.predictive.links import SOFTMAX, Link
 from laplace_debiased.rows.chunks import at_once
 
 NUM_SAMPLES = 256
@@ -34,11 +37,13 @@ class Uncertainty:
     """Predictions, and their uncertainty by its sources.
 
     Args:
-        probabilities: Class probabilities ``[batch, classes]``, those that ``la(x)``
-            returns; None for a regression.
+        probabilities: Class probabilities ``[batch, classes]``, or probabilities of the
+            labels ``[batch, labels]``, those that ``la(x)`` returns; None for a
+            regression.
         mean: Mean of the network's outputs ``[batch, outputs]``, not calibrated.
-        total: Predictive entropy ``[batch]`` in nats, or predictive variance with the
-            noise ``[batch, outputs]``.
+        total: Predictive entropy in nats, of the class ``[batch]`` or of each label
+            ``[batch, labels]``, or predictive variance with the noise ``[batch,
+            outputs]``.
         aleatoric: Expected entropy, or variance of the noise, of the same shape.
         epistemic: Mutual information, or variance of the network's output, of the same
             shape: what is high for examples unlike the training data.
@@ -79,11 +84,13 @@ def entropy(probabilities: Tensor) -> Tensor:
     Returns:
         Entropies ``[...]``.
     """
-    return torch.special.entr(probabilities).sum(-1)
+    return SOFTMAX.entropy(probabilities)
 
 
-def entropies(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Compute predictive and expected entropy of the softmax of Gaussian outputs.
+def entropies(
+    mean: Tensor, variance: Tensor, link: Link = SOFTMAX
+) -> tuple[Tensor, Tensor]:
+    r"""Compute predictive and expected entropy of a link of Gaussian outputs.
 
     Outputs are taken as independent given the example. The same 256 points of a
     scrambled Sobol sequence stand for the normal distribution of all examples, so that
@@ -91,25 +98,30 @@ def entropies(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     samples, mutual information within 3 %.
 
     Args:
-        mean: Means of the outputs ``[batch, classes]``.
+        mean: Means of the outputs ``[batch, outputs]``.
         variance: Their variances, of the same shape.
+        link: How probabilities are made of outputs.
 
     Returns:
-        Both entropies ``[batch]``; the first is never below the second.
+        Both entropies, of the class ``[batch]`` or of each label ``[batch, labels]``;
+        the first is never below the second.
     """
-    normal = normal_points(mean.shape[1]).to(mean)
-    size = max(1, at_once(_CHUNK_ENTRIES, mean.device) // normal.numel())
+    num_outputs = mean.shape[1]
+    # each label takes the same points
+    normal = normal_points(link.num_together(num_outputs)).to(mean)
+    entries = at_once(_CHUNK_ENTRIES, mean.device)
+    size = max(1, entries // (len(normal) * num_outputs))
     # small results of each chunk would lie between its large ones in memory, and keep
     # the next chunk from taking their places
-    predictive, expected = (mean.new_empty(len(mean)) for _ in range(2))
+    shape = link.entropy(mean[:0]).shape[1:]
+    predictive, expected = (mean.new_empty(len(mean), *shape) for _ in range(2))
     for start in range(0, len(mean), size):
         rows = slice(start, start + size)
         # [batch, 1, classes] + [batch, 1, classes] * [samples, classes]
         deviations = variance[rows, None].sqrt() * normal
-        logs = (mean[rows, None] + deviations).log_softmax(-1)
-        p = logs.exp()
-        predictive[rows] = entropy(p.mean(1))
-        expected[rows] = -(p * logs).sum(-1).mean(1)
+        p, own = link.with_entropies(mean[rows, None] + deviations)
+        predictive[rows] = link.entropy(p.mean(1))
+        expected[rows] = own.mean(1)
     return predictive, torch.minimum(expected, predictive)
 
 

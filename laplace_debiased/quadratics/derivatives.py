@@ -44,10 +44,10 @@ from laplace_debiased.rows.linearization import (
 )
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import (
-    ENDS_IN_SOFTMAX,
     Loss,
     OutputCurvature,
     are_probabilities,
+    ends_in_link,
     example_losses,
     is_counted,
     loss_scale,
@@ -193,7 +193,7 @@ def directional_derivatives(
     if not slopes:
         raise ValueError("The data source is empty: there is nothing to measure.")
     if probabilities:
-        warn(ENDS_IN_SOFTMAX, stacklevel=3)
+        warn(ends_in_link(loss_func), stacklevel=3)
     return DirectionalDerivatives(
         torch.cat(slopes),
         torch.cat(curvatures),

@@ -31,6 +31,7 @@ from laplace_debiased.rows.output_curvature import (
 )
 from laplace_debiased.rows.selection import Selection, find_layers
 from laplace_debiased.rows.sharing import thread_restored
+from laplace_debiased.rows.targets import label_targets
 
 _MEMORY_LIMIT = 2**32
 # Lanczos iterations take about this many products for each eigenvector, and a product
@@ -137,7 +138,7 @@ def ggn_rows(
     layers: list[Layer] = []
     rows = torch.empty(0)
     for X, y in data:
-        X, y = on_device(X, device), moved(y, device)
+        X, y = on_device(X, device), label_targets(moved(y, device), loss_func)
         num_counted += int(is_counted(loss_func, y).sum())
         if not layers:
             layers = find_layers(model_func, params, X, len(y))

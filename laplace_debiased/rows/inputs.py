@@ -9,9 +9,10 @@ from warnings import warn
 
 import torch
 from torch import Tensor, nn
-from torch.nn import CrossEntropyLoss
+from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss
 
 from laplace_debiased.rows.positions import num_positions
+from laplace_debiased.rows.targets import label_targets
 
 Inputs = Tensor | MutableMapping[str, Any]
 # what a data source yields: inputs and targets, with a row for each example
@@ -262,6 +263,7 @@ def check_targets(
             targets have a wrong shape, dtype or range.
     """
     check_output(output, len(y), require)
+    y = label_targets(y, loss_func)
     count = num_positions(y)
     if count > 1 and output.shape[1] % count == 0:
         points = output.reshape(len(output) * count, -1)
@@ -270,9 +272,9 @@ def check_targets(
     is_cross_entropy = isinstance(loss_func, CrossEntropyLoss)
     if is_cross_entropy and output.shape[1] == 1:
         raise ValueError(
-            "The model has one output, whose softmax is always one. For two classes, "
-            "give it two, such as `torch.cat([torch.zeros_like(logit), logit], 1)` of "
-            "the logit of the second, and targets of shape [batch] that are 0 or 1."
+            "The model has one output, whose softmax is always one. If it is the logit "
+            "of a label that is 0 or 1, its loss is `BCEWithLogitsLoss`, and its "
+            "posterior `Laplace(model, 'binary_classification', ...)`."
         )
     if isinstance(loss_func, CrossEntropyLoss) and not y.is_floating_point():
         ignored = loss_func.ignore_index
@@ -291,6 +293,10 @@ def check_targets(
     require(y.isfinite().all(), lambda: "Targets contain NaN or infinite entries.")
     if is_cross_entropy:
         _check_probabilities(y, require)
+    if isinstance(loss_func, BCEWithLogitsLoss):
+        _check_labels(y, require)
+        # the loss computes in the dtype of the targets
+        return y.to(torch.promote_types(y.dtype, output.dtype))
     return y
 
 
@@ -302,9 +308,21 @@ def _check_probabilities(y: Tensor, require: Require) -> None:
         lambda: (
             "Targets that are probabilities must be at least zero and sum to one, "
             f"got {y.min().item():g} at least, and sums of {sums.min().item():g} to "
-            f"{sums.max().item():g}. Labels that do not exclude each other, which "
-            "`BCEWithLogitsLoss` is for, have no posterior: "
-            "`DebiasedKFACLinearOperator` knows the curvature of that loss."
+            f"{sums.max().item():g}. Labels that do not exclude each other are for "
+            "`BCEWithLogitsLoss`, and their posterior is "
+            "`Laplace(model, 'binary_classification', ...)`."
+        ),
+    )
+
+
+def _check_labels(y: Tensor, require: Require) -> None:
+    """Refuse what binary cross-entropy takes, but is no probability."""
+    require(
+        ((y >= 0) & (y <= 1)).all(),
+        lambda: (
+            "Labels must be 0 or 1, or probabilities between them, got "
+            f"{y.min().item():g}..{y.max().item():g}. Labels that are missing cannot "
+            "be left out."
         ),
     )
 

@@ -238,12 +238,22 @@ def _residual(loss_func: Loss, output: Tensor, target: Tensor) -> Tensor:
     return torch.autograd.grad(loss, output)[0]
 
 
-# to be said of a network whose outputs are probabilities
-ENDS_IN_SOFTMAX = (
+_ENDS_IN_SOFTMAX = (
     "All outputs of the network are at least zero and sum to one, as if it ended in a "
     "softmax: cross-entropy takes logits, and normalizes them once more. Take the "
     "softmax off, unless the network was trained like that."
 )
+_ENDS_IN_SIGMOID = (
+    "All outputs of the network are between zero and one, as if it ended in a sigmoid: "
+    "binary cross-entropy with logits takes the sigmoid once more. Take the last one "
+    "off, unless the network was trained like that."
+)
+
+
+def ends_in_link(loss_func: Loss) -> str:
+    """Say that a network's outputs are probabilities, where logits are expected."""
+    is_binary = isinstance(loss_func, BCEWithLogitsLoss)
+    return _ENDS_IN_SIGMOID if is_binary else _ENDS_IN_SOFTMAX
 
 
 def are_probabilities(loss_func: Loss, output: Tensor) -> Tensor:
@@ -254,9 +264,12 @@ def are_probabilities(loss_func: Loss, output: Tensor) -> Tensor:
         output: Network output ``[batch, outputs]``.
 
     Returns:
-        Whether all rows are at least zero and sum to one, up to rounding, as a tensor
-        with one truth value on the output's device.
+        Whether all rows are at least zero and sum to one, up to rounding, or with
+        binary cross-entropy all outputs between zero and one, as a tensor with one
+        truth value on the output's device.
     """
+    if isinstance(loss_func, BCEWithLogitsLoss):
+        return ((output >= 0) & (output <= 1)).all()
     if not isinstance(loss_func, CrossEntropyLoss):
         return output.new_zeros((), dtype=torch.bool)
     error = 4 * output.shape[1] * torch.finfo(output.dtype).eps

@@ -34,7 +34,7 @@ def class_axis_of(model: nn.Module) -> int | None:
 
 
 def flat_output(model: nn.Module, output: Tensor) -> Tensor:
-    """Arrange a network's output as a matrix.
+    """Arrange a network's output as a matrix, and one number of each as a column.
 
     Args:
         model: The network.
@@ -44,6 +44,8 @@ def flat_output(model: nn.Module, output: Tensor) -> Tensor:
         The output ``[batch, positions * classes]`` if its class axis is set; else, and
         if it is a matrix, as it is.
     """
+    if output.ndim == 1:
+        return output[:, None]
     axis = class_axis_of(model)
     if axis is None or output.ndim < 3:
         return output

@@ -24,16 +24,18 @@ from laplace_debiased.rows.inputs import (
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.one_hot import OneHotRows
 from laplace_debiased.rows.output_curvature import (
+    Loss,
     OutputCurvature,
     are_probabilities,
     example_losses,
     is_counted,
 )
-from laplace_debiased.rows.positions import flat_targets, num_positions, points
+from laplace_debiased.rows.positions import num_positions, points
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.separation import SeparationCheck
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.rows.tape import Tape, record_rows
+from laplace_debiased.rows.targets import arranged_targets, classes_of
 from laplace_debiased.rows.thinning import thinnings
 
 
@@ -225,15 +227,15 @@ def sweep(
     generator = Generator(device=device)
     if not backward:
         layers = [layer for layer in layers if layer.has_inputs]
-    totals = _Totals(parameter.dtype, device)
-    check_examples_are_separate = SeparationCheck()
+    totals, check_separate = _Totals(parameter.dtype, device), SeparationCheck()
     add_inputs = accumulator.add_inputs if accumulator.takes_inputs else None
     weight_dtype = torch.promote_types(parameter.dtype, _SINGLE)
     with tqdm(
         desc=f"[{description}]", total=num_points, disable=not progress_bar
     ) as bar:
         for X, y in _parts(data, (among or layers) if backward else []):
-            X, y = on_device(X, device), flat_targets(model, moved(y, device))
+            X, y = on_device(X, device), moved(y, device)
+            y = arranged_targets(model, y, loss_func)
             check_finite_inputs(X, totals.requirements.add)
             own = _weights_of_batch(weights, totals.num_data, len(y)).to(weight_dtype)
             own = moved(own, device) * is_counted(loss_func, y)
@@ -250,14 +252,14 @@ def sweep(
                 output = run(model, X)
             y = check_targets(output, y, loss_func, totals.requirements.add)
             if layers and backward:
-                check_examples_are_separate(tape, output)
+                check_separate(tape, output)
                 columns = output_curvature.columns(output, y, generator)
                 columns = columns * own.sqrt().to(columns.dtype)[:, None]
                 for layer, rows in _gradient_rows(tape, output, columns):
                     accumulator.add_gradients(layer, rows)
             totals.add(output_curvature, output, y, own)
             bar.update(len(y))
-    summary = totals.summary(weights)
+    summary = totals.summary(weights, loss_func)
     if start is None:
         summary.check_counted()
     return summary
@@ -344,7 +346,7 @@ class _Totals:
         self.total_weight = self.total_weight + weights.sum()
         self.num_data, self.num_outputs = self.num_data + len(y), classes
 
-    def summary(self, weights: Tensor | None) -> SweepSummary:
+    def summary(self, weights: Tensor | None, loss_func: Loss) -> SweepSummary:
         """Check that there were as many points as weights, and sum up."""
         if self.num_data == 0:
             raise ValueError("The data source is empty: there is nothing to fit.")
@@ -358,8 +360,6 @@ class _Totals:
             raise ValueError(
                 f"The loss is {self.loss.item()}: model or targets are not finite."
             )
-        last = self.targets[-1]
-        are_classes = not last.is_floating_point() and last.ndim == 1
         return SweepSummary(
             self.num_data,
             self.total_weight.item(),
@@ -368,7 +368,7 @@ class _Totals:
             bool(self.are_probabilities),
             torch.cat(self.losses),
             torch.cat(self.traces),
-            torch.cat(self.targets) if are_classes else None,
+            classes_of(self.targets, loss_func),
         )
 
 

@@ -225,3 +225,24 @@ def test_other_backends_need_a_wrapper():
     la = debiased(model, backend=AsdlGGN)
     with pytest.raises(ValueError, match="takes keywords"):
         la.fit(loader("bert"))
+
+
+def test_several_labels_of_a_text():
+    """As for `problem_type="multi_label_classification"`, whose labels are floats."""
+    model = raw("bert")
+    batches = [padded(examples("bert")[k : k + 5]) for k in range(0, SIZE, 5)]
+    for own in batches:
+        classes = torch.arange(NUM_CLASSES)
+        own["labels"] = (own["labels"][:, None] >= classes).float()
+    la = debiased(model, "binary_classification")
+    la.fit(batches)
+    logits = torch.cat([la._network(**own).logits for own in without(batches)])
+    y = torch.cat([own["labels"] for own in batches]).double()
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, y, reduction="sum")
+    assert torch.allclose(la.loss, loss)
+    assert la(batches[0]).shape == batches[0]["labels"].shape
+    assert la.calibrate(batches).num_points == SIZE
+
+
+def without(batches):
+    return [{k: v for k, v in own.items() if k != "labels"} for own in batches]

@@ -12,7 +12,7 @@ from tests import zoo
 from tests.cases import batch, network
 from tests.fits import SIZE, SUBSETS, debiased, loader
 
-ONE_OUTPUT = r"one output, whose softmax is always one.*torch\.cat"
+ONE_OUTPUT = "one output, whose softmax is always one.*'binary_classification'"
 
 
 def one_output():
@@ -64,11 +64,13 @@ def test_targets_that_are_no_distributions_are_refused(change, class_axis):
     row = {"several labels": [1, 1, 0], "no label": [0, 0, 0], "negative": [-1, 1, 1]}
     y.view(-1, 3)[-1] = torch.tensor(row[change]).float()
     la = debiased(model, class_axis=class_axis)
-    with pytest.raises(ValueError, match="`BCEWithLogitsLoss` is for, have no"):
+    with pytest.raises(
+        ValueError, match=r"posterior is `Laplace.*'binary_classification'"
+    ):
         la.fit(DataLoader(TensorDataset(X, y), 3))
 
 
-def test_the_advice_for_one_output_works():
+def test_one_output_and_zero_are_two_classes():
     X, y = batch("mlp", SIZE)
     model = zoo.Model(
         lambda self, x: torch.cat([torch.zeros(len(x), 1), self.net(x)], 1),

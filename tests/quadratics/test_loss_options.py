@@ -213,3 +213,31 @@ def test_what_is_refused_by_name(loss, message):
         directional_derivatives(model, loss, params, [(X, y)], D)
     with pytest.raises(ValueError, match=message):
         curvature_scores(model, loss, [(X, y)])
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("num_labels", [1, NUM_OUTPUTS])
+def test_labels_may_be_integers_and_those_of_one_logit_vectors(num_labels, reduction):
+    model = nn.Sequential(*network("mlp")[:-1], nn.Linear(5, num_labels)).double()
+    own = list(model.parameters())
+    X, y = batch("mlp", SIZE, "bce")
+    y = y[:, :num_labels]
+    loss = nn.BCEWithLogitsLoss(reduction=reduction)
+    D = torch.randn(sum(p.numel() for p in own), 4, dtype=torch.float64)
+    gradient, H = dense_gradient_and_curvature(model, own, loss, X, y, "ggn")
+    forms = [y.long(), y.bool(), y.float()]
+    for form in [*forms, *(form[:, 0] for form in forms if num_labels == 1)]:
+        data = split(X, form, 5, 15)
+        measured = directional_derivatives(model, loss, own, data, D)
+        assert torch.allclose(measured.slope, D.T @ gradient, rtol=1e-9, atol=1e-11)
+        assert torch.allclose(measured.curvature, (D * (H @ D)).sum(0), rtol=1e-9)
+        rows = ggn_rows(model, loss, own, data)
+        assert dense.relative_error(rows.T @ rows, H) < 1e-8
+        operator = DebiasedKFACLinearOperator(
+            model, loss, own, data, data, magnitudes="ggn"
+        )
+        operator.compute()
+        assert torch.allclose(operator.trace, H.trace())
+        p = model(X).sigmoid()
+        traces = (p * (1 - p)).sum(1) / (num_labels if reduction == "mean" else 1)
+        assert torch.allclose(curvature_scores(model, loss, data), traces)

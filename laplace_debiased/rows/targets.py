@@ -1,0 +1,83 @@
+"""Targets in the form that a loss takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import BCEWithLogitsLoss
+
+from laplace_debiased.rows.positions import class_axis_of, flat_targets
+
+
+def label_targets(y: Tensor, loss_func: nn.Module) -> Tensor:
+    """Turn labels into what binary cross-entropy takes.
+
+    Args:
+        y: Targets; labels may be integers or booleans, and those of one label
+            ``[batch]``.
+        loss_func: The loss.
+
+    Returns:
+        The targets; labels as floating-point numbers, and one label as a column.
+    """
+    if not isinstance(loss_func, BCEWithLogitsLoss):
+        return y
+    y = y if y.is_floating_point() else y.to(torch.get_default_dtype())
+    return y[:, None] if y.ndim == 1 else y
+
+
+def arranged_targets(model: nn.Module, y: Tensor, loss_func: nn.Module) -> Tensor:
+    """Arrange targets as a network's outputs are.
+
+    Args:
+        model: The network, which may have positions.
+        y: Targets.
+        loss_func: The loss.
+
+    Returns:
+        As :func:`~laplace_debiased.rows.positions.flat_targets`, of
+        :func:`label_targets`.
+    """
+    return flat_targets(model, label_targets(y, loss_func))
+
+
+def classes_of(targets: Sequence[Tensor], loss_func: nn.Module) -> Tensor | None:
+    """Return the class of each example, if it has one.
+
+    Args:
+        targets: Arranged targets of batches.
+        loss_func: The loss.
+
+    Returns:
+        The classes ``[examples]``, one label's among them; None if examples have no
+        class, or several.
+    """
+    last = targets[-1]
+    if not last.is_floating_point():
+        return torch.cat(list(targets)) if last.ndim == 1 else None
+    if not isinstance(loss_func, BCEWithLogitsLoss) or last.shape[1:] != (1,):
+        return None
+    label = torch.cat(list(targets))[:, 0]
+    return label.long() if ((label == 0) | (label == 1)).all() else None
+
+
+def targets_of_points(
+    model: nn.Module, y: Tensor, loss_func: nn.Module, output: Tensor
+) -> Tensor:
+    """Arrange targets with each position as an example.
+
+    Args:
+        model: The network, which may have positions.
+        y: Targets.
+        loss_func: The loss.
+        output: The network's output ``[batch * positions, outputs]``.
+
+    Returns:
+        Classes ``[batch * positions]``, or values of the output's shape.
+    """
+    y = arranged_targets(model, y, loss_func)
+    if class_axis_of(model) is None:
+        return y
+    return y.reshape(output.shape if y.is_floating_point() else output.shape[:1])
