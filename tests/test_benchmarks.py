@@ -88,6 +88,7 @@ QUICK = [
     ("outputs_with_positions",),
     ("pretrained_text",),
     ("pretrained_images",),
+    ("predictions_by_samples",),
 ]
 # packages of the extra `studies`, by what needs them
 PACKAGES = {

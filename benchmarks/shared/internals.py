@@ -24,9 +24,11 @@ from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.posterior import sources
 from laplace_debiased.posterior.memory import Scheme, fit_memory
 from laplace_debiased.predictive.calibration import calibration_of as calibration_of
+from laplace_debiased.predictive.forward_mode import SampledPredictive
 from laplace_debiased.predictive.links import (
     probit_probabilities as probit_probabilities,
 )
+from laplace_debiased.predictive.moments import LinearizedPredictive
 from laplace_debiased.predictive.report import (
     classification_scores as classification_scores,
 )
@@ -228,6 +230,57 @@ def output_variances(
                 )
         variances.append(total)
     return linear.output.detach(), variances
+
+
+class _First(nn.Module):
+    """A network that returns its first outputs alone."""
+
+    def __init__(self, network: nn.Module, count: int):
+        super().__init__()
+        self.network, self.count = network, count
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.network(X)[:, : self.count]
+
+
+def variances_of_first_outputs(
+    model: nn.Module, posterior: EigenbasisMatrix, X: Tensor, count: int
+) -> Tensor:
+    """Compute the exact variances of a few outputs, by a backward pass for each.
+
+    Args:
+        model: The network, all parameters of which are in the posterior.
+        posterior: Posterior precision.
+        X: Inputs ``[batch, ...]``.
+        count: Number of outputs.
+
+    Returns:
+        Variances ``[batch, count]``.
+    """
+    first, params = _First(model, count), list(model.parameters())
+    layers = find_layers(first, params, X, len(X))
+    size = X[0].numel()
+    predictive = LinearizedPredictive(first, params, layers, posterior, count, size)
+    return predictive.moments(X, len(X), "diagonal")[1]
+
+
+def sampled_variances(
+    model: nn.Module, posterior: EigenbasisMatrix, X: Tensor, num_samples: int
+) -> Tensor:
+    """Estimate the variances of all outputs by samples of the parameters.
+
+    Args:
+        model: As in :func:`variances_of_first_outputs`.
+        posterior: Posterior precision.
+        X: Inputs ``[batch, ...]``.
+        num_samples: Number of samples.
+
+    Returns:
+        Variances ``[batch, outputs]``.
+    """
+    params = list(model.parameters())
+    predictive = SampledPredictive(model, params, posterior, num_samples)
+    return predictive.moments(X, len(X), "diagonal")[1]
 
 
 def _matrix(directions: Factors, values: Factors) -> EigenbasisMatrix:
