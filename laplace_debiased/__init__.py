@@ -35,6 +35,7 @@ The folders are in reading order; none imports one below it::
     rows/uses                            as rows
     rows/copies                          or by a copy for each example
     curvature/factors                sums them to Kronecker factors
+    curvature/symmetric_products         above the diagonal alone
     sampling/draw                which points get backward passes
     curvature/debias             directions of some folds, magnitudes of others
     curvature/decomposition          eigenvectors
@@ -47,6 +48,7 @@ and ``la(x)`` calls::
     posterior/predicting     exact moments, or samples where outputs are many
     predictive/moments       covariance of the outputs
     predictive/blocks            block by block, some outputs after the others
+    predictive/isotropic         directions of equal precision together
     curvature/jacobians              rows -> Jacobians in the eigenbasis
     rows/linearization           rows of the Jacobian
     rows/recorder                    recorded as in a fit

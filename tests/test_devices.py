@@ -239,12 +239,10 @@ def test_the_gpu_is_waited_for_as_often_for_many_batches(name):
 
     la, few = fit(SIZE)
     _, many = fit(4 * SIZE)
-    print(name, few, many)
     assert many <= few + 5
     la.optimize_prior_precision()
     X = [batch(name, size, dtype=torch.float32)[0].to(DEVICE) for size in (2, 30)]
     counts = [waits(partial(la, own)) for own in X]
-    print(name, counts)
     assert abs(counts[1] - counts[0]) <= 2
 
 
