@@ -10,6 +10,7 @@ from torch import Tensor
 
 from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.curvature.leading import MIN_ROWS, leading_eigh
+from laplace_debiased.rows.inputs import all_finite
 
 # computes eigenvectors and eigenvalues of factors, wherever that is done
 Decompose = Callable[[Sequence[Kronecker]], tuple[list[Kronecker], list[Kronecker]]]
@@ -59,7 +60,7 @@ def _eigh(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
             if tolerance and len(matrix) >= MIN_ROWS:
                 leading = leading_eigh(matrix, tolerance)
             values, vectors = leading or torch.linalg.eigh(matrix)
-            if values.isfinite().all() and vectors.isfinite().all():
+            if all_finite(values) and all_finite(vectors):
                 return values, vectors
     values, vectors = torch.linalg.eigh(matrix.double())
     return values.to(matrix.dtype), vectors.to(matrix.dtype)

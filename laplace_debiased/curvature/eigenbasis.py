@@ -30,6 +30,7 @@ from laplace_debiased.curvature.bases import (
     rotated,
 )
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
+from laplace_debiased.rows.inputs import all_finite
 from laplace_debiased.rows.layers import Layer
 
 
@@ -381,7 +382,7 @@ def check_finite(
         f"{layer.name!r} ({tensor.dtype})"
         for layer, own in zip(layers, of_layers, strict=True)
         for tensor in own.tensors()
-        if not tensor.isfinite().all()
+        if not all_finite(tensor)
     ]
     if bad:
         raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.curvature.kronecker import Kronecker
-from laplace_debiased.curvature.symmetric_products import summed_outer_products
+from laplace_debiased.curvature.symmetric_products import Sums
 from laplace_debiased.rows.layers import Layer, join_positions
 from laplace_debiased.rows.one_hot import OneHotRows
 
@@ -121,8 +121,7 @@ class KroneckerFactors:
         self._layers, self._expand, self._joint = layers, kfac_approx == EXPAND, joint
         self._dtype = accumulation_dtype(params[0].dtype) if layers else torch.float32
         # factors are large: they are allocated when the first rows come
-        self._inputs: dict[str, Tensor] = {}
-        self._gradients: dict[str, Tensor] = {}
+        self._inputs, self._gradients = Sums(), Sums()
         self._devices = {
             layer.name: params[layer.parameters[0]].device for layer in layers
         }
@@ -166,7 +165,7 @@ class KroneckerFactors:
             rows = with_bias_column(rows)
         weights = self._weights.to(rows.dtype)
         weighted = (rows * weights[:, None, None].sqrt()).flatten(0, 1)
-        _accumulate(self._inputs, layer.name, summed_outer_products(weighted))
+        self._inputs.add_outer_products(layer.name, weighted)
         total = self._row_weights.get(layer.name, 0.0)
         self._row_weights[layer.name] = total + rows.shape[1] * weights.sum()
 
@@ -177,7 +176,7 @@ class KroneckerFactors:
         self.squared_inputs.add(layer, counted * lengths)
         self.num_rows.add(layer, counted * rows.shape[1])
         weights = self._weights.to(lengths.dtype)
-        _accumulate(self._inputs, layer.name, rows.covariance(weights))
+        self._inputs.add(layer.name, rows.covariance(weights))
         total = self._row_weights.get(layer.name, 0.0)
         self._row_weights[layer.name] = total + rows.shape[1] * weights.sum()
 
@@ -186,11 +185,15 @@ class KroneckerFactors:
         rows = rows.to(accumulation_dtype(rows.dtype)).flatten(2)  # [batch, S, d_out]
         self.contributions.add(layer, _squared_norms(rows))
         if layer.is_diagonal:
-            squares = rows.sum(1).square().sum(0)
-            _accumulate(self._gradients, layer.name, squares)
+            self._gradients.add(layer.name, rows.sum(1).square().sum(0))
             return
         rows = rows if self._expand else rows.sum(1, keepdim=True)
-        _accumulate(self._gradients, layer.name, _uncentred(rows))
+        _, positions, size = rows.shape
+        if rows.stride(2) != 1 and 2 * positions >= size:
+            # those of convolutions, whose positions are neighbours: copying is slower
+            self._gradients.add(layer.name, (rows.mT @ rows).sum(0))
+        else:
+            self._gradients.add_outer_products(layer.name, rows.flatten(0, 1))
 
     def per_example(self) -> dict[str, Tensor]:
         """Return what is known of each example, by its name in a sweep's summary."""
@@ -211,7 +214,7 @@ class KroneckerFactors:
         self._reduce_calls()
         if self.takes_gradients:
             shapes = {own.name: _gradient_shape(own) for own in self._layers}
-            self._add_up(self._gradients, shapes, totals)
+            self._add_up(self._gradients.tensors(), shapes, totals)
         if not self.takes_inputs:
             return
         shapes = {
@@ -219,7 +222,7 @@ class KroneckerFactors:
             for own in self._layers
             if own.has_inputs
         }
-        self._add_up(self._inputs, shapes, totals)
+        self._add_up(self._inputs.tensors(), shapes, totals)
         weights = [
             torch.as_tensor(self._row_weights.get(name, 0.0)).to(
                 self._devices[name], torch.float64
@@ -267,14 +270,16 @@ class KroneckerFactors:
         ]
 
     def _gradient_covariance(self, layer: Layer) -> Tensor:
-        if layer.name in self._gradients:
-            return self._gradients[layer.name].to(self._dtype)
+        sums = self._gradients.tensors()
+        if layer.name in sums:
+            return sums[layer.name].to(self._dtype)
         return self._zeros(layer, _gradient_shape(layer))
 
     def _input_covariance(self, layer: Layer) -> Tensor:
-        if layer.name in self._inputs:
+        sums = self._inputs.tensors()
+        if layer.name in sums:
             total = self._row_weights[layer.name]
-            mean = self._inputs[layer.name] / (total if total > 0 else 1.0)
+            mean = sums[layer.name] / (total if total > 0 else 1.0)
             return mean.to(self._dtype)
         return self._zeros(layer, _input_shape(layer, self._joint))
 
@@ -302,20 +307,3 @@ def _squared_norms(rows: Tensor) -> Tensor:
 def is_joint(layer: Layer, joint: bool) -> bool:
     """Whether a layer's bias is a further column of its matrix."""
     return joint and layer.matrix is not None and layer.vector is not None
-
-
-def _uncentred(rows: Tensor) -> Tensor:
-    """Sum the outer products of rows ``[batch, S, d]`` to ``[d, d]``."""
-    _, positions, size = rows.shape
-    if rows.stride(2) != 1 and 2 * positions >= size:
-        # rows of convolutions, whose positions are neighbours: copying takes longer
-        return (rows.mT @ rows).sum(0)
-    return summed_outer_products(rows.flatten(0, 1))
-
-
-def _accumulate(sums: dict[str, Tensor], name: str, term: Tensor) -> None:
-    """Add a term in double precision."""
-    if name in sums:
-        sums[name] += term
-    else:
-        sums[name] = term.double()

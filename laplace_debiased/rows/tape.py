@@ -166,7 +166,7 @@ def record_rows(
     batch_size: int,
     on_input: Callable[[Layer, Tensor | OneHotRows], None] | None,
     differentiable: bool = False,
-    choices: Callable[[Layer], Choice] | None = None,
+    choices: Callable[[Layer], Choice | None] | None = None,
 ) -> Iterator[Tape]:
     """Record the layers during one forward pass, made by :func:`run`.
 

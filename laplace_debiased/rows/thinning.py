@@ -57,7 +57,7 @@ class Thinning:
         )
 
 
-def thinnings(most: int, seed: int) -> Callable[[Layer], Choice]:
+def thinnings(most: int, seed: int) -> Callable[[Layer], Choice | None]:
     """Return what draws positions of each layer in a pass.
 
     Args:
@@ -66,16 +66,17 @@ def thinnings(most: int, seed: int) -> Callable[[Layer], Choice]:
         seed: Seed of the pass. What a layer draws does not depend on others.
 
     Returns:
-        The draw of a layer.
+        The draw of a layer; None for one of which all positions are taken.
     """
     own: dict[str, Thinning] = {}
 
-    def of_layer(layer: Layer) -> Thinning:
+    def of_layer(layer: Layer) -> Thinning | None:
+        count = num_taken(layer, most)
+        if count == layer.num_positions:
+            return None
         if layer.name not in own:
             bits = Random(f"{seed} {layer.name}").getrandbits(32)
-            own[layer.name] = Thinning(
-                num_taken(layer, most), layer.num_positions, bits
-            )
+            own[layer.name] = Thinning(count, layer.num_positions, bits)
         return own[layer.name]
 
     return of_layer

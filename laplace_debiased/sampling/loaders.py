@@ -15,6 +15,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     Subset,
+    TensorDataset,
     default_collate,
 )
 
@@ -27,6 +28,20 @@ from laplace_debiased.sampling.in_memory import (
     shapes,
 )
 from laplace_debiased.sampling.processes import ALONE, Alone
+
+
+class RowsOfTensors(Subset):
+    """Some rows of tensors, those of a batch read at once instead of one by one."""
+
+    # torch's loaders ask for a batch by this name
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        rows = torch.tensor([self.indices[index] for index in indices])
+        return [tensor[rows] for tensor in self.dataset.tensors]  # type: ignore[attr-defined]
+
+
+def as_read(batch: list[Tensor]) -> list[Tensor]:
+    """Collate what has been read as a batch."""
+    return batch
 
 
 def counted(
@@ -123,10 +138,14 @@ def loader_over(
         The loader.
     """
     kind = RunLoader if isinstance(loader, RunLoader) else DataLoader
+    subset, collate = Subset, loader.collate_fn
+    dataset = loader.dataset if dataset is None else dataset
+    if type(dataset) is TensorDataset and collate in (default_collate, as_read):
+        subset, collate = RowsOfTensors, as_read
     return kind(
-        Subset(loader.dataset if dataset is None else dataset, indices.tolist()),
+        subset(dataset, indices.tolist()),
         _batch_size(loader),
-        collate_fn=loader.collate_fn,
+        collate_fn=collate,
         **_reading(loader),
     )
 

@@ -85,6 +85,12 @@ def test_calls_continue_in_a_pass():
     assert sum(of_layer(layer)(3, 1).shape[1] for _ in range(50)) == 4
 
 
+def test_all_positions_need_no_choice():
+    layer = Layer("a", 0, None, 64, 64, num_positions=20)
+    assert thinnings(20, 0)(layer) is None
+    assert thinnings(19, 0)(layer) is not None
+
+
 def test_layers_of_many_inputs_have_fewer_positions():
     def taken(d_in, num_positions):
         layer = Layer("a", 0, None, 64, d_in, num_positions=num_positions)
