@@ -16,7 +16,12 @@ from laplace_debiased.comparison.posteriors import (
     POSTERIORS,
     same_data_curvature,
 )
-from shared.internals import Factors, factored_curvature, full_data_factors
+from shared.internals import (
+    Factors,
+    Kronecker,
+    factored_curvature,
+    full_data_factors,
+)
 from shared.predictions import chosen_prior, nlls
 from shared.problems import Problem
 from shared.training import CHECKPOINTS
@@ -115,7 +120,8 @@ def references(
     key = f"{problem.dataset}-{problem.name}-{digest(problem.model)}"
     path = CHECKPOINTS / "cache" / f"references-{key}.pt"
     if keep and path.exists():
-        results, factors = torch.load(path, weights_only=True)
+        with torch.serialization.safe_globals([Kronecker]):
+            results, factors = torch.load(path, weights_only=True)
         return {key: Result(**value) for key, value in results.items()}, factors
     start = time.perf_counter()
     factors = full_data_factors(problem.model, problem.loader())

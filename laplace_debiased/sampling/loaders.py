@@ -33,15 +33,11 @@ from laplace_debiased.sampling.processes import ALONE, Alone
 class RowsOfTensors(Subset):
     """Some rows of tensors, those of a batch read at once instead of one by one."""
 
-    # torch's loaders ask for a batch by this name
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+    # torch's loaders ask for the points of a batch by this name
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, ...]]:
         rows = torch.tensor([self.indices[index] for index in indices])
-        return [tensor[rows] for tensor in self.dataset.tensors]  # type: ignore[attr-defined]
-
-
-def as_read(batch: list[Tensor]) -> list[Tensor]:
-    """Collate what has been read as a batch."""
-    return batch
+        columns = [tensor[rows].unbind() for tensor in self.dataset.tensors]  # type: ignore[attr-defined]
+        return list(zip(*columns, strict=True))
 
 
 def counted(
@@ -138,14 +134,12 @@ def loader_over(
         The loader.
     """
     kind = RunLoader if isinstance(loader, RunLoader) else DataLoader
-    subset, collate = Subset, loader.collate_fn
     dataset = loader.dataset if dataset is None else dataset
-    if type(dataset) is TensorDataset and collate in (default_collate, as_read):
-        subset, collate = RowsOfTensors, as_read
+    subset = RowsOfTensors if type(dataset) is TensorDataset else Subset
     return kind(
         subset(dataset, indices.tolist()),
         _batch_size(loader),
-        collate_fn=collate,
+        collate_fn=loader.collate_fn,
         **_reading(loader),
     )
 
