@@ -64,6 +64,7 @@ def test_an_interrupted_study_resumes_where_it_stopped(benchmarks, tmp_path):
 QUICK = [
     ("few_points_against_full_data",),
     ("pool_floor_and_folds",),
+    ("budget_and_pool",),
     ("share_of_directions",),
     ("share_of_directions", "--magnitudes", "ggn", "--shares", "0.3", "auto"),
     ("bias_along_directions",),

@@ -1,7 +1,8 @@
 """The posteriors to compare: all data, or the same few points used in different ways.
 
 A seed draws the same points for the single batch and the two batches; by default,
-points are drawn by their curvature.
+points are drawn by their curvature. With two columns, more points have as many backward
+passes together.
 """
 
 from __future__ import annotations
@@ -98,6 +99,26 @@ def debiased(
     return FittedPosterior(laplace, budget)
 
 
+def two_columns(
+    model: nn.Module, points: TensorDataset, budget: int, seed: int
+) -> FittedPosterior:
+    """Fit ``KronDebiasedLaplace`` to more points, by two backward passes for each.
+
+    Args:
+        model: The trained network.
+        points: The training points.
+        budget: Number of points that would take as many backward passes with all of
+            their columns, one less than classes.
+        seed: Seed of the draw.
+
+    Returns:
+        The posterior.
+    """
+    num_classes = int(points.tensors[1].max()) + 1
+    more = min(len(points), max(budget, budget * (num_classes - 1) // 2))
+    return debiased(model, points, more, seed, fisher_rank=1)
+
+
 def fit_kfac(model: nn.Module, points: TensorDataset) -> KronLaplace:
     """Fit K-FAC to all given points, which give directions and magnitudes.
 
@@ -178,5 +199,6 @@ POSTERIORS: dict[str, FitPosterior] = {
     "single batch": single_batch,
     "two batches": partial(debiased, estimator="two_batch", sampling="uniform"),
     DEFAULT: debiased,
+    "two columns": two_columns,
     "default, ggn": partial(debiased, magnitudes="ggn"),
 }

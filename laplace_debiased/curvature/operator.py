@@ -98,8 +98,8 @@ class DebiasedKFACLinearOperator(LinearOperator):
         fisher_type: ``"type-2"``, ``"mc"`` or ``"empirical"``, as in curvlinops.
         mc_samples: Number of sampled labels for each example with ``"mc"``.
         fisher_rank: With ``"type-2"``, number of columns of the output curvature's
-            square root to keep for each example, the largest ones; one more stands for
-            the others, without bias. None for all.
+            square root to keep for each example, the largest ones; one more, the sum of
+            the others by random signs, stands for them without bias. None for all.
         kfac_approx: ``"expand"`` or ``"reduce"``, for weight-sharing layers.
         separate_weight_and_bias: Whether weight and bias are blocks of their own.
         direction_weights: A weight for each direction example ``[examples]``, in the

@@ -155,14 +155,16 @@ class KronDebiasedLaplace(KronLaplace):
             and the loss) or ``"uniform"``. None for ``"curvature"`` with the curvlinops
             backends, the only ones that support it. In regression, all points of the
             pool are equally probable with ``CurvlinopsGGN``.
-        pool_size: Number of points in the pool; None for 32 times the budget.
+        pool_size: Number of points in the pool; None for 32 times the budget, or with
+            ``fisher_rank`` 8 times.
         sampling_floor: Share of the uniform distribution in the probabilities by which
             curvature sampling draws, in (0, 1]: it bounds the weights.
         fisher_rank: Number of columns of the output curvature's square root that are
-            kept for each point, the largest ones; one more column stands for the
-            others, without bias. A point then takes ``fisher_rank + 1`` backward passes
-            instead of one for each output. None for all; needs ``CurvlinopsGGN``, not
-            ``stochastic``.
+            kept for each point, the largest ones; one more column, the sum of the
+            others by random signs, stands for them without bias. A point then takes
+            ``fisher_rank + 1`` backward passes, and more points can have some: with
+            ten classes, 512 points of rank 1 cost what 128 do. None for all, one less
+            than classes; needs ``CurvlinopsGGN``, not ``stochastic``.
         seed: Makes draw and assignment of the points reproducible.
         memory_limit: Bytes that a GLM prediction may take for a chunk of examples, and
             rows that a fit with ``ggn`` magnitudes keeps; may be changed at any time.

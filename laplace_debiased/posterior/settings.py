@@ -14,6 +14,8 @@ from laplace_debiased.sampling.folds import Folds
 
 MIN_BUDGET = 8
 POOL_FACTOR = 32
+# points that take few backward passes are drawn from as many forward passes
+POOL_FACTOR_OF_FEW = 8
 SAMPLING_CHOICES = ("curvature", "uniform")
 ESTIMATOR_CHOICES = ("two_batch", "cross_fit")
 DECOMPOSITION_TOLERANCE = 3e-3
@@ -31,13 +33,13 @@ class Settings:
         sampling: How the budget is drawn: ``"curvature"`` or ``"uniform"``; None for
             the former if the backend allows it.
         pool_size: Number of points that curvature sampling draws from; None for
-            ``POOL_FACTOR`` times the budget.
+            ``POOL_FACTOR`` times the budget, or ``POOL_FACTOR_OF_FEW`` with a rank.
         sampling_floor: Share of the uniform distribution in curvature sampling, in
             (0, 1], which bounds the weights.
         estimator: ``"two_batch"`` or ``"cross_fit"``.
         num_folds: Number of folds of ``"cross_fit"``.
         fisher_rank: Number of backward passes for each point, but for one, if the
-            network has more outputs; None for as many as outputs.
+            exact ones are more; None for those.
         seed: Seed of the assignment, and of sampled labels.
         decomposition_tolerance: How far a factor of thousands of rows may be, as a
             share of its norm, from what is decomposed, which is isotropic but for its
@@ -138,7 +140,8 @@ class Settings:
         if self.budget is None:
             return None
         if self.pool_size is None:
-            return POOL_FACTOR * self.budget
+            few = self.fisher_rank is not None
+            return (POOL_FACTOR_OF_FEW if few else POOL_FACTOR) * self.budget
         return max(self.pool_size, self.budget)
 
     @property

@@ -227,10 +227,11 @@ def _eigenvectors(
         X, y = batches[0]
         X = on_device(X, params[0].device)
         selection = select(quadratic.model, params, X, len(y), dense=True)
-        if gram_is_cheaper(selection, params, quadratic.num_points, count):
+        loss_func, num_points = quadratic.loss_func, quadratic.num_points
+        if gram_is_cheaper(selection, loss_func, params, num_points, count):
             space = gram_eigenspace(
                 quadratic.model,
-                quadratic.loss_func,
+                loss_func,
                 params,
                 batches,
                 count,

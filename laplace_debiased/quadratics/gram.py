@@ -42,12 +42,17 @@ _GRAM_CHUNK = 512
 
 
 def gram_is_cheaper(
-    selection: Selection, params: Sequence[Tensor], num_data: int, k: int
+    selection: Selection,
+    loss_func: Loss,
+    params: Sequence[Tensor],
+    num_data: int,
+    k: int,
 ) -> bool:
     """Tell if the Gram matrix takes less than Lanczos iterations on the GGN.
 
     Args:
         selection: The network's layers.
+        loss_func: The loss.
         params: The parameters.
         num_data: Number of points.
         k: Number of eigenvectors.
@@ -58,7 +63,8 @@ def gram_is_cheaper(
     """
     if selection.left_out:
         return False
-    num_rows = num_data * selection.num_outputs
+    columns = OutputCurvature(loss_func).num_columns(selection.num_outputs)
+    num_rows = num_data * columns
     size = sum(param.numel() for param in params)
     memory = num_rows * (size + num_rows) * params[0].element_size()
     if memory > _MEMORY_LIMIT or not 1 <= k < min(num_rows, size):
@@ -88,7 +94,7 @@ def gram_eigenspace(
         loss_func: The loss.
         params: The parameters, all of supported layers.
         data: Batches ``(X, y)``.
-        k: Number of eigenvectors, less than D and than points times outputs.
+        k: Number of eigenvectors, less than D and than rows (:func:`ggn_rows`).
         tol: Relative tolerance for the eigenvalues.
         seed: Seed of the start vector.
         progress_bar: Whether to show a progress bar over products with the Gram matrix.
@@ -127,7 +133,8 @@ def ggn_rows(
         data: Batches ``(X, y)``.
 
     Returns:
-        Rows ``[points * outputs, D]``.
+        Rows ``[points * columns, D]``, as many for each point as a root of the output
+        curvature has columns.
 
     Raises:
         ValueError: If a layer is not supported.

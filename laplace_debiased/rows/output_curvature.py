@@ -16,6 +16,11 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 
+from laplace_debiased.rows.hessian_roots import (
+    diagonal_root,
+    num_columns,
+    softmax_root,
+)
 from laplace_debiased.rows.positions import num_positions
 
 Loss = MSELoss | CrossEntropyLoss | BCEWithLogitsLoss
@@ -36,7 +41,8 @@ class OutputCurvature:
             model) or ``"empirical"`` (gradients at the targets).
         mc_samples: Number of labels sampled for each example with ``"mc"``.
         fisher_rank: With ``"type-2"``, number of columns that are kept, the largest of
-            each example; one more stands for the others, without bias. None for all.
+            each example; one more, the sum of the others by random signs, stands for
+            them without bias. None for all.
 
     Raises:
         ValueError: If an argument is not supported.
@@ -104,9 +110,8 @@ class OutputCurvature:
         """
         if self.fisher_type != TYPE_2:
             return self.mc_samples
-        if self.fisher_rank is None:
-            return num_outputs
-        return min(num_outputs, self.fisher_rank + 1)
+        is_softmax = self._loss_type is CrossEntropyLoss
+        return num_columns(num_outputs - is_softmax, self.fisher_rank)
 
     def columns(self, output: Tensor, target: Tensor, generator: Generator) -> Tensor:
         """Compute the columns to backpropagate.
@@ -189,33 +194,15 @@ class OutputCurvature:
         return 1.0
 
     def _hessian_sqrt(self, output: Tensor, generator: Generator) -> Tensor:
-        r"""Square root of the loss Hessian, ``[columns, batch, outputs]``.
-
-        Its columns are :math:`a_k (e_k - b)`: for cross-entropy's
-        :math:`\mathrm{diag}(p) - p p^\top` with :math:`a = \sqrt p, b = p`, for a
-        diagonal Hessian with its square root and zero.
-        """
+        """Square root of the loss Hessian, ``[columns, batch, outputs]``."""
         if self._loss_type is CrossEntropyLoss:
-            p = output.softmax(1)
-            sizes, shift = p.sqrt(), p
+            return softmax_root(output, self.fisher_rank, generator)
+        if self._loss_type is MSELoss:
+            sizes = torch.full_like(output, 2**0.5)
         else:
-            shift = torch.zeros_like(output)
-            if self._loss_type is MSELoss:
-                sizes = torch.full_like(output, 2**0.5)
-            else:
-                p = output.sigmoid()
-                sizes = (p * (1 - p)).sqrt()
-        num_outputs = output.shape[1]
-        if self.fisher_rank is None or self.fisher_rank + 1 >= num_outputs:
-            kept = torch.arange(num_outputs, device=output.device).expand_as(output)
-            factors = sizes
-        else:
-            norms = sizes**2 * (1 - 2 * shift + (shift**2).sum(1, keepdim=True))
-            kept, scales = _largest_and_one(norms, self.fisher_rank, generator)
-            factors = sizes.gather(1, kept) * scales
-        columns = -factors.unsqueeze(2) * shift.unsqueeze(1)
-        columns.scatter_add_(2, kept.unsqueeze(2), factors.unsqueeze(2))
-        return columns.movedim(1, 0)
+            p = output.sigmoid()
+            sizes = (p * (1 - p)).sqrt()
+        return diagonal_root(sizes, self.fisher_rank, generator)
 
     def _sample(self, output: Tensor, generator: Generator) -> Tensor:
         """Draw labels from the likelihood that the loss implies."""
@@ -354,28 +341,3 @@ def loss_scale(loss_func: Loss, weight: float, num_outputs: int = 1) -> float:
 
 def _type_of(loss_func: Loss) -> type[Loss]:
     return next(t for t in Loss.__args__ if isinstance(loss_func, t))
-
-
-def _largest_and_one(
-    norms: Tensor, rank: int, generator: Generator
-) -> tuple[Tensor, Tensor]:
-    """Choose the largest columns, and one of the others by its squared norm.
-
-    Args:
-        norms: Squared norms of the columns ``[batch, columns]``.
-        rank: Number of largest columns.
-        generator: Random numbers.
-
-    Returns:
-        Indices ``[batch, rank + 1]``, and factors that make the sum of the columns'
-        outer products unbiased: one, and for the last an inverse root of probability.
-    """
-    largest = norms.topk(rank, dim=1).indices
-    others = norms.clamp(min=0).scatter(1, largest, 0.0)
-    total = others.sum(1, keepdim=True)
-    others = torch.where(total > 0, others, 1.0)
-    drawn = others.multinomial(1, generator=generator)
-    inverse = others.sum(1, keepdim=True) / others.gather(1, drawn)
-    ones = torch.ones_like(largest, dtype=norms.dtype)
-    scales = torch.cat([ones, torch.where(total > 0, inverse, 0.0).sqrt()], 1)
-    return torch.cat([largest, drawn], 1), scales

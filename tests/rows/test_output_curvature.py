@@ -91,7 +91,7 @@ MANY = 8
 
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("loss_name", LOSSES)
-def test_fewer_columns_are_unbiased_and_keep_the_trace(loss_name, rank):
+def test_fewer_columns_are_unbiased(loss_name, rank):
     f = torch.randn(1, MANY, dtype=torch.float64).expand(20_000, MANY)
     loss = LOSSES[loss_name](reduction="sum")
     generator = torch.Generator().manual_seed(0)
@@ -101,24 +101,25 @@ def test_fewer_columns_are_unbiased_and_keep_the_trace(loss_name, rank):
     mean = outer_products(columns).mean(0)
     # entries have a standard error of up to 0.02 of the largest
     assert torch.allclose(mean, exact, atol=0.08 * exact.abs().max().item())
-    traces = columns.square().sum((0, 2))
-    assert torch.allclose(traces, exact.diagonal(dim1=1, dim2=2).sum())
 
 
-def test_the_largest_columns_are_kept_exactly():
+@pytest.mark.parametrize("loss_name", ["cross-entropy", "bce"])
+def test_the_largest_columns_are_kept_exactly(loss_name):
     f = torch.tensor([[4.0, 0.0, 3.0, -1.0, 1.0]])
-    loss = nn.CrossEntropyLoss(reduction="sum")
+    loss = LOSSES[loss_name](reduction="sum")
     generator = torch.Generator().manual_seed(0)
     exact = OutputCurvature(loss).columns(f, f, generator)
     fewer = OutputCurvature(loss, fisher_rank=2).columns(f, f, generator)
     norms = exact.square().sum((1, 2))
-    assert torch.allclose(fewer[:2], exact[norms.topk(2).indices])
+    largest = norms.topk(2).indices
+    assert torch.allclose(outer_products(fewer[:2]), outer_products(exact[largest]))
 
 
 @pytest.mark.parametrize("rank", [MANY - 1, MANY, 100])
-def test_enough_columns_are_exact(rank):
+@pytest.mark.parametrize("loss_name", LOSSES)
+def test_enough_columns_are_exact(loss_name, rank):
     f = torch.randn(3, MANY)
-    loss = nn.CrossEntropyLoss(reduction="sum")
+    loss = LOSSES[loss_name](reduction="sum")
     expected = OutputCurvature(loss).columns(f, f, torch.Generator())
     actual = OutputCurvature(loss, fisher_rank=rank).columns(f, f, torch.Generator())
     assert torch.equal(actual, expected)
