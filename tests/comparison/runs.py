@@ -19,6 +19,7 @@ NLLS = {
     "single batch": [0.4, 0.7],
     "two batches": [0.35, 0.6],
     "default": [0.25, 0.4],
+    "two columns": [0.25, 0.38],
     "default, ggn": [0.25, 0.35],
 }
 FLAT = {MAP: 0.2, SCALED: 0.15, CALIBRATED: 0.15}

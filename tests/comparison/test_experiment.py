@@ -53,7 +53,7 @@ def test_every_estimator_runs_on_every_seed(runs):
 
 def test_points_are_counted(runs):
     points = [run.num_points for run in runs]
-    assert points == 2 * [0, 0, 48, 20, 20, 20, 20, 20]
+    assert points == 2 * [0, 0, 48, 20, 20, 20, 40, 20, 20]
 
 
 def test_map_has_no_posterior(runs):
