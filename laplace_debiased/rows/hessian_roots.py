@@ -38,7 +38,9 @@ def softmax_root(
         in expectation if there are fewer than C - 1.
     """
     num_classes = output.shape[1]
-    p, order = output.softmax(1).sort(1, descending=True)
+    # half precision cannot add up the small ones
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    p, order = output.to(dtype).softmax(1).sort(1, descending=True)
     left = p.flip(1).cumsum(1).flip(1)  # t_k
     after = pad(left[:, 1:], (0, 1))  # t_{k+1}
     tiny = torch.finfo(p.dtype).tiny
@@ -46,9 +48,11 @@ def softmax_root(
     kept = count if count == max(1, num_classes - 1) else count - 1
     # the quotient first: products of two of them underflow
     sizes = (p * (after / left.clamp(min=tiny))).sqrt()[:, :kept]
-    shares = p[:, None] / after[:, :kept, None].clamp(min=tiny)  # [batch, kept, C]
-    columns = torch.eye(kept, num_classes, dtype=p.dtype, device=p.device)
-    columns = (columns - shares.triu(1)) * sizes[:, :, None]
+    # [batch, kept, C], which may be large
+    columns = p[:, None] / after[:, :kept, None].clamp(min=tiny)
+    columns.triu_(1).neg_()
+    columns.diagonal(dim1=1, dim2=2).fill_(1)
+    columns *= sizes[:, :, None]
     if kept < count:
         own, total = p[:, kept:], left[:, kept : kept + 1]
         own = own / total.clamp(min=tiny)
@@ -57,7 +61,7 @@ def softmax_root(
         columns = torch.cat([columns, pad(rest, (kept, 0))[:, None]], 1)
     in_order = torch.empty_like(columns)
     in_order.scatter_(2, order[:, None].expand_as(columns), columns)
-    return in_order.movedim(1, 0)
+    return in_order.movedim(1, 0).to(output.dtype)
 
 
 def diagonal_root(

@@ -68,3 +68,12 @@ def test_probabilities_that_underflow_have_no_curvature():
     for rank in (None, 1):
         columns = softmax_root(output, rank)
         assert columns.isfinite().all() and columns.abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_adds_up_many_small_probabilities(dtype):
+    output = torch.randn(3, 1000).to(dtype)
+    columns = softmax_root(output, 1)
+    assert columns.dtype == dtype
+    exact = softmax_root(output.double(), 1)
+    assert torch.allclose(columns[0].double(), exact[0], rtol=0.02, atol=1e-6)
