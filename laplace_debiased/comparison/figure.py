@@ -56,7 +56,7 @@ def write_figure(path: Path, runs: list[Run], labels: Tensor, title: str) -> Non
         _draw_reliability(reliability_axis, runs, labels)
         figure.suptitle(title)
         figure.legend(
-            *nll_axis.get_legend_handles_labels(), loc="outside lower center", ncols=4
+            *nll_axis.get_legend_handles_labels(), loc="outside lower center", ncols=5
         )
         figure.savefig(path, dpi=200)
 

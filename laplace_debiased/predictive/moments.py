@@ -68,6 +68,11 @@ class LinearizedPredictive:
             for layer in layers
             for position in layer.parameters
         ]
+        self._bases = {
+            layer.name: posterior.eigenvectors[1]
+            for layer, is_matrix, posterior in self._blocks
+            if is_matrix
+        }
         self._dtype = posteriors[0].precisions.dtype
         self._num_outputs, self._example_size = num_outputs, example_size
         self._memory_limit = memory_limit
@@ -146,14 +151,10 @@ class LinearizedPredictive:
             X,
             batch_size,
             self._differentiable,
+            bases=self._bases,
         )
-        inputs = {
-            layer.name: posterior.rotate_inputs(linear.inputs.pop(layer.name))
-            for layer, is_matrix, posterior in self._blocks
-            if is_matrix and layer.name in linear.inputs
-        }
         shares = [
-            self._share(moment, gradients, inputs, linear.output[:, some])
+            self._share(moment, gradients, linear.inputs, linear.output[:, some])
             for some, gradients in linear.backward(outputs)
         ]
         covariance = torch.cat(shares, 1) if len(shares) > 1 else shares[0]

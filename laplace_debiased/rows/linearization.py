@@ -6,7 +6,7 @@ gradient rows and input rows, so that both together hold it in far less memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -90,6 +90,7 @@ def linearize(
     batch_size: int,
     differentiable: bool = False,
     check: bool = False,
+    bases: Mapping[str, Tensor] | None = None,
 ) -> Linearization:
     """Run a network forward once, so that it may run backward once for each output.
 
@@ -102,6 +103,8 @@ def linearize(
         differentiable: Whether gradients flow to the inputs.
         check: Whether to refuse networks that mix examples, which is always done where
             layers have other numbers of rows than when they were found.
+        bases: Bases by the layers' names, in which input rows are given; None for those
+            of the features.
 
     Returns:
         Output and rows.
@@ -115,7 +118,9 @@ def linearize(
     def keep(layer: Layer, rows: Tensor | OneHotRows) -> None:
         calls.setdefault(layer.name, []).append(rows)
 
-    with record_rows(model, params, layers, batch_size, keep, differentiable) as tape:
+    with record_rows(
+        model, params, layers, batch_size, keep, differentiable, bases=bases
+    ) as tape:
         output = run(model, X)
     if output.ndim != 2:
         raise ValueError(

@@ -167,6 +167,7 @@ def record_rows(
     on_input: Callable[[Layer, Tensor | OneHotRows], None] | None,
     differentiable: bool = False,
     choices: Callable[[Layer], Choice | None] | None = None,
+    bases: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Tape]:
     """Record the layers during one forward pass, made by :func:`run`.
 
@@ -181,6 +182,7 @@ def record_rows(
         differentiable: Whether the rows are to be differentiated.
         choices: What chooses the positions of a layer that give input rows; None for
             all of them.
+        bases: Bases by the layers' names, in which all input rows are given.
 
     Yields:
         The tape to ask for gradient rows once the forward pass is done.
@@ -206,6 +208,12 @@ def record_rows(
     dtypes = {layer.name: params[layer.parameters[0]].dtype for layer in layers}
     tape = Tape(batch_size, dtypes, copies, replay)
 
+    def input_rows(use: MatrixUse, layer: Layer, layout: Layout) -> Tensor | OneHotRows:
+        if bases is not None:
+            return use.rotated_rows(layout, batch_size, bases[layer.name])
+        choice = None if choices is None or layer.is_embedding else choices(layer)
+        return tape.precise(layer, use.input_rows(layout, batch_size, choice))
+
     def on_use(use: Use, output: Tensor) -> Tensor:
         own = _layers_of(use, of_parameter)
         if not own:
@@ -219,11 +227,7 @@ def record_rows(
             for layer, _ in own:
                 if layer.has_inputs and on_input is not None:
                     assert isinstance(kept, MatrixUse)
-                    choice = None
-                    if choices is not None and not layer.is_embedding:
-                        choice = choices(layer)
-                    rows = kept.input_rows(layout, batch_size, choice)
-                    on_input(layer, tape.precise(layer, rows))
+                    on_input(layer, input_rows(kept, layer, layout))
         probe, shifted = probed(output)
         tape.add(_Record(kept, probe, layout, own))
         return shifted

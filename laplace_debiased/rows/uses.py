@@ -147,3 +147,20 @@ class MatrixUse(Use):
             Rows ``[batch, S, groups, d_in / groups]``.
         """
         raise NotImplementedError
+
+    def rotated_rows(
+        self, layout: Layout, batch_size: int, basis: Tensor
+    ) -> Tensor | OneHotRows:
+        """Compute the coordinates of the input rows in a basis.
+
+        Args:
+            layout: As in :meth:`input_rows`.
+            batch_size: As in :meth:`input_rows`.
+            basis: Orthonormal columns ``[d_in / groups, d_in / groups]``, or a vector
+                for the unit vectors.
+
+        Returns:
+            Rows in the basis's dtype; one-hot rows stay what they are.
+        """
+        rows = self.input_rows(layout, batch_size).to(basis.dtype)
+        return rows if isinstance(rows, OneHotRows) or basis.ndim == 1 else rows @ basis
