@@ -135,9 +135,9 @@ def short_table(networks: dict[str, Any]) -> str:
 
 
 def panel_of_priors(axis: Axes, result: dict) -> None:
-    """Draw the NLL of each ``kfac`` row against the prior precision."""
-    for label in result["rows"]:
-        if not label.startswith("kfac"):
+    """Draw the NLL of the most important ``kfac`` rows against the prior precision."""
+    for label in SUMMARIZED:
+        if not (label.startswith("kfac") and label in result["rows"]):
             continue
         percent = percent_above(result, label)
         draw_band(axis, PRIORS, percent.numpy(), label.removeprefix("kfac: "))
