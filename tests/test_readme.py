@@ -101,8 +101,8 @@ def test_the_script_of_scale_runs_under_torchrun(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        check=True,
     )
+    assert launched.returncode == 0, launched.stderr
     namespace = {}
     with contextlib.redirect_stdout(io.StringIO()) as alone:
         exec(snippet[1], namespace)
