@@ -14,7 +14,7 @@ from laplace_debiased.sampling.folds import Folds
 
 MIN_BUDGET = 8
 POOL_FACTOR = 32
-# points that take few backward passes are drawn from as many forward passes
+# with few backward passes a point there are more points, and the pool stays what it was
 POOL_FACTOR_OF_FEW = 8
 SAMPLING_CHOICES = ("curvature", "uniform")
 ESTIMATOR_CHOICES = ("two_batch", "cross_fit")

@@ -101,6 +101,9 @@ def test_fewer_columns_are_unbiased(loss_name, rank):
     mean = outer_products(columns).mean(0)
     # entries have a standard error of up to 0.02 of the largest
     assert torch.allclose(mean, exact, atol=0.08 * exact.abs().max().item())
+    if loss_name != "cross-entropy":  # columns of a diagonal do not overlap
+        traces = columns.square().sum((0, 2))
+        assert torch.allclose(traces, exact.diagonal(dim1=1, dim2=2).sum())
 
 
 @pytest.mark.parametrize("loss_name", ["cross-entropy", "bce"])
