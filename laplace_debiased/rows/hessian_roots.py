@@ -13,6 +13,9 @@ classes that are confused take one. What the first r leave is :math:`t_{r+1}` ti
 Hessian of the classes that remain, with probabilities :math:`q = p / t_{r+1}` and the
 root :math:`(I - q 1^\top) \mathrm{diag}(\sqrt q)`; random signs of its columns make one
 of them.
+
+Source: the Cholesky factor of a multinomial's covariance is that of Tanabe and Sagae,
+1992 (Journal of the Royal Statistical Society B 54).
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ def all_finite(tensor: Tensor) -> Tensor:
         tensor: The tensor.
 
     Returns:
-        A truth value on its device. The smallest and the largest entry tell, in a
-        tenth of the time that a mask of all takes.
+        A truth value on its device. The smallest and the largest entry tell, without a
+        mask of all.
     """
     if tensor.numel() == 0 or tensor.is_complex():
         return tensor.isfinite().all()

@@ -162,11 +162,11 @@ class ConvolutionUse(MatrixUse):
         """See :meth:`MatrixUse.rotated_rows`."""
         dims = len(self._kernel)
         # convolutions on a GPU may be of lower precision than products of matrices
-        if basis.ndim == 1 or basis.device.type != "cpu" or dims > len(_CONVOLUTIONS):
+        if basis.ndim == 1 or basis.device.type != "cpu":
             rows = super().rotated_rows(layout, batch_size, basis)
             assert isinstance(rows, Tensor)
             return rows
-        # each direction is a kernel: nothing is unfolded, in half of the time
+        # each direction is a kernel, and nothing is unfolded
         kernels = basis.T.unflatten(1, (-1, *self._kernel))
         kernels = kernels.repeat(self.groups, *[1] * (dims + 1))
         padded = F.pad(self.input, self._padding()).to(basis.dtype)
