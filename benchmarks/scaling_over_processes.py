@@ -38,6 +38,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 GIB = 2**30
+POOL = 8  # points for each of the budget, the default with `fisher_rank`
 
 
 def measure_stages(network: str, points: int) -> dict[str, list[float]]:
@@ -222,17 +223,18 @@ def cost(network: Network, size: int, budget: int = 4096, folds: int = 2) -> dic
     Args:
         network: The network.
         size: Number of processes.
-        budget: Number of points with backward passes, of a pool of 32 times as many.
+        budget: Number of points with backward passes, of ``POOL`` times as many.
         folds: Number of folds of cross-fit.
 
     Returns:
         Operations of passes and decompositions, bytes received and held.
     """
     # forward passes of pool and budget; a backward pass is two forward passes
-    passes = (32 * budget + budget * (1 + 2 * network.columns)) * network.operations
+    pool = POOL * budget
+    passes = (pool + budget * (1 + 2 * network.columns)) * network.operations
     cubes = [d_in**3 for _, d_in in network.shapes]
     cubes += (folds + 1) * [d_out**3 for d_out, _ in network.shapes]
-    sent = exchanged(network.shapes, budget, 32 * budget, folds)
+    sent = exchanged(network.shapes, budget, pool, folds)
     others = (size - 1) / size
     # an all-reduce in a ring passes each part on twice
     received = others * (2 * sent["sums"] + sent["eigenvectors"] + sent["points"])
