@@ -24,7 +24,7 @@ from shared.closeness import DATASET
 from shared.command_line import parse, study_parser
 from shared.data import IMAGES
 from shared.fits import fit
-from shared.passes import backward, fastest, forward
+from shared.passes import OF_FIT, backward, fastest, forward
 from shared.problems import Problem
 from shared.reports import write_report
 from shared.training import full_size_recipes
@@ -81,7 +81,7 @@ def measure(name: str, settings: argparse.Namespace) -> dict[str, Any]:
 
     def passes() -> None:
         forward(problem, images)
-        backward(problem, images[: settings.budget])
+        backward(problem, images[: settings.budget], OF_FIT)
 
     def ours() -> None:
         fit(problem, budget=settings.budget)

@@ -1,10 +1,11 @@
 """How far fits and predictions are from the price of their passes.
 
 The limit of a fit is the forward passes over its pool, and one forward pass over its
-budget with a backward pass for each class; that of predictions is one forward pass with
-a backward pass for each class. Limits and times are measured in turns, in one run, on
-one thread, as processor time; the fastest of the repeats counts. Where passes take
-little, a fit is compared to them and one eigendecomposition of each factor, too.
+budget with a backward pass for each class but one, as many as the curvature has
+columns; that of predictions is one forward pass with a backward pass for each class.
+Limits and times are measured in turns, in one run, on one thread, as processor time;
+the fastest of the repeats counts. Where passes take little, a fit is compared to them
+and one eigendecomposition of each factor, too.
 
     python benchmarks/limit.py --data-root DATA
 """
@@ -21,7 +22,7 @@ from shared.closeness import DATASET, MAGNITUDES
 from shared.command_line import parse, study_parser
 from shared.fits import fit
 from shared.internals import pool_positions
-from shared.passes import backward, fastest, forward
+from shared.passes import OF_FIT, backward, fastest, forward
 from shared.predictions import nlls
 from shared.problems import Problem
 from shared.reports import write_report
@@ -51,7 +52,7 @@ def measure(name: str, settings: argparse.Namespace) -> dict:
 
     def passes() -> None:
         forward(problem, images[: POOL_FACTOR * budget])
-        backward(problem, images[:budget])
+        backward(problem, images[:budget], OF_FIT)
 
     fits = {
         magnitudes: lambda m=magnitudes: fit(problem, budget=budget, magnitudes=m)

@@ -20,7 +20,7 @@ import torch
 from curvlinops import GGNLinearOperator
 from shared.command_line import parse, study_parser
 from shared.data import problem_data
-from shared.figures import draw_band, legend_below, written_figure
+from shared.figures import draw_range, legend_below, written_figure
 from shared.networks import all_convolutional
 from shared.reports import Progress, write_report
 from shared.tables import mean_and_std
@@ -209,7 +209,7 @@ def write_figure(path: Path, rows: list[dict[str, Any]], shown: list[int]) -> No
                 continue
             axis = panels[stages.index(row["stage"]), sizes.index(row["size"])]
             loss = curves(row, "loss")
-            draw_band(axis, shown, loss, row["method"], marker=".")
+            draw_range(axis, shown, loss, row["method"], marker=".")
             start = loss[:, 0].mean()
             axis.set(ylim=(0.9 * start, 1.5 * start))
             axis.set_title(f"{row['stage']}, {row['size']} points")

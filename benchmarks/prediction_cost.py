@@ -35,6 +35,7 @@ CASES = [
     ("conv net", "KronLaplace", 32, 8),
     ("conv net", "KronLaplace", 32, 4),
     ("conv net", "KronLaplace", 32, 2),
+    ("conv net", "KronLaplace", 32, 1),
     ("conv net", "debiased", 32, 32),
     ("conv net", "debiased", 128, 128),
     ("conv net", "debiased", 1000, 1000),

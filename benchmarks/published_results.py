@@ -49,6 +49,7 @@ BUDGET, BATCH_SIZE, NUM_SAMPLES = 128, 500, 2048
 ANGLES = range(10, 181, 10)
 MAP, SCALED, KRON = "MAP", "temperature scaling", "laplace-torch, kron"
 DEFAULT, CALIBRATED = "default", "default, calibrated"
+DASHED = (SCALED, KRON)  # they lie on others
 COLUMNS = {
     "nll": ("NLL", 4),
     "nll_mc": ("NLL, MC", 4),
@@ -236,7 +237,8 @@ def write_figure(path: Path, results: dict[str, Any]) -> None:
                 for axis, suffix in zip(panels[2 * k :], ("", " ECE"), strict=False):
                     keys = [f"rotated {angle}{suffix}" for angle in ANGLES]
                     curves = [[seed[label][key] for key in keys] for seed in seeds]
-                    axis.plot(ANGLES, np.mean(curves, 0), label=label)
+                    style = "--" if label in DASHED else "-"
+                    axis.plot(ANGLES, np.mean(curves, 0), style, label=label)
             for axis, ylabel in zip(panels[2 * k :], ("NLL", "ECE"), strict=False):
                 axis.set(title=dataset, xlabel="rotated by (°)", ylabel=ylabel)
         legend_below(figure, panels[0], 5)

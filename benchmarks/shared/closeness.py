@@ -239,7 +239,10 @@ def percent_above(result: dict, label: str) -> Tensor:
 
 
 def write_figure(
-    path: Path, networks: dict[str, Any], draw_panel: Callable[[Axes, dict], None]
+    path: Path,
+    networks: dict[str, Any],
+    draw_panel: Callable[[Axes, dict], None],
+    ylabel: str = "test NLL above\nfull data (%)",
 ) -> None:
     """Draw a panel for each network, with a common legend.
 
@@ -247,11 +250,12 @@ def write_figure(
         path: Where to write the figure.
         networks: Results of each network.
         draw_panel: Draws a network's results into axes.
+        ylabel: What is drawn.
     """
     with written_figure(path, 3, 1.3) as figure:
         panels = figure.subplots(1, len(networks), squeeze=False)[0]
         for axis, (name, result) in zip(panels, networks.items(), strict=True):
             draw_panel(axis, result)
             axis.set_title(name)
-        panels[0].set_ylabel("test NLL above\nfull data (%)")
+        panels[0].set_ylabel(ylabel)
         legend_below(figure, panels[0], 3)

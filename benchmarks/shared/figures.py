@@ -50,6 +50,22 @@ def legend_below(figure: Figure, axis: Axes, num_columns: int) -> None:
     )
 
 
+def draw_range(
+    axis: Axes, positions: Sequence[float], curves: np.ndarray, label: str, **style: str
+) -> None:
+    """Draw the median of curves, and their range shaded.
+
+    Args:
+        axis: Where to draw.
+        positions: Positions ``[points]``.
+        curves: A curve for each seed, ``[seeds, points]``.
+        label: Name in the legend.
+        **style: Options of the line.
+    """
+    axis.plot(positions, np.median(curves, 0), label=label, **style)
+    axis.fill_between(positions, curves.min(0), curves.max(0), alpha=0.2, lw=0)
+
+
 def draw_band(
     axis: Axes, positions: Sequence[float], curves: np.ndarray, label: str, **style: str
 ) -> None:

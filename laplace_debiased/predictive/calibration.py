@@ -108,14 +108,16 @@ class Calibration:
     def __str__(self) -> str:
         """Say in a line what was chosen."""
         source = (
-            "the trained network alone: the posterior's variance did not help"
+            "probabilities are those of the trained network alone: the posterior's "
+            "variance did not help"
             if self.scale == 0
-            else f"{self.scale:.3g} of the posterior's covariance"
+            else f"{100 * self.scale:.3g} % of the posterior's covariance enters the "
+            "probabilities"
         )
         return (
             f"Outputs are divided by {self.temperature:.3g} (standard error of its "
-            f"logarithm {self.temperature_error:.2g}), and probabilities are those of "
-            f"{source}. Validation NLL {self.nll:.4f} on {self.num_points} points."
+            f"logarithm {self.temperature_error:.2g}), and {source}. Validation NLL "
+            f"{self.nll:.4f} on {self.num_points} points."
         )
 
 

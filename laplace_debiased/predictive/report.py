@@ -158,7 +158,7 @@ class PredictionReport:
         if self.curvature_error is not None:
             lines.append(
                 "Standard error of the curvature's scale, in the worst layer: "
-                f"{100 * self.curvature_error:.0f} %."
+                f"{100 * self.curvature_error:.2g} %."
             )
         return "\n".join(lines)
 

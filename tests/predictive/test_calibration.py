@@ -68,7 +68,7 @@ def test_a_posterior_that_tells_the_truth_is_kept():
     found = calibration_of(mean, variance, y, tolerance=0)
     assert 0.3 < found.scale <= 1
     assert 0.8 < found.temperature < 1.2
-    assert f"{found.scale:.3g} of the posterior's covariance" in str(found)
+    assert f"{100 * found.scale:.3g} % of the posterior's covariance" in str(found)
     by_scale = dict(found.frontier)
     assert by_scale[found.scale] == found.nll < by_scale[0.0] - 0.05
 
