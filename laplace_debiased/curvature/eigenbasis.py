@@ -166,14 +166,20 @@ class EigenbasisMatrix(KronDecomposed):
     def __mul__(self, scalar: Tensor | float) -> EigenbasisMatrix:
         """Scale the curvature, but not the prior precision.
 
+        laplace-torch's has no gradient in the scalar.
+
         Args:
             scalar: A non-negative scalar.
 
         Returns:
             The scaled matrix.
         """
-        scaled = super().__mul__(scalar).eigenvalues
-        return self._replace(cast("list[list[Tensor]]", scaled))
+        if isinstance(scalar, Tensor):
+            scalar = scalar.reshape(()).to(self.deltas.device)
+        # both factors alike, for `damping`
+        roots = [scalar ** (1 / len(block)) for block in self.eigenvalues]
+        pairs = zip(roots, self.eigenvalues, strict=True)
+        return self._replace([[root * own for own in block] for root, block in pairs])
 
     __radd__ = __add__
     __rmul__ = __mul__

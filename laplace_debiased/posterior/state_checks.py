@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +155,9 @@ def _check_numbers(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
     """Check shapes and signs of what is not the curvature."""
     num_params = len(saved["parameters"])
     size = sum(torch.Size(shape).numel() for shape in saved["shapes"])
-    check_tensor(saved["mean"], "mean", [size], next(la.model.parameters()).dtype)
+    named = dict(la.model.named_parameters())
+    dtypes = [named[name].dtype for name in saved["parameters"]]
+    check_tensor(saved["mean"], "mean", [size], reduce(torch.promote_types, dtypes))
     for name in ("loss", "sigma_noise"):
         check_tensor(saved[name], name, [], la._dtype)
     for name, length in (("prior_precision", num_params), ("prior_mean", size)):

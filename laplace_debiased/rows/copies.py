@@ -222,7 +222,7 @@ class Copies:
             for name in record.tracked.layers:
                 own = self._in_parameter(record.tracked, name, gradient, create_graph)
                 if own is not None:
-                    rows = own.flatten(1)
+                    rows = own.reshape(len(own), -1)
                     sums[name] = sums[name] + rows if name in sums else rows
         return sums
 

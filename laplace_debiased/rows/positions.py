@@ -62,9 +62,19 @@ def flat_targets(model: nn.Module, y: Tensor) -> Tensor:
     Returns:
         Class indices ``[batch, positions]``, or values ``[batch, positions, classes]``;
         those of a matrix as they are.
+
+    Raises:
+        ValueError: If they have positions, and the network has no class axis.
     """
     axis = class_axis_of(model)
     if axis is None:
+        if num_positions(y) > 1:
+            raise ValueError(
+                "Targets must be class indices [batch], or values [batch, outputs] of "
+                f"floating-point dtype, got {y.dtype} of shape {tuple(y.shape)}. If "
+                "the model has outputs for each position of an input, such as a token "
+                "or pixel, say by `class_axis` which axis has the classes."
+            )
         return y
     if not y.is_floating_point():
         y = y.flatten(1) if y.ndim > 1 else y

@@ -100,3 +100,22 @@ def test_parameters_may_have_any_memory_layout():
         predictions.append([la(X), la(X, **options)])
     for prediction, expected in zip(*predictions, strict=True):
         assert torch.allclose(prediction, expected)
+
+
+def test_a_posterior_of_other_dtypes_than_the_first_parameters_loads():
+    """Adapters in single precision of a network in half precision, as peft's."""
+    first, last = nn.Linear(4, 8, dtype=torch.bfloat16), nn.Linear(8, 3)
+
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = first.requires_grad_(False), last
+
+        def forward(self, x):
+            return self.last(self.first(x.bfloat16()).float())
+
+    model, (X, _) = Adapted(), batch("mlp", 5, dtype=torch.float32)
+    la, restored = debiased(model), debiased(model)
+    la.fit(loader(dtype=torch.float32))
+    restored.load_state_dict(la.state_dict())
+    assert torch.equal(restored(X), la(X))

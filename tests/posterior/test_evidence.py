@@ -151,3 +151,20 @@ def test_layerwise_precisions_of_normalizations_are_those_of_all():
         la.optimize_prior_precision(prior_structure="layerwise")
     for k, precision in enumerate(la.prior_precision.tolist()):
         assert (precision == pytest.approx(scalar)) == (k in la._centred)
+
+
+@pytest.mark.parametrize("options", [{}, {"magnitudes": "ggn"}, {"damping": True}])
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("name", ["prior_precision", "sigma_noise", "temperature"])
+def test_its_gradients_in_all_hyperparameters_are_exact(name, subset, options):
+    if subset == "last_layer" and options.get("damping"):
+        pytest.skip("a last layer has no damping")
+    la = debiased(network("mlp"), "regression", subset, **options)
+    la.fit(loader(likelihood="regression"))
+
+    def evidence_at(value):
+        setattr(la, name, value)
+        return la.log_marginal_likelihood()
+
+    value = torch.tensor(0.7, dtype=torch.float64)
+    assert torch.autograd.gradcheck(evidence_at, value.requires_grad_())

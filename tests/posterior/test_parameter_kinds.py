@@ -123,3 +123,30 @@ def test_kinds_are_listed_and_diagonals_refused(monkeypatch):
     assert torch.allclose(block, blocks[position].diagonal())
     with pytest.raises(ValueError, match="positions, no more than the diagonal"):
         debiased(model, strict=True).fit(loader(X, y))
+
+
+class Scaled(nn.Module):
+    """Logits times a number, as CLIP has one."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.linear = nn.Parameter(torch.tensor(0.3)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.scale.exp() * self.linear(x)
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_a_parameter_without_axes_is_exact(magnitudes):
+    torch.manual_seed(0)
+    model = Scaled().double()
+    X, y = torch.randn(SIZE, 4).double(), torch.randint(3, (SIZE,))
+    la = debiased(model, magnitudes=magnitudes)
+    la.fit(loader(X, y))
+    assert la.parameter_kinds["scale"] == "exact"
+    blocks = ggn_blocks(model, X, y, nn.CrossEntropyLoss(reduction="sum"))
+    found = la.H.to_matrix()[0, 0]
+    assert found.item() == pytest.approx(blocks[0].item(), rel=1e-8)
+    restored = debiased(model, magnitudes=magnitudes)
+    restored.load_state_dict(la.state_dict())
+    assert torch.equal(restored(X), la(X))

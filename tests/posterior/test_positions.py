@@ -347,3 +347,19 @@ def test_posteriors_of_a_network_may_have_other_axes():
     debiased(la.model)  # would have an output without positions
     assert torch.equal(la(X), before)
     la.fit(DataLoader(TensorDataset(*pixels()), 5), override=False)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "targets"),
+    [
+        ("classification", torch.randint(3, (SIZE, 2))),
+        ("classification", torch.rand(SIZE, 2, 3).softmax(-1)),
+        ("regression", torch.randn(SIZE, 2, 3)),
+    ],
+)
+def test_targets_with_positions_need_a_class_axis(likelihood, targets):
+    """Six outputs are not two positions of three, unless that is said."""
+    la = debiased(nn.Linear(4, 6), likelihood)
+    train = DataLoader(TensorDataset(torch.randn(SIZE, 4), targets), 5)
+    with pytest.raises(ValueError, match="say by `class_axis`"):
+        la.fit(train)

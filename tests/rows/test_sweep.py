@@ -100,7 +100,7 @@ BAD_DATA = {
     "nan-in-mapping": ([({"x": X * NAN}, CLASSES)], "mse", "Inputs contain NaN"),
     "nan-targets": ([(X, VALUES * NAN)], "mse", "Targets contain NaN"),
     "flat-targets": ([(X, VALUES[:, 0])], "mse", "output has 2 dims, the target 1"),
-    "integer-targets": ([(X, VALUES.long())], "mse", "Targets must be floating-point"),
+    "integer-targets": ([(X, VALUES.long())], "mse", "of floating-point dtype"),
     "float-classes": ([(X, CLASSES.float())], "cross-entropy", "class indices"),
     "column-classes": ([(X, CLASSES[:, None])], "cross-entropy", r"shape \[batch\]"),
     "boolean-classes": ([(X, CLASSES > 0)], "cross-entropy", "integer dtype"),
