@@ -33,6 +33,7 @@ from shared.internals import (
     calibration_of,
     entropies,
     entropy,
+    output_moments,
     probit_probabilities,
 )
 from shared.predictions import scaled_temperature
@@ -84,11 +85,16 @@ class Moments:
 
     Args:
         mean: Their means ``[points, classes]``.
-        variance: Their variances, of the same shape.
+        covariance: Their covariances ``[points, classes, classes]``.
     """
 
     mean: Tensor
-    variance: Tensor
+    covariance: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Variances ``[points, classes]``."""
+        return self.covariance.diagonal(dim1=1, dim2=2)
 
     def probabilities(self, calibration: Calibration) -> Tensor:
         """Return calibrated probabilities ``[points, classes]``."""
@@ -97,7 +103,7 @@ class Moments:
     def information(self, calibration: Calibration) -> Tensor:
         """Return the mutual information of class and parameters ``[points]``."""
         wide = calibration.with_whole_posterior()
-        total, aleatoric = entropies(*wide.outputs(self.mean, self.variance))
+        total, aleatoric = entropies(*wide.outputs(self.mean, self.covariance))
         return total - aleatoric
 
 
@@ -149,11 +155,8 @@ UNCALIBRATED = replace(MAP_OUTPUTS, scale=1.0)
 
 def moments(la: KronDebiasedLaplace, X: Tensor) -> Moments:
     """Compute the outputs' moments by the whole posterior, in batches."""
-    parts = [la.uncertainty(part) for part in X.split(BATCH_SIZE)]
-    return Moments(
-        torch.cat([part.mean for part in parts]),
-        torch.cat([part.functional_variance for part in parts]),
-    )
+    parts = [output_moments(la, part, "full") for part in X.split(BATCH_SIZE)]
+    return Moments(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def scaled(outputs: Moments, y: Tensor) -> Calibration:
@@ -170,7 +173,7 @@ def calibrated(outputs: Moments, y: Tensor, **options: float) -> Calibration:
 def certain(model: nn.Module, X: Tensor) -> Moments:
     """Compute the outputs of the network alone."""
     mean = torch.cat([model(part) for part in X.split(BATCH_SIZE)])
-    return Moments(mean, torch.zeros_like(mean))
+    return Moments(mean, mean.new_zeros(*mean.shape, mean.shape[1]))
 
 
 def scores(

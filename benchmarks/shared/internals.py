@@ -22,6 +22,7 @@ from laplace_debiased.curvature.decomposition import decompose, eigenvectors
 from laplace_debiased.curvature.jacobians import rotated_jacobians
 from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.posterior import sources
+from laplace_debiased.posterior.calibrating import output_moments as output_moments
 from laplace_debiased.posterior.memory import Scheme, fit_memory
 from laplace_debiased.predictive.calibration import calibration_of as calibration_of
 from laplace_debiased.predictive.forward_mode import SampledPredictive

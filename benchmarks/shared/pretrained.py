@@ -26,6 +26,7 @@ from shared.internals import (
     classification_scores,
     entropies,
     entropy,
+    output_moments,
     probit_probabilities,
 )
 from shared.predictions import scaled_temperature
@@ -386,14 +387,22 @@ def _uncertainties(
     la: KronDebiasedLaplace, loader: DataLoader
 ) -> tuple[Predicted, Predicted]:
     """Predict by the posterior before calibration, and after it, in one pass."""
-    found = [la.uncertainty(inputs_of(batch)[0]) for batch in loader]
-    mean = torch.cat([own.mean for own in found])
-    variance = torch.cat([own.functional_variance for own in found])
-    total, aleatoric = entropies(mean, variance)
+    parts = [output_moments(la, inputs_of(batch)[0], "full") for batch in loader]
+    outputs = tuple(map(torch.cat, zip(*parts, strict=True)))
+    calibration = la.calibration
+    assert calibration is not None
+    wide = calibration.with_whole_posterior()
     return (
-        Predicted(probit_probabilities(mean, variance), total - aleatoric),
-        Predicted(
-            torch.cat([own.probabilities for own in found]),
-            torch.cat([own.epistemic for own in found]),
-        ),
+        _of_outputs(outputs, outputs),
+        _of_outputs(calibration.outputs(*outputs), wide.outputs(*outputs)),
     )
+
+
+def _of_outputs(
+    outputs: tuple[Tensor, Tensor], of_whole_posterior: tuple[Tensor, Tensor]
+) -> Predicted:
+    """Predict as ``la.uncertainty`` does, by means and covariances of outputs."""
+    mean, covariance = outputs
+    variance = covariance.diagonal(dim1=1, dim2=2)
+    total, aleatoric = entropies(*of_whole_posterior)
+    return Predicted(probit_probabilities(mean, variance), total - aleatoric)

@@ -233,7 +233,7 @@ def mutual_information(laplace: KronLaplace, inputs: Tensor) -> Tensor:
     parts = []
     for X in inputs.split(_PREDICTION_BATCH_SIZE):
         mean, covariance = laplace._glm_predictive_distribution(X)
-        total, aleatoric = entropies(mean, covariance.diagonal(dim1=1, dim2=2))
+        total, aleatoric = entropies(mean, covariance)
         parts.append((total - aleatoric).detach())
     return torch.cat(parts)
 

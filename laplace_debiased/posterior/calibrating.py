@@ -15,6 +15,8 @@ from tqdm import tqdm
 from laplace_debiased.posterior.predicting import of_output
 from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
 from laplace_debiased.predictive.calibration import Calibration, calibration_of
+from laplace_debiased.predictive.forward_mode import MANY_OUTPUTS
+from laplace_debiased.predictive.links import SOFTMAX
 from laplace_debiased.predictive.uncertainty import Uncertainty, entropies
 from laplace_debiased.rows.inputs import (
     Inputs,
@@ -67,7 +69,7 @@ def calibrate(
         X, y = inputs_and_targets(batch, la.backend)
         if la.likelihood == Likelihood.CLASSIFICATION and y.is_floating_point():
             raise ValueError("Validation targets must be class indices.")
-        mean, variance = output_variances(la, X)
+        mean, variance = output_moments(la, X)
         y = targets_of_points(la.model, y, loss, mean)
         y = check_targets(mean, y, loss)
         counted = is_counted(loss, y)
@@ -80,23 +82,27 @@ def calibrate(
     return calibration_of(mean, variance, y, tolerance, link)
 
 
-def output_variances(la: KronDebiasedLaplace, X: Inputs) -> tuple[Tensor, Tensor]:
-    """Compute means and variances of the outputs by the whole posterior.
+def output_moments(
+    la: KronDebiasedLaplace, X: Inputs, kind: str = "diagonal"
+) -> tuple[Tensor, Tensor]:
+    """Compute means and covariances of the outputs by the whole posterior.
 
     Args:
         la: The posterior.
         X: Inputs, a tensor or a mapping.
+        kind: ``"diagonal"`` or ``"full"``.
 
     Returns:
-        Both ``[batch, outputs]``, or ``[batch * positions, classes]``, whatever the
-        calibration.
+        Means ``[batch, outputs]``, and variances of the same shape or covariances
+        ``[batch, outputs, outputs]``; with positions, means and variances ``[batch *
+        positions, classes]``. All whatever the calibration.
     """
     with evaluating(la.model):
-        mean, variance = la._output_moments(la._inputs(X), "diagonal")
-    check_finite_predictions(mean, variance)
+        mean, covariance = la._output_moments(la._inputs(X), kind)
+    check_finite_predictions(mean, covariance)
     if la.class_axis is not None:
-        mean, variance = (points(own, la.n_outputs) for own in (mean, variance))
-    return at_least_single(mean), variance
+        mean, covariance = (points(own, la.n_outputs) for own in (mean, covariance))
+    return at_least_single(mean), covariance
 
 
 def uncertainty(la: KronDebiasedLaplace, X: Inputs) -> Uncertainty:
@@ -137,21 +143,38 @@ def uncertainty_of_points(la: KronDebiasedLaplace, X: Inputs) -> Uncertainty:
         raise ValueError("There is no `uncertainty` of reward models.")
     if num_examples(X, la.dict_key_x) == 0:
         raise ValueError("There are no examples to be uncertain about.")
-    mean, variance = output_variances(la, X)
-    if la.likelihood == Likelihood.REGRESSION:
+    calibration, link = la.calibration, la._kind.link
+    is_joint = has_joint_outputs(la)
+    mean, covariance = output_moments(la, X, "full" if is_joint else "diagonal")
+    variance = covariance.diagonal(dim1=1, dim2=2) if is_joint else covariance
+    if link is None:
         noise = (la.sigma_noise**2).to(variance).expand_as(variance)
         return Uncertainty(None, mean, variance + noise, noise, variance, variance)
-    calibration, link = la.calibration, la._kind.link
-    assert link is not None
     if calibration is None:
         probabilities = link.probit(mean, variance)
-        total, aleatoric = entropies(mean, variance, link)
+        total, aleatoric = entropies(mean, covariance, link)
     else:
         probabilities = link.probit(*calibration.outputs(mean, variance))
         wide = calibration.with_whole_posterior()
-        total, aleatoric = entropies(*wide.outputs(mean, variance), link)
+        total, aleatoric = entropies(*wide.outputs(mean, covariance), link)
     epistemic = total - aleatoric
     return Uncertainty(probabilities, mean, total, aleatoric, epistemic, variance)
+
+
+def has_joint_outputs(la: KronDebiasedLaplace) -> bool:
+    """Whether entropies need covariances of the outputs, and there are some.
+
+    Args:
+        la: The posterior.
+
+    Returns:
+        Whether its classes exclude each other, are not too many, and have no positions.
+    """
+    return (
+        la._kind.link is SOFTMAX
+        and la.class_axis is None
+        and la.n_outputs <= MANY_OUTPUTS
+    )
 
 
 def warn_if_untuned(la: KronDebiasedLaplace) -> None:

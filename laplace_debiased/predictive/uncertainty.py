@@ -10,6 +10,10 @@ Thomas, 2006, section 2.5). Of a regression, variances take the place of entropi
 of the noise is aleatoric, that of the network's output epistemic (Kendall and Gal,
 2017, arXiv 1703.04977).
 
+Outputs of an example are Gaussian with their covariance, where there are up to 256
+classes. With more, and with positions, they are taken as independent, which makes the
+mutual information of confident predictions larger.
+
 Entropies are those of the whole posterior, with the outputs' calibrated temperature:
 calibration may take variance out of the probabilities, since clean data need little of
 it, but it is what tells foreign examples.
@@ -28,6 +32,8 @@ from laplace_debiased.predictive.links import SOFTMAX, Link
 from laplace_debiased.rows.chunks import at_once
 
 NUM_SAMPLES = 256
+# share of the mean variance that is added to all, for covariances of low rank
+_JITTER = 1e-5
 # what fits into a processor's cache
 _CHUNK_ENTRIES = 2**18
 
@@ -88,18 +94,19 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 def entropies(
-    mean: Tensor, variance: Tensor, link: Link = SOFTMAX
+    mean: Tensor, covariance: Tensor, link: Link = SOFTMAX
 ) -> tuple[Tensor, Tensor]:
     r"""Compute predictive and expected entropy of a link of Gaussian outputs.
 
-    Outputs are taken as independent given the example. The same 256 points of a
-    scrambled Sobol sequence stand for the normal distribution of all examples, so that
-    results are reproducible and comparable. Entropies are within 2 % of those of many
-    samples, mutual information within 3 %.
+    The same 256 points of a scrambled Sobol sequence stand for the normal distribution
+    of all examples, so that results are reproducible and comparable. Entropies are
+    within 2 % of those of many samples, mutual information within 3 %, or both within
+    .02 nats where the network is sure.
 
     Args:
         mean: Means of the outputs ``[batch, outputs]``.
-        variance: Their variances, of the same shape.
+        covariance: Their covariances ``[batch, outputs, outputs]``, or variances
+            ``[batch, outputs]`` of independent ones.
         link: How probabilities are made of outputs.
 
     Returns:
@@ -117,12 +124,33 @@ def entropies(
     predictive, expected = (mean.new_empty(len(mean), *shape) for _ in range(2))
     for start in range(0, len(mean), size):
         rows = slice(start, start + size)
-        # [batch, 1, classes] + [batch, 1, classes] * [samples, classes]
-        deviations = variance[rows, None].sqrt() * normal
-        p, own = link.with_entropies(mean[rows, None] + deviations)
+        # [batch, 1, outputs] + [batch, samples, outputs]
+        outputs = mean[rows, None] + _deviations(covariance[rows], normal)
+        p, own = link.with_entropies(outputs)
         predictive[rows] = link.entropy(p.mean(1))
         expected[rows] = own.mean(1)
     return predictive, torch.minimum(expected, predictive)
+
+
+def _deviations(covariance: Tensor, normal: Tensor) -> Tensor:
+    """Give standard normal points a covariance, ``[batch, samples, outputs]``."""
+    if covariance.ndim == 2:
+        return covariance[:, None].sqrt() * normal
+    return normal @ _root(covariance.double()).mT.to(normal)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """Compute Cholesky factors, which are continuous, as eigenvectors are not."""
+    sizes = _JITTER * covariance.diagonal(dim1=1, dim2=2).mean(1)
+    sizes = sizes.clamp(min=torch.finfo(sizes.dtype).tiny)
+    shift = torch.diag_embed(sizes[:, None].expand(covariance.shape[:2]))
+    root, failed = torch.linalg.cholesky_ex(covariance + shift)
+    if not failed.any():
+        return root
+    # rounding left eigenvalues below zero
+    values, vectors = torch.linalg.eigh(covariance)
+    valid = (vectors * values.clamp(min=0)[:, None]) @ vectors.mT
+    return torch.linalg.cholesky(valid + shift)
 
 
 @lru_cache(maxsize=8)

@@ -200,15 +200,15 @@ def test_points_that_the_loss_ignores_are_left_out():
 def test_uncertainty_is_that_of_the_whole_posterior_at_the_temperature(subset):
     la = calibrated(NONE, subset)
     found = la.uncertainty(X)
-    assert torch.equal(found.probabilities, la(X))
-    mean, variance = fitted(subset)._glm_predictive_distribution(
-        X, diagonal_output=True
-    )
+    assert torch.allclose(found.probabilities, la(X))
+    mean, covariance = fitted(subset)._glm_predictive_distribution(X)
     assert torch.allclose(found.mean, mean)
-    assert torch.allclose(found.functional_variance, variance)
-    # by samples of independent outputs
+    variances = covariance.diagonal(dim1=1, dim2=2)
+    assert torch.allclose(found.functional_variance, variances)
+    # by samples
     noise = torch.randn(20_000, *mean.shape, dtype=mean.dtype, generator=generator())
-    p = ((mean + variance.sqrt() * noise) / 1.7).softmax(-1)
+    root = torch.linalg.cholesky(covariance)
+    p = ((mean + torch.einsum("bcd,sbd->sbc", root, noise)) / 1.7).softmax(-1)
     total = torch.special.entr(p.mean(0)).sum(-1)
     aleatoric = torch.special.entr(p).sum(-1).mean(0)
     assert torch.allclose(found.total, total, rtol=0.02)

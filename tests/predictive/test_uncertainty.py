@@ -74,3 +74,39 @@ def test_gradients_flow_to_means_and_variances():
     total, aleatoric = entropies(mean, variance)
     epistemic = (total - aleatoric).sum()
     assert all(g.any() for g in torch.autograd.grad(epistemic, [mean, variance]))
+
+
+COVARIANCES = {
+    "full": lambda root: root @ root.mT,
+    "of low rank": lambda root: root[..., :1] @ root[..., :1].mT,
+    "none": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("kind", COVARIANCES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_entropies_of_dependent_outputs_equal_those_of_many_samples(kind, dtype):
+    torch.manual_seed(0)
+    mean, root = 3 * torch.randn(20, 5), torch.randn(20, 5, 5)
+    covariance = COVARIANCES[kind](root).to(dtype)
+    total, aleatoric = entropies(mean.to(dtype), covariance)
+    chosen = {"full": root, "of low rank": root[..., :1], "none": 0 * root}[kind]
+    noise = torch.randn(20_000, 20, chosen.shape[2])
+    p = (mean + torch.einsum("bcd,sbd->sbc", chosen, noise)).double().softmax(-1)
+    expected = torch.special.entr(p).sum(-1).mean(0)
+    predictive = torch.special.entr(p.mean(0)).sum(-1)
+    assert torch.allclose(total.double(), predictive, rtol=0.03, atol=0.02)
+    assert torch.allclose(aleatoric.double(), expected, rtol=0.03, atol=0.02)
+    information = (predictive - expected).sum()
+    assert (total - aleatoric).sum().item() == pytest.approx(
+        information.item(), rel=0.03, abs=1e-3
+    )
+
+
+def test_covariances_that_rounding_made_indefinite_are_valid():
+    root = torch.randn(7, 4, 2)
+    covariance = root @ root.mT - 1e-3 * torch.eye(4)
+    mean = torch.randn(7, 4)
+    expected = entropies(mean, root @ root.mT)
+    for own, other in zip(entropies(mean, covariance), expected, strict=True):
+        assert torch.allclose(own, other, rtol=0.05)
