@@ -23,6 +23,8 @@ from laplace_debiased.comparison.posteriors import FULL_DATA, POSTERIORS
 from laplace_debiased.comparison.report import group_by_estimator, reliabilities
 from laplace_debiased.comparison.style import figure_style
 
+# differences of the NLL below this one, in nats, are drawn on a linear scale
+_SMALL = 1e-2
 _COLORS = {
     MAP: "grey",
     SCALED: "black",
@@ -81,7 +83,8 @@ def _draw_excess_nll(axis: Axes, runs: list[Run]) -> None:
     full = _curves(groups[FULL_DATA])
     for estimator in POSTERIORS:
         _draw_band(axis, _curves(groups[estimator]) - full, estimator)
-    axis.set(xscale="log", xlabel="prior precision", ylabel="test NLL $-$ full data")
+    axis.set(xscale="log", xlabel="prior precision", ylabel="NLL $-$ full data")
+    axis.set_yscale("symlog", linthresh=_SMALL)
 
 
 def _draw_reliability(axis: Axes, runs: list[Run], labels: Tensor) -> None:

@@ -103,7 +103,7 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 def reliability(
     probabilities: Tensor, labels: Tensor
 ) -> tuple[list[float], list[float]]:
-    """Compare confidence with accuracy in bins of equal width.
+    """Compare confidence with accuracy in bins of as many points each.
 
     Args:
         probabilities: Class probabilities ``[points, classes]``.
@@ -114,7 +114,11 @@ def reliability(
     """
     p, y = _as_arrays(probabilities, labels)
     accuracy, confidence = calibration_curve(
-        p.argmax(1) == y, p.max(1), n_bins=_RELIABILITY_BINS, pos_label=True
+        p.argmax(1) == y,
+        p.max(1),
+        n_bins=_RELIABILITY_BINS,
+        strategy="quantile",
+        pos_label=True,
     )
     return confidence.tolist(), accuracy.tolist()
 

@@ -37,7 +37,7 @@ def write_results(
         "validation_points": num_validation,
         "test_points": len(split.test_labels),
     }
-    title = f"{dataset}: {num_train} training points, budget {budget}"
+    title = f"{dataset}: {num_train:,} training points"
     figure, numbers = out / f"{dataset}.png", out / f"{dataset}.json"
     (out / f"{dataset}.md").write_text(table(runs) + "\n")
     write_numbers(numbers, runs, split.test_labels, settings)

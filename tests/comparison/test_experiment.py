@@ -89,8 +89,8 @@ def test_mutual_information_is_that_of_samples(laplace, data):
     torch.manual_seed(0)
     X = data.test_inputs
     mean, covariance = laplace._glm_predictive_distribution(X)
-    spread = covariance.diagonal(dim1=1, dim2=2).sqrt()
-    p = (mean + spread * torch.randn(20_000, *mean.shape)).softmax(-1)
+    root, noise = torch.linalg.cholesky(covariance), torch.randn(20_000, *mean.shape)
+    p = (mean + torch.einsum("bcd,sbd->sbc", root, noise)).softmax(-1)
     entropy = torch.special.entr
     expected = entropy(p.mean(0)).sum(-1) - entropy(p).sum(-1).mean(0)
     found = mutual_information(laplace, X)

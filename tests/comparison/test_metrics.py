@@ -76,9 +76,12 @@ def test_single_precision_rounding_is_no_reason_to_warn():
 
 
 def test_reliability_compares_confidence_with_accuracy():
-    confidence, accuracy = reliability(PROBABILITIES, LABELS)
-    assert confidence == pytest.approx([0.5, 0.7], abs=1e-6)
-    assert accuracy == pytest.approx([1, 0.5])
+    """In ten bins of as many points."""
+    confident = torch.linspace(0.6, 0.99, 100)
+    p = torch.stack([confident, 1 - confident], 1)
+    confidence, accuracy = reliability(p, (torch.arange(100) % 10 == 0).long())
+    assert confidence == pytest.approx(confident.view(10, 10).mean(1).tolist())
+    assert accuracy == pytest.approx([0.9] * 10)
 
 
 def test_reliability_of_predictions_that_are_all_right():

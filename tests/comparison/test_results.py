@@ -14,7 +14,7 @@ def test_results_are_written_and_described(tmp_path):
     data = TrainTestSplit(train, torch.zeros(3, 2), LABELS)
     text = write_results(tmp_path, runs(2), data, "digits", budget=40)
     assert text.startswith(
-        "digits: 40 training points, budget 40, 10 validation points, 3 test points\n"
+        "digits: 40 training points, 10 validation points, 3 test points\n"
     )
     assert table(runs(2)) in text
     assert (tmp_path / "digits.md").read_text() == table(runs(2)) + "\n"
