@@ -17,7 +17,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,17 @@ from scipy.stats import sem
 from shared.command_line import add_problems, parse, run_problems, study_parser
 from shared.data import FOREIGN, scale_of, validation_data
 from shared.figures import legend_below, written_figure
-from shared.internals import (
-    calibration_of,
-    entropies,
-    entropy,
-    output_moments,
-    probit_probabilities,
+from shared.internals import entropy
+from shared.moments import (
+    BATCH_SIZE,
+    MAP_OUTPUTS,
+    UNCALIBRATED,
+    Moments,
+    calibrated,
+    certain,
+    moments,
+    scaled,
 )
-from shared.predictions import scaled_temperature
 from shared.problems import FIT_BATCH_SIZE, Problem
 from shared.reports import Progress, write_report
 from shared.training import CHECKPOINTS, trained
@@ -50,7 +53,6 @@ from laplace_debiased.comparison.metrics import auroc, misclassification_auroc, 
 
 STUDY = Path(__file__).stem
 BUDGET = 128
-BATCH_SIZE = 125
 ENSEMBLE_SIZE = 5
 # those before were used while calibration was written
 FIRST_IMAGE, NUM_IMAGES = 1000, 1000
@@ -77,34 +79,6 @@ COLUMNS = {
     **{f"severity {k}": (f"NLL, severity {k}", 1, 3) for k in SEVERITIES},
     **{f"{k} points": (f"NLL, {k} validation images", 1, 4) for k in SMALL_SETS},
 }
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Gaussian outputs.
-
-    Args:
-        mean: Their means ``[points, classes]``.
-        covariance: Their covariances ``[points, classes, classes]``.
-    """
-
-    mean: Tensor
-    covariance: Tensor
-
-    @property
-    def variance(self) -> Tensor:
-        """Variances ``[points, classes]``."""
-        return self.covariance.diagonal(dim1=1, dim2=2)
-
-    def probabilities(self, calibration: Calibration) -> Tensor:
-        """Return calibrated probabilities ``[points, classes]``."""
-        return probit_probabilities(*calibration.outputs(self.mean, self.variance))
-
-    def information(self, calibration: Calibration) -> Tensor:
-        """Return the mutual information of class and parameters ``[points]``."""
-        wide = calibration.with_whole_posterior()
-        total, aleatoric = entropies(*wide.outputs(self.mean, self.covariance))
-        return total - aleatoric
 
 
 @dataclass(frozen=True)
@@ -149,33 +123,6 @@ class Images:
         )
 
 
-MAP_OUTPUTS = Calibration(1.0, 0.0, 0.0, 0, 0.0, ())
-UNCALIBRATED = replace(MAP_OUTPUTS, scale=1.0)
-
-
-def moments(la: KronDebiasedLaplace, X: Tensor) -> Moments:
-    """Compute the outputs' moments by the whole posterior, in batches."""
-    parts = [output_moments(la, part, "full") for part in X.split(BATCH_SIZE)]
-    return Moments(*map(torch.cat, zip(*parts, strict=True)))
-
-
-def scaled(outputs: Moments, y: Tensor) -> Calibration:
-    """Choose a temperature alone, without prior."""
-    temperature = scaled_temperature(outputs.mean, y)
-    return Calibration(temperature, 0.0, 0.0, len(y), 0.0, ())
-
-
-def calibrated(outputs: Moments, y: Tensor, **options: float) -> Calibration:
-    """Choose as ``la.calibrate`` does."""
-    return calibration_of(outputs.mean, outputs.variance, y, **options)
-
-
-def certain(model: nn.Module, X: Tensor) -> Moments:
-    """Compute the outputs of the network alone."""
-    mean = torch.cat([model(part) for part in X.split(BATCH_SIZE)])
-    return Moments(mean, mean.new_zeros(*mean.shape, mean.shape[1]))
-
-
 def scores(
     predict: Callable[[Tensor], Moments],
     calibration: Calibration,
@@ -215,7 +162,7 @@ def small_sets(
     (X, labels), (known, y) = images.own, validation
     own, result = predict(X), {}
     for count in SMALL_SETS:
-        few = Moments(known.mean[:count], known.variance[:count])
+        few = known[:count]
         p = own.probabilities(choose(few, y[:count]))
         result[f"{count} points"] = nll_loss(p.log(), labels).item()
     return result

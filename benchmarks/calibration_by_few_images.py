@@ -24,21 +24,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from calibrated_predictions import (
-    GGN,
+from calibrated_predictions import GGN, PROBLEMS
+from quality_under_shift import CORRUPTIONS
+from scipy.stats import sem
+from shared.command_line import add_problems, parse, run_problems, study_parser
+from shared.data import FOREIGN, scale_of, validation_data
+from shared.internals import entropy
+from shared.moments import (
     MAP_OUTPUTS,
-    PROBLEMS,
     UNCALIBRATED,
     Moments,
     calibrated,
     moments,
     scaled,
 )
-from quality_under_shift import CORRUPTIONS
-from scipy.stats import sem
-from shared.command_line import add_problems, parse, run_problems, study_parser
-from shared.data import FOREIGN, scale_of, validation_data
-from shared.internals import entropy
 from shared.problems import Problem
 from shared.reports import Progress, write_report
 from torch import Tensor
@@ -108,7 +107,7 @@ def by_draws(
     result = []
     for first in range(0, len(y) - count + 1, count):
         rows = slice(first, first + count)
-        chosen = choose(Moments(known.mean[rows], known.variance[rows]), y[rows])
+        chosen = choose(known[rows], y[rows])
         result.append(nll(*test, chosen))
     return result
 
@@ -159,7 +158,7 @@ def run_network(
             for count in COUNTS
             if count <= len(y)
         }
-    first = Moments(known.mean[:1000], known.variance[:1000]), y[:1000]
+    first = known[:1000], y[:1000]
     choices = {"MAP": MAP_OUTPUTS, "temperature scaling": scaled(*first)}
     choices |= {k: calibrated(*first, tolerance=t) for k, t in TOLERANCES.items()}
     choices["default, not calibrated"] = UNCALIBRATED
