@@ -1,9 +1,8 @@
-"""Probabilities that validation data agree with, and what is uncertain about them."""
+"""Probabilities that validation data agree with."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from warnings import warn
 
 import torch
@@ -12,18 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from laplace_debiased.posterior.predicting import of_output
 from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
 from laplace_debiased.predictive.calibration import Calibration, calibration_of
-from laplace_debiased.predictive.forward_mode import MANY_OUTPUTS
-from laplace_debiased.predictive.links import SOFTMAX
-from laplace_debiased.predictive.uncertainty import Uncertainty, entropies
 from laplace_debiased.rows.inputs import (
     Inputs,
     at_least_single,
     check_finite_predictions,
     check_targets,
-    num_examples,
 )
 from laplace_debiased.rows.model_state import evaluating
 from laplace_debiased.rows.output_curvature import is_counted
@@ -103,78 +97,6 @@ def output_moments(
     if la.class_axis is not None:
         mean, covariance = (points(own, la.n_outputs) for own in (mean, covariance))
     return at_least_single(mean), covariance
-
-
-def uncertainty(la: KronDebiasedLaplace, X: Inputs) -> Uncertainty:
-    """Tell how uncertain predictions are, and why.
-
-    Args:
-        la: The posterior.
-        X: Inputs, a tensor or a mapping.
-
-    Returns:
-        The uncertainty, of the output's shape if it has positions.
-
-    Raises:
-        ValueError: As :func:`uncertainty_of_points`.
-    """
-    found = uncertainty_of_points(la, X)
-    if la.class_axis is None:
-        return found
-    parts: dict[str, Any] = {k: v for k, v in vars(found).items() if v is not None}
-    shaped = dict(zip(parts, of_output(la, X, list(parts.values())), strict=True))
-    return replace(found, **shaped)
-
-
-def uncertainty_of_points(la: KronDebiasedLaplace, X: Inputs) -> Uncertainty:
-    """Tell how uncertain predictions are, each position by itself.
-
-    Args:
-        la: The posterior.
-        X: Inputs, a tensor or a mapping.
-
-    Returns:
-        The uncertainty, with positions of all examples as points.
-
-    Raises:
-        ValueError: If the posterior is that of a reward model.
-    """
-    if la.likelihood == Likelihood.REWARD_MODELING:
-        raise ValueError("There is no `uncertainty` of reward models.")
-    if num_examples(X, la.dict_key_x) == 0:
-        raise ValueError("There are no examples to be uncertain about.")
-    calibration, link = la.calibration, la._kind.link
-    is_joint = has_joint_outputs(la)
-    mean, covariance = output_moments(la, X, "full" if is_joint else "diagonal")
-    variance = covariance.diagonal(dim1=1, dim2=2) if is_joint else covariance
-    if link is None:
-        noise = (la.sigma_noise**2).to(variance).expand_as(variance)
-        return Uncertainty(None, mean, variance + noise, noise, variance, variance)
-    if calibration is None:
-        probabilities = link.probit(mean, variance)
-        total, aleatoric = entropies(mean, covariance, link)
-    else:
-        probabilities = link.probit(*calibration.outputs(mean, variance))
-        wide = calibration.with_whole_posterior()
-        total, aleatoric = entropies(*wide.outputs(mean, covariance), link)
-    epistemic = total - aleatoric
-    return Uncertainty(probabilities, mean, total, aleatoric, epistemic, variance)
-
-
-def has_joint_outputs(la: KronDebiasedLaplace) -> bool:
-    """Whether entropies need covariances of the outputs, and there are some.
-
-    Args:
-        la: The posterior.
-
-    Returns:
-        Whether its classes exclude each other, are not too many, and have no positions.
-    """
-    return (
-        la._kind.link is SOFTMAX
-        and la.class_axis is None
-        and la.n_outputs <= MANY_OUTPUTS
-    )
 
 
 def warn_if_untuned(la: KronDebiasedLaplace) -> None:

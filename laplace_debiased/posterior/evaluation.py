@@ -10,8 +10,8 @@ from laplace.utils.enums import Likelihood
 from torch import Tensor
 from tqdm import tqdm
 
-from laplace_debiased.posterior.calibrating import uncertainty_of_points
 from laplace_debiased.posterior.likelihoods import BINARY
+from laplace_debiased.posterior.uncertainties import uncertainty_of_points
 from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
 from laplace_debiased.predictive.label_scores import (
     confidence,

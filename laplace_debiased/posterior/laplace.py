@@ -44,6 +44,7 @@ from laplace_debiased.posterior import (
     predicting,
     state,
     tuning,
+    uncertainties,
 )
 from laplace_debiased.posterior.likelihoods import (
     BINARY,
@@ -64,6 +65,7 @@ from laplace_debiased.posterior.settings import (
 from laplace_debiased.posterior.upstream import without_link_reminder
 from laplace_debiased.predictive.blocks import Covariance
 from laplace_debiased.predictive.calibration import TOLERANCE, Calibration
+from laplace_debiased.predictive.forward_mode import SampledPredictive
 from laplace_debiased.predictive.report import PredictionReport
 from laplace_debiased.predictive.samples import sampled_outputs
 from laplace_debiased.predictive.uncertainty import Uncertainty
@@ -784,6 +786,15 @@ class KronDebiasedLaplace(KronLaplace):
         predictive = self._predictive(self.posterior_precision)
         return predictive.moments(X, num_examples(X, self.dict_key_x), kind)
 
+    def _output_changes(self, X: Inputs) -> Iterator[tuple[Tensor, Tensor]] | None:
+        """Yield the outputs, and samples' deviations; None if moments are exact."""
+        if predicting.num_samples(self) is None:
+            return None
+        # all that estimates moments by samples has them
+        predictive = self._predictive(self.posterior_precision)
+        sampled = cast("SampledPredictive", predictive)
+        return sampled.changes(X, num_examples(X, self.dict_key_x))
+
     def _variances_by_prior(
         self, X: Inputs, prior_precisions: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
@@ -1117,8 +1128,8 @@ class KronDebiasedLaplace(KronLaplace):
         Returns:
             Probabilities, and total, aleatoric and epistemic uncertainty of each
             example, or of each of its labels. Without random numbers: within 3 % of
-            those of many samples of the outputs, or .02 nats. Outputs of more than 256
-            classes, or with positions, are taken as independent.
+            those of many samples of the outputs, or .02 nats. Outputs of each position
+            are taken as independent, unless moments are by samples.
 
         Raises:
             AttributeError: If there is no fit yet.
@@ -1126,7 +1137,7 @@ class KronDebiasedLaplace(KronLaplace):
         """
         self._check_H_init()
         calibrating.warn_if_untuned(self)
-        return calibrating.uncertainty(self, x)
+        return uncertainties.uncertainty(self, x)
 
     @thread_restored
     def report(

@@ -21,6 +21,11 @@ from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 from laplace_debiased.posterior.likelihoods import kind_of
 from laplace_debiased.posterior.settings import DECOMPOSITION_TOLERANCE, Settings
 from laplace_debiased.posterior.upstream import PicklableExtractor
+from laplace_debiased.predictive.forward_mode import (
+    MANY_OUTPUTS,
+    NUM_SAMPLES,
+    sampled_change,
+)
 from laplace_debiased.predictive.last_layer import (
     features_of,
     last_layer_covariance,
@@ -259,6 +264,24 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         if features is None:
             return super()._output_moments(X, kind)
         return f_mu, last_layer_covariance(features, self.posterior_precision, kind)
+
+    def _output_changes(self, X: Inputs) -> Iterator[tuple[Tensor, Tensor]] | None:
+        if self.n_outputs <= MANY_OUTPUTS:
+            return None
+        params = self.fitted_params
+        f_mu, features = features_of(self.model, params, X)
+        if features is None:
+            return super()._output_changes(X)
+        samples = (
+            sampled_change(
+                self.posterior_precision, params, k, NUM_SAMPLES, self.settings.seed
+            )
+            for k in range(NUM_SAMPLES)
+        )
+        flat = (torch.cat([own.flatten() for own in change]) for change in samples)
+        return (
+            (f_mu, last_layer_outputs(features, params, own[None])[0]) for own in flat
+        )
 
     def _sampled_outputs(
         self,

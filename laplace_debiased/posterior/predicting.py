@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 from warnings import warn
 
@@ -57,7 +57,7 @@ class SampledIfPossible:
         exact: Exact moments.
     """
 
-    def __init__(self, sampled: Predictive, exact: Predictive):
+    def __init__(self, sampled: SampledPredictive, exact: Predictive):
         self._sampled, self._exact = sampled, exact
 
     def moments(
@@ -69,6 +69,10 @@ class SampledIfPossible:
         except ForwardModeError as error:
             _warn_of(error)
             return self._exact.moments(X, batch_size, kind)
+
+    def changes(self, X: Inputs, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See :meth:`SampledPredictive.changes`."""
+        return self._sampled.changes(X, batch_size)
 
     def variances(
         self, X: Inputs, batch_size: int, shifts: Sequence[float]

@@ -11,8 +11,9 @@ of the noise is aleatoric, that of the network's output epistemic (Kendall and G
 2017, arXiv 1703.04977).
 
 Outputs of an example are Gaussian with their covariance, where there are up to 256
-classes. With more, and with positions, they are taken as independent, which makes the
-mutual information of confident predictions larger.
+classes. Where moments are by samples, entropies are by the same ones. Positions with
+exact moments, and more classes with them, have outputs that are taken as independent:
+the mutual information of confident predictions is larger then.
 
 Entropies are those of the whole posterior, with the outputs' calibrated temperature:
 calibration may take variance out of the probabilities, since clean data need little of
@@ -21,6 +22,7 @@ it, but it is what tells foreign examples.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -113,34 +115,64 @@ def entropies(
         Both entropies, of the class ``[batch]`` or of each label ``[batch, labels]``;
         the first is never below the second.
     """
-    num_outputs = mean.shape[1]
+    if covariance.ndim == 3:
+        return entropies_of_root(mean, cholesky(covariance), link)
     # each label takes the same points
-    normal = normal_points(link.num_together(num_outputs)).to(mean)
+    normal = normal_points(link.num_together(mean.shape[1])).to(mean)
+    # [batch, 1, outputs] * [samples, outputs]
+    return _entropies(mean, lambda rows: covariance[rows, None].sqrt() * normal, link)
+
+
+def entropies_of_root(
+    mean: Tensor, root: Tensor, link: Link = SOFTMAX
+) -> tuple[Tensor, Tensor]:
+    """Compute both entropies by a root of the outputs' covariance.
+
+    Args:
+        mean: Means of the outputs ``[batch, outputs]``.
+        root: ``[batch, outputs, directions]``, whose product with its transpose is the
+            covariance.
+        link: As in :func:`entropies`.
+
+    Returns:
+        As :func:`entropies`. With many directions, 256 points leave errors of some
+        percent, which examples share.
+    """
+    normal = normal_points(root.shape[2]).to(mean)
+    # [samples, directions] @ [batch, directions, outputs]
+    return _entropies(mean, lambda rows: normal @ root[rows].mT.to(normal), link)
+
+
+def _entropies(
+    mean: Tensor, deviations: Callable[[slice], Tensor], link: Link
+) -> tuple[Tensor, Tensor]:
+    """Average over deviations ``[rows, samples, outputs]`` of some rows at a time."""
+    num_outputs = mean.shape[1]
     entries = at_once(_CHUNK_ENTRIES, mean.device)
-    size = max(1, entries // (len(normal) * num_outputs))
+    size = max(1, entries // (NUM_SAMPLES * num_outputs))
     # small results of each chunk would lie between its large ones in memory, and keep
     # the next chunk from taking their places
     shape = link.entropy(mean[:0]).shape[1:]
     predictive, expected = (mean.new_empty(len(mean), *shape) for _ in range(2))
     for start in range(0, len(mean), size):
         rows = slice(start, start + size)
-        # [batch, 1, outputs] + [batch, samples, outputs]
-        outputs = mean[rows, None] + _deviations(covariance[rows], normal)
-        p, own = link.with_entropies(outputs)
+        p, own = link.with_entropies(mean[rows, None] + deviations(rows))
         predictive[rows] = link.entropy(p.mean(1))
         expected[rows] = own.mean(1)
     return predictive, torch.minimum(expected, predictive)
 
 
-def _deviations(covariance: Tensor, normal: Tensor) -> Tensor:
-    """Give standard normal points a covariance, ``[batch, samples, outputs]``."""
-    if covariance.ndim == 2:
-        return covariance[:, None].sqrt() * normal
-    return normal @ _root(covariance.double()).mT.to(normal)
+def cholesky(covariance: Tensor) -> Tensor:
+    """Compute Cholesky factors, which are continuous, as eigenvectors are not.
 
+    Args:
+        covariance: Positive semi-definite matrices ``[batch, outputs, outputs]``, up to
+            rounding.
 
-def _root(covariance: Tensor) -> Tensor:
-    """Compute Cholesky factors, which are continuous, as eigenvectors are not."""
+    Returns:
+        The factors in double precision, of the same shape.
+    """
+    covariance = covariance.double()
     sizes = _JITTER * covariance.diagonal(dim1=1, dim2=2).mean(1)
     sizes = sizes.clamp(min=torch.finfo(sizes.dtype).tiny)
     shift = torch.diag_embed(sizes[:, None].expand(covariance.shape[:2]))

@@ -363,3 +363,24 @@ def test_targets_with_positions_need_a_class_axis(likelihood, targets):
     train = DataLoader(TensorDataset(torch.randn(SIZE, 4), targets), 5)
     with pytest.raises(ValueError, match="say by `class_axis`"):
         la.fit(train)
+
+
+@pytest.mark.parametrize("limit", [None, 2**14])
+def test_sampled_uncertainty_is_that_of_dependent_outputs(limit):
+    """Samples of the outputs of each position by itself; in chunks, the same."""
+    la, X, _ = fitted("tokens")
+    la.forward_samples, la.memory_limit = 256, limit
+    found = la.uncertainty(X)
+    changes = [change for _, change in la._output_changes(X)]
+    root = torch.stack([own.view(-1, CLASSES) for own in changes]) / 256**0.5
+    covariance = torch.einsum("snc,snd->ncd", root, root)
+    mean = found.mean.view(-1, CLASSES)
+    noise = torch.randn(20_000, *mean.shape).double()
+    L = torch.linalg.cholesky(covariance + 1e-9 * torch.eye(CLASSES))
+    p = (mean + torch.einsum("ncd,snd->snc", L, noise)).softmax(-1)
+    total = torch.special.entr(p.mean(0)).sum(-1)
+    aleatoric = torch.special.entr(p).sum(-1).mean(0)
+    for own, other in ((found.total, total), (found.aleatoric, aleatoric)):
+        assert torch.allclose(own.flatten(), other, rtol=0.03, atol=0.02)
+    la.forward_samples = None  # independent, as exact covariances are too many
+    assert (la.uncertainty(X).epistemic > found.epistemic).double().mean() > 0.8

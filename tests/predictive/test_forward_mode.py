@@ -18,6 +18,7 @@ from laplace_debiased.predictive.forward_mode import (
     relative_error,
     sampled_change,
 )
+from laplace_debiased.predictive.uncertainty import entropies
 from tests import zoo
 from tests.dense import jacobians
 from tests.fits import debiased
@@ -351,3 +352,19 @@ def test_a_batch_may_be_empty():
     la.forward_samples = 3
     f_mu, f_var = la._glm_predictive_distribution(X[:0])
     assert f_mu.shape == (0, 3) and f_var.shape == (0, 3, 3)
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_uncertainty_of_many_classes_is_that_of_dependent_outputs(subset):
+    """By samples, it is nearer to that of their covariance than by variances alone."""
+    model, X, train = many_outputs(300)
+    la = debiased(model, subset=subset, fisher_rank=5, prior_precision=0.1)
+    la.fit(train)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = la.uncertainty(X).epistemic
+    la.forward_samples = None
+    mean, covariance = la._glm_predictive_distribution(X)
+    total, aleatoric = entropies(mean, covariance)
+    assert torch.allclose(found, total - aleatoric, rtol=0.3)
+    assert abs(found.mean() / (total - aleatoric).mean() - 1) < 0.1
