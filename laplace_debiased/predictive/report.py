@@ -119,7 +119,7 @@ class PredictionReport:
         ... )
         >>> la.fit(train)
         >>> la.optimize_prior_precision()
-        >>> report = la.report(test, foreign_loader=[30 + X])
+        >>> report = la.report(test, foreign_loader=[X + 30 * torch.tensor([0, 1])])
         >>> print(report.table().splitlines()[0])
         | score | posterior | network alone |
         >>> report.posterior.foreign_epistemic > 0.9
