@@ -130,6 +130,7 @@ def leftovers():
         "generator": _GENERATOR.get(),
         "modes": [m for m in _get_current_function_mode_stack() if not is_left_over(m)],
         "records": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
         "attention": torch.backends.cuda.flash_sdp_enabled(),
         "cudnn": torch.backends.cudnn.enabled,
     }

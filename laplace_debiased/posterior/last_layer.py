@@ -32,6 +32,7 @@ from laplace_debiased.predictive.last_layer import (
     last_layer_outputs,
 )
 from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.sharing import thread_restored
 from laplace_debiased.sampling.processes import own_module
 
 
@@ -107,6 +108,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     mean: Tensor
     model: FeatureExtractor
 
+    @thread_restored  # in inference mode, the copy would have parameters for it alone
     def __init__(
         self,
         model: nn.Module,

@@ -48,16 +48,16 @@ def on_device(X: Inputs, device: torch.device) -> Inputs:
         device: The device.
 
     Returns:
-        The inputs. A mapping whose tensors are elsewhere is copied: its owner's stays.
+        The inputs. A mapping whose tensors change is copied: its owner's stays.
     """
     if isinstance(X, Tensor):
         return moved(X, device)
     tensors = {key: own for key, own in X.items() if isinstance(own, Tensor)}
-    if all(own.device == device for own in tensors.values()):
+    changed = {key: moved(own, device) for key, own in tensors.items()}
+    if all(changed[key] is own for key, own in tensors.items()):
         return X
     X = copy(X)
-    for key, own in tensors.items():
-        X[key] = moved(own, device)
+    X.update(changed)
     return X
 
 
@@ -72,8 +72,10 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
     Returns:
         The tensor, which is copied in the background if it is to a GPU; that of pinned
-        memory goes on while the host works.
+        memory goes on while the host works. One that was made in
+        ``torch.inference_mode()``, which no gradient is computed through, is copied.
     """
+    tensor = tensor.clone() if tensor.is_inference() else tensor
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 

@@ -169,6 +169,9 @@ def thread_restored(
     gradients are recorded. Each has context managers, too, but an interrupt in the
     first line of their ``__exit__`` hinders them; a function has no such line.
 
+    In ``torch.inference_mode()``, where nothing can record gradients, the function runs
+    as outside of it.
+
     Args:
         function: The function.
 
@@ -178,6 +181,9 @@ def thread_restored(
 
     @wraps(function)
     def restored(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if torch.is_inference_mode_enabled():
+            with torch._C._InferenceMode(False):
+                return restored(*args, **kwargs)
         restore = _restoring_thread()
         try:
             try:

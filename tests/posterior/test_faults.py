@@ -89,6 +89,7 @@ PREDICTIONS = {
     ),
     "bias-report": lambda la: la.bias_report(loader()).table(),
     "uncertainty": lambda la: la.uncertainty(X).epistemic,
+    "inference-mode": torch.inference_mode()(lambda la: la(X)),
 }
 CHANGES = {
     "fit": lambda la: la.fit(loader(2)),
