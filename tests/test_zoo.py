@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from laplace_debiased import (
+    DebiasedCG,
     DebiasedKFACLinearOperator,
     bias_report,
     curvature_scores,
@@ -212,7 +213,9 @@ def test_predictions_are_exact_and_the_network_stays(name, magnitudes):
 
 # functions into which no mode reaches
 HIDDEN = ["scripted function", "a layer of its own"]
-FORWARD = [name for name in FITTED if name not in WITHOUT_FORWARD_MODE + HIDDEN]
+COMPLEX = "neural operator"
+WITHOUT_DERIVATIVES = [*WITHOUT_FORWARD_MODE, *HIDDEN, COMPLEX]
+FORWARD = [name for name in FITTED if name not in WITHOUT_DERIVATIVES]
 
 
 @pytest.mark.parametrize(
@@ -323,6 +326,19 @@ def test_parameters_that_cannot_be_replaced_are_refused(name, curvature, directi
         )
     with pytest.raises(ValueError, match=r"their own: body\.weight"):
         derivatives(model, X, y, "forward")
+
+
+def test_complex_parameters_are_refused_where_directions_are_real():
+    model, (X, y) = zoo.build(COMPLEX), zoo.data(COMPLEX, SIZE)
+    params = list(model.parameters())
+    match = "1 of `params` are complex"
+    with pytest.raises(ValueError, match=match):
+        DebiasedCG(params)
+    with pytest.raises(ValueError, match=match):
+        bias_report(model, LOSS, params, loader(X, y))
+    for mode in ("forward", "reverse"):
+        with pytest.raises(ValueError, match=match):
+            derivatives(model, X, y, mode)
 
 
 ENTRIES = {

@@ -813,6 +813,17 @@ def _filtered():
     )
 
 
+def _neural_operator():
+    """Multiplies frequencies by complex numbers (Li et al., 2020)."""
+
+    def forward(self, x):
+        filtered = torch.fft.irfft(torch.fft.rfft(x) @ self.spectral, WIDTH)
+        return self.head((filtered + self.body(x)).tanh())
+
+    spectral = nn.Parameter(torch.randn(3, 3, dtype=torch.complex128))
+    return Model(forward, spectral=spectral, body=_layer(), head=_head())
+
+
 def _modulated():
     """FiLM: one input scales and shifts the features of another."""
 
@@ -1053,6 +1064,11 @@ ZOO = {
     ),
     "mapped": Member(_vmapped, left_out={"body.*": "is used by `linear`"}),
     "fourier": Member(_filtered, _SEQUENCE),
+    "neural operator": Member(_neural_operator, left_out={"spectral": "is complex"}),
+    "complex outputs": Member(
+        lambda: Model(lambda self, x: torch.fft.fft(self.head(x)), head=_head()),
+        refused="output is complex",
+    ),
     "modulated": Member(_modulated),
     "set": Member(_set),
     "graph": Member(_graph, _SEQUENCE),

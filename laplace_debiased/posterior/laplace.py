@@ -378,7 +378,7 @@ class KronDebiasedLaplace(KronLaplace):
     @property
     def _dtype(self) -> torch.dtype:
         """The posterior's dtype: half precision cannot hold sums over all data."""
-        return torch.promote_types(super()._dtype, torch.float32)
+        return torch.promote_types(super()._dtype.to_real(), torch.float32)
 
     @property
     def fitted_params(self) -> list[Tensor]:

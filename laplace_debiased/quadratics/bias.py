@@ -36,7 +36,7 @@ from laplace_debiased.quadratics.report import BiasReport, Comparison
 from laplace_debiased.rows.inputs import Batch, moved, on_device
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import Loss, is_counted
-from laplace_debiased.rows.selection import select
+from laplace_debiased.rows.selection import check_real, select
 from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere, thread_restored
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.sampling.folds import Points, draw_uniformly
@@ -114,6 +114,7 @@ def bias_report(
         >>> report.curvature.group_ratio(slice(10)) > 1.1
         True
     """
+    check_real(params)
     check_repeatable(model_func)
     _check_kinds(directions, num_directions, curvature, params)
     points = draw_uniformly(loader, num_points, seed)

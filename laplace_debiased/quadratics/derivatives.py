@@ -52,7 +52,7 @@ from laplace_debiased.rows.output_curvature import (
     is_counted,
     loss_scale,
 )
-from laplace_debiased.rows.selection import Selection, select
+from laplace_debiased.rows.selection import Selection, check_real, select
 from laplace_debiased.rows.separation import check_no_hidden_uses, check_outputs
 from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere, thread_restored
 from laplace_debiased.rows.substitution import (
@@ -155,6 +155,7 @@ def directional_derivatives(
         >>> derivatives.slope, derivatives.curvature
         (tensor([-2., -4.]), tensor([2., 8.]))
     """
+    check_real(params)
     check_repeatable(model_func)
     for name, value, choices in (
         ("curvature", curvature, CURVATURES),

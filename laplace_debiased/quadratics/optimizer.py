@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from laplace_debiased.quadratics.cg import cg, rescale
 from laplace_debiased.rows.interrupts import on_failure
+from laplace_debiased.rows.selection import check_real
 from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere, thread_restored
 
 Closure = Callable[[], tuple[Tensor, Tensor]]
@@ -233,11 +234,12 @@ class DebiasedCG(Optimizer):
             param_group: The parameters, and options of their own.
 
         Raises:
-            ValueError: If there are parameters already.
+            ValueError: If there are parameters already, or complex ones.
         """
         if self.param_groups:
             raise ValueError("DebiasedCG supports one parameter group.")
         super().add_param_group(param_group)
+        check_real(self._params)
 
     @property
     def _params(self) -> list[Tensor]:

@@ -227,13 +227,18 @@ def check_output(output: Tensor, batch_size: int, require: Require = require) ->
         require: Refuses entries that are not finite, at once or later.
 
     Raises:
-        ValueError: If the output is not ``[batch, outputs]`` and finite.
+        ValueError: If the output is not ``[batch, outputs]``, real and finite.
     """
     if output.ndim != 2 or output.shape[0] != batch_size:
         raise ValueError(
             f"The model's output must have shape [{batch_size}, outputs] for a batch "
             f"of {batch_size}, got {tuple(output.shape)}. If there are outputs of "
             "several positions, `class_axis` says which axis has the classes."
+        )
+    if output.is_complex():
+        raise ValueError(
+            "The model's output is complex: let it return real numbers, such as by "
+            "`torch.view_as_real`."
         )
     require(
         all_finite(output),

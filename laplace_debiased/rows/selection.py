@@ -107,6 +107,20 @@ class Selection:
         return replace(self, layers=layers)
 
 
+def check_real(params: Sequence[Tensor]) -> None:
+    """Refuse complex parameters, along which no direction of real numbers goes.
+
+    Args:
+        params: The parameters.
+
+    Raises:
+        ValueError: If one is complex.
+    """
+    count = sum(param.is_complex() for param in params)
+    if count:
+        raise ValueError(f"{count} of `params` are complex, which is not supported.")
+
+
 def find_layers(
     model: nn.Module, params: Sequence[Tensor], X: Inputs, batch_size: int
 ) -> list[Layer]:
@@ -200,6 +214,7 @@ def _candidates(
         k
         for k in reasons
         if params[k].numel() > 0
+        and not params[k].is_complex()
         and k not in pair.hidden
         and k not in pair.recomputed
         and any(gradients[k] is not None for gradients in pair.gradients)
@@ -227,6 +242,8 @@ def _reason(k: int, param: Tensor, pair: Trace, many: Trace) -> str | None:
     uses, others = pair.uses[k], many.others | pair.others
     if param.numel() == 0:
         return "has no entries"
+    if param.is_complex():
+        return "is complex"
     if k in others:
         return f"is {'also ' if uses else ''}used by `{others[k]}`"
     if k in pair.hidden:

@@ -227,9 +227,9 @@ def sweep(
     generator = Generator(device=device)
     if not backward:
         layers = [layer for layer in layers if layer.has_inputs]
-    totals, check_separate = _Totals(parameter.dtype, device), SeparationCheck()
+    dtype = torch.promote_types(parameter.dtype.to_real(), torch.float32)
+    totals, check_separate = _Totals(dtype, device), SeparationCheck()
     add_inputs = accumulator.add_inputs if accumulator.takes_inputs else None
-    weight_dtype = torch.promote_types(parameter.dtype, _SINGLE)
     with tqdm(
         desc=f"[{description}]", total=num_points, disable=not progress_bar
     ) as bar:
@@ -237,7 +237,7 @@ def sweep(
             X, y = on_device(X, device), moved(y, device)
             y = arranged_targets(model, y, loss_func)
             check_finite_inputs(X, totals.requirements.add)
-            own = _weights_of_batch(weights, totals.num_data, len(y)).to(weight_dtype)
+            own = _weights_of_batch(weights, totals.num_data, len(y)).to(dtype)
             own = moved(own, device) * is_counted(loss_func, y)
             accumulator.start_batch(own)
             own_seed = mixed_seed(seed, (start or 0) + totals.num_data)
@@ -265,7 +265,6 @@ def sweep(
     return summary
 
 
-_SINGLE = torch.float32
 # of the gradients in copies that examples have of a parameter
 _COPIED_ENTRIES = 2**27
 
@@ -296,8 +295,8 @@ class _Totals:
     """What a sweep has seen so far.
 
     Args:
-        dtype: Dtype of the network.
-        device: Its device.
+        dtype: Dtype of the loss.
+        device: The network's device.
     """
 
     dtype: torch.dtype
@@ -363,7 +362,7 @@ class _Totals:
         return SweepSummary(
             self.num_data,
             self.total_weight.item(),
-            self.loss.to(torch.promote_types(self.dtype, _SINGLE)),
+            self.loss.to(self.dtype),
             self.num_outputs,
             bool(self.are_probabilities),
             torch.cat(self.losses),
