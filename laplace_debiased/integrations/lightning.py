@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import Precision
 from torch.utils.data import DataLoader
 
 from laplace_debiased.integrations.after_training import AfterTraining
@@ -16,7 +20,8 @@ class LaplaceCallback(Callback):
     """Fits a posterior to a module when its training ends.
 
     It uses the trainer's own data: the training data for the curvature, and the
-    validation data for calibration.
+    validation data for calibration. With a precision such as ``"bf16-true"``, batches
+    are converted as the trainer converts them; ``"bf16-mixed"`` is the trainer's alone.
 
     Args:
         likelihood: ``"classification"``, ``"binary_classification"`` or
@@ -73,7 +78,29 @@ class LaplaceCallback(Callback):
         if val is None and trainer.val_dataloaders is not None:
             val = _only("val_dataloaders", trainer.val_dataloaders)
         assert train is not None
-        self.posterior = self._fit(network, train, val)
+        precision = trainer.precision_plugin
+        val = None if val is None else _converted(val, precision)
+        self.posterior = self._fit(network, _converted(train, precision), val)
+
+
+@dataclass(frozen=True)
+class _Converting:
+    """Collates points to a batch in the trainer's precision."""
+
+    collate: Callable[[list], Any]
+    precision: Precision
+
+    def __call__(self, points: list) -> Any:
+        return self.precision.convert_input(self.collate(points))
+
+
+def _converted(loader: DataLoader, precision: Precision) -> DataLoader:
+    """Return a loader that yields what the trainer's steps get."""
+    if type(precision).convert_input is Precision.convert_input:
+        return loader
+    own = copy(loader)
+    own.collate_fn = _Converting(loader.collate_fn, precision)
+    return own
 
 
 def _only(name: str, loaders: Any) -> DataLoader | None:

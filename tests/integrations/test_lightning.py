@@ -39,8 +39,9 @@ def loader(size, seed):
     return DataLoader(TensorDataset(X, X[:, :3].argmax(1)), 16, shuffle=True)
 
 
-def train(module, callback, *loaders):
+def train(module, callback, *loaders, **options):
     trainer = pl.Trainer(
+        **options,
         max_epochs=2,
         accelerator="cpu",
         callbacks=[callback],
@@ -91,3 +92,46 @@ def test_several_loaders_are_refused():
     callback = LaplaceCallback()
     with pytest.raises(ValueError, match=r"val_dataloaders.* single DataLoader"):
         train(Classifier(), callback, loader(60, 0), [loader(20, 1), loader(20, 2)])
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("64-true", torch.float64), ("bf16-true", torch.bfloat16)],
+)
+def test_batches_have_the_trainers_precision(precision, dtype, given):
+    torch.manual_seed(0)
+    module, data, val = Classifier(), loader(60, 0), loader(60, 1)
+    callback = LaplaceCallback(val_loader=val if given else None)
+    loaders = (data,) if given else (data, val)
+    train(module, callback, *loaders, precision=precision)
+    la = callback.posterior
+    assert la.mean.dtype == dtype and la.calibration is not None
+    X, y = data.dataset.tensors
+    assert X.dtype == torch.float32  # the trainer's own data stay
+    expected = Laplace(module, "classification", "all", "kron_debiased")
+    expected.fit(DataLoader(TensorDataset(X.to(dtype), y), 16))
+    assert torch.equal(la.loss, expected.loss)
+    assert torch.allclose(la.H.to_matrix(), expected.H.to_matrix(), rtol=1e-4)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from zip(*loader(60, 0).dataset.tensors, strict=True)
+
+
+def test_streams_of_kept_workers_have_the_trainers_precision():
+    data = DataLoader(Stream(), 16, num_workers=1, persistent_workers=True)
+    callback = LaplaceCallback()
+    train(Classifier(), callback, data, precision="64-true")
+    assert callback.posterior.mean.dtype == torch.float64
+    assert callback.posterior.n_data == 60
+
+
+def test_mixed_precision_is_the_trainers_alone():
+    module, data = Classifier(), loader(60, 0)
+    callback = LaplaceCallback()
+    train(module, callback, data, precision="bf16-mixed")
+    expected = Laplace(module, "classification", "all", "kron_debiased")
+    expected.fit(data)
+    assert torch.equal(callback.posterior.loss, expected.loss)
