@@ -116,7 +116,7 @@ class KronDebiasedLaplace(KronLaplace):
             0 or 1, or probabilities between them, by one logit each, as
             ``BCEWithLogitsLoss`` takes them. Outputs and labels are ``[batch,
             labels]``; those of one label may be ``[batch]``, and predictions are then
-            ``[batch, 1]``.
+            ``[batch, 1]``. So may those of a regression with one output.
         sigma_noise: Standard deviation of a regression's noise, as in ``KronLaplace``,
             like all that follow until ``magnitudes``. It is one unless it is given or
             tuned (:meth:`optimize_prior_precision`).

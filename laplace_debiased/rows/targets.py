@@ -6,25 +6,27 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import BCEWithLogitsLoss
+from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss
 
 from laplace_debiased.rows.positions import class_axis_of, flat_targets
 
 
 def label_targets(y: Tensor, loss_func: nn.Module) -> Tensor:
-    """Turn labels into what binary cross-entropy takes.
+    """Turn labels, and numbers, into what a loss of each output takes.
 
     Args:
-        y: Targets; labels may be integers or booleans, and those of one label
-            ``[batch]``.
+        y: Targets; labels may be integers or booleans, and those of one label, or of
+            one output of a regression, ``[batch]``.
         loss_func: The loss.
 
     Returns:
-        The targets; labels as floating-point numbers, and one label as a column.
+        The targets; labels as floating-point numbers, and those of one output as a
+        column.
     """
-    if not isinstance(loss_func, BCEWithLogitsLoss):
+    if isinstance(loss_func, CrossEntropyLoss):
         return y
-    y = y if y.is_floating_point() else y.to(torch.get_default_dtype())
+    if isinstance(loss_func, BCEWithLogitsLoss) and not y.is_floating_point():
+        y = y.to(torch.get_default_dtype())
     return y[:, None] if y.ndim == 1 else y
 
 

@@ -15,16 +15,15 @@ LENGTH, VOCABULARY = 5, 11
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def points(size, seed):
+def points(size, seed, kind=int):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(VOCABULARY, (size, LENGTH), generator=generator)
-    return [{"input_ids": own, "labels": int(own[0]) % 3} for own in tokens]
+    return [{"input_ids": own, "labels": kind(own[0]) % 3} for own in tokens]
 
 
-@pytest.mark.parametrize("evaluates", [True, False])
-def test_a_posterior_is_fitted_when_training_ends(tmp_path, evaluates):
+def network(num_labels=3):
     torch.manual_seed(0)
-    model = BertForSequenceClassification(
+    return BertForSequenceClassification(
         BertConfig(
             vocab_size=VOCABULARY,
             hidden_size=8,
@@ -32,9 +31,14 @@ def test_a_posterior_is_fitted_when_training_ends(tmp_path, evaluates):
             num_attention_heads=2,
             intermediate_size=16,
             max_position_embeddings=LENGTH,
-            num_labels=3,
+            num_labels=num_labels,
         )
     )
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_posterior_is_fitted_when_training_ends(tmp_path, evaluates):
+    model = network()
     arguments = TrainingArguments(
         tmp_path,
         num_train_epochs=1,
@@ -60,3 +64,22 @@ def test_a_posterior_is_fitted_when_training_ends(tmp_path, evaluates):
     probabilities = la(X)
     assert probabilities.shape == (4, 3) and probabilities.isfinite().all()
     assert (tmp_path / "posterior.pt").exists()
+
+
+def test_regressions_of_one_number(tmp_path):
+    """Its labels are ``[batch]``, as its own loss takes them, and outputs a column."""
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    callback = LaplaceCallback("regression")
+    data = points(40, 0, float)
+    model = network(num_labels=1)
+    Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    la = callback.posterior
+    tokens = torch.stack([point["input_ids"] for point in data])
+    y = torch.tensor([point["labels"] for point in data])
+    with torch.no_grad():
+        squares = (model(tokens).logits[:, 0] - y).square()
+    assert torch.allclose(la.loss, squares.sum() / 2, rtol=1e-4)
+    f_mu, f_var = la({"input_ids": tokens[:4]})
+    assert f_mu.shape == (4, 1) and (f_var > 0).all()
