@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from warnings import warn
 
 import torch
 from laplace.utils import split_batch
@@ -30,12 +29,11 @@ from laplace_debiased.posterior.upstream import (
     is_stochastic,
     output_curvature,
 )
-from laplace_debiased.rows.arguments import ignored_keys, without_targets
-from laplace_debiased.rows.inputs import (
-    Inputs,
-    check_finite_inputs,
-    check_is_batch,
+from laplace_debiased.rows.batch_warnings import (
+    warn_of_ignored_keys,
+    warn_of_own_tokens,
 )
+from laplace_debiased.rows.inputs import check_finite_inputs, check_is_batch
 from laplace_debiased.rows.left_out import refusal, refusal_of_diagonals, warning
 from laplace_debiased.rows.model_state import check_repeatable, measuring
 from laplace_debiased.rows.output_curvature import ends_in_link
@@ -173,7 +171,8 @@ def choose_parameters(la: KronDebiasedLaplace, batch: Any) -> None:
     X, y = split_batch(batch, la.dict_key_y)
     check_is_batch(y)
     X = la._inputs(X)
-    _warn_of_ignored_keys(la, X)
+    warn_of_ignored_keys(la._network, X, la.dict_key_y)
+    warn_of_own_tokens(la._network, X, y, la.dict_key_x)
     check_finite_inputs(X)
     if la.class_axis is not None:
         with measuring(la.model):
@@ -192,18 +191,6 @@ def choose_parameters(la: KronDebiasedLaplace, batch: Any) -> None:
     if diagonals and la.strict:
         raise ValueError(refusal_of_diagonals(diagonals))
     _fit_selected(la, candidates, selection)
-
-
-def _warn_of_ignored_keys(la: KronDebiasedLaplace, X: Inputs) -> None:
-    """Say which entries of mappings the network does not get."""
-    network = la._network
-    ignored = ignored_keys(network, without_targets(network, X, la.dict_key_y))
-    if ignored:
-        warn(
-            f"The model is called without the entries {ignored} of batches, since "
-            f"{type(network).__name__}.forward has no arguments of these names.",
-            stacklevel=6,
-        )
 
 
 def _fit_selected(
