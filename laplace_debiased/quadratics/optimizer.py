@@ -44,7 +44,7 @@ class BatchQuadratic:
 
     Args:
         losses: Each example's loss ``[batch]``, or their mean, computed from
-            ``output``.
+            ``output``; what they add to that counts in the gradient alone.
         output: The network's output, with its graph.
         params: The parameters.
         damping: Added to the curvature's diagonal.
@@ -59,28 +59,22 @@ class BatchQuadratic:
         self.loss = loss.detach()
         self._output, self._params, self._damping = output, params, damping
         (self._output_gradient,) = torch.autograd.grad(loss, output, create_graph=True)
-        self.gradient = self._transposed(self._output_gradient.detach())
+        self.gradient = self._in_parameters(loss)
         # J^T w is linear in w: its derivative in w, along v, is J v
         self._weights = torch.zeros_like(output, requires_grad=True)
-        self._linear = _flat(
-            torch.autograd.grad(
-                output,
-                params,
-                self._weights,
-                create_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        )
+        self._linear = self._in_parameters(output, self._weights, create_graph=True)
 
-    def _transposed(self, column: Tensor) -> Tensor:
-        """Multiply the transposed Jacobian by a column of the output's shape."""
+    def _in_parameters(
+        self, of: Tensor, column: Tensor | None = None, create_graph: bool = False
+    ) -> Tensor:
+        """Compute a gradient, or multiply a transposed Jacobian by a column."""
         return _flat(
             torch.autograd.grad(
-                self._output,
+                of,
                 self._params,
                 column,
                 retain_graph=True,
+                create_graph=create_graph,
                 allow_unused=True,
                 materialize_grads=True,
             )
@@ -103,7 +97,7 @@ class BatchQuadratic:
     def __matmul__(self, direction: Tensor) -> Tensor:
         """Multiply the damped GGN by a direction ``[D]``."""
         product = self.output_curvature_product(self.output_change(direction))
-        return self._transposed(product) + self._damping * direction
+        return self._in_parameters(self._output, product) + self._damping * direction
 
     def change(self, step: Tensor) -> Tensor:
         """Predict the change of the loss by a step ``[D]``."""
@@ -151,6 +145,11 @@ class DebiasedCG(Optimizer):
     statistics, which one closure's halves share, and each call of a closure updates the
     running ones: one for each mini-batch, and one more with ``adapt_damping``. Dropout
     is drawn once for a quadratic, but anew when the damping adapts.
+
+    The gradient is that of the losses, also of what they add to the loss of the output,
+    such as a penalty of the weights. The curvature is the GGN of the loss in the
+    output, in which penalties are not: add twice the factor of a squared norm to
+    ``damping``, or steps are too long.
 
     Args:
         params: The parameters, in one group.

@@ -349,3 +349,45 @@ def test_a_step_is_made_as_a_whole_or_not_at_all(fails_at):
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(closure, closure)
     assert same((dict(model.state_dict()), optimizer.state_dict()), before)
+
+
+def ridge(model, X, Y, penalty):
+    def closure(rows=slice(None)):
+        output = model(X[rows])
+        squares = sum(p.square().sum() for p in model.parameters())
+        return (output - Y[rows]).square().sum(1) + penalty * squares, output
+
+    return closure
+
+
+def regression():
+    torch.manual_seed(0)
+    X, Y = torch.randn(40, 4).double(), torch.randn(40, 1).double()
+    return torch.nn.Linear(4, 1, bias=False).double(), X, Y
+
+
+@pytest.mark.parametrize("debias", [False, True])
+def test_penalties_count_in_the_gradient(debias):
+    """With their curvature as damping, the minimum is that of the penalized loss."""
+    model, X, Y = regression()
+    closure = ridge(model, X, Y, 3.0)
+    options = {"max_iterations": 20, "rtol": 1e-10, "debias": debias}
+    optimizer = DebiasedCG(model.parameters(), damping=6.0, **options)
+    closures = [closure, closure] if debias else [closure]  # one batch in both roles
+    loss = optimizer.step(*closures)
+    exact = torch.linalg.solve(X.T @ X / 40 + 3 * torch.eye(4).double(), X.T @ Y / 40)
+    assert torch.allclose(model.weight.T, exact)
+    assert closure()[0].mean() < loss
+
+
+def test_gradients_of_both_batches_are_those_of_their_losses():
+    model, X, Y = regression()
+    optimizer = DebiasedCG(model.parameters())
+    parts = [slice(0, 20), slice(20, 40)]
+    closure = ridge(model, X, Y, 3.0)
+    expected = [
+        torch.autograd.grad(closure(part)[0].mean(), model.weight)[0] for part in parts
+    ]
+    for closures in [(closure, None), [lambda p=part: closure(p) for part in parts]]:
+        for own, exact in zip(optimizer._quadratics(*closures), expected, strict=True):
+            assert torch.allclose(own.gradient, exact.flatten())
