@@ -15,7 +15,11 @@ from torch.utils.data import DataLoader
 from laplace_debiased.curvature.decomposition import Decompose
 from laplace_debiased.curvature.streams import GGNCurvature
 from laplace_debiased.posterior.asdl_backpack import BackendSource, check_installed
-from laplace_debiased.posterior.identity import check_same_fit, identity
+from laplace_debiased.posterior.identity import (
+    check_not_replaced,
+    check_same_fit,
+    identity,
+)
 from laplace_debiased.posterior.measuring import Earlier, Estimate, measure
 from laplace_debiased.posterior.memory import check_limit, of_fit
 from laplace_debiased.posterior.resuming import ResumedSource
@@ -146,7 +150,9 @@ def assign(
         points = draw_uniformly(
             loader, num_points, seed, name, draw_seed, la.dict_key_y, group
         )
-    if not seen.weight:
+    if seen.weight:
+        check_not_replaced(la.model, la.fitted_params)
+    else:
         choose_parameters(la, points.first_batch())
     if isinstance(points, Folds):
         return points
@@ -181,6 +187,7 @@ def choose_parameters(la: KronDebiasedLaplace, batch: Any) -> None:
         check_positions(y, shape, la.class_axis)
     with measuring(la.model):
         candidates = la._find_candidates(X, len(y))
+    check_not_replaced(la.model, candidates)
     with measuring(la.model):  # if this fails, a last layer that was found stays so
         # other backends give factors of matrices and vectors alone
         dense = not is_curvlinops(la._backend_cls)

@@ -1,4 +1,4 @@
-"""What the posterior of a fit depends on."""
+"""What the posterior of a fit depends on, and is of."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from laplace.utils import split_batch
+from torch import Tensor, nn
 
 from laplace_debiased.rows.digests import digest
 from laplace_debiased.sampling.folds import Fold, Folds
@@ -20,6 +21,27 @@ if TYPE_CHECKING:
 Progress: TypeAlias = "tuple[Seen, float, float | None, Sequence[int]]"
 # examples of a fold whose contents are compared
 _SAMPLES = 32
+
+
+def check_not_replaced(model: nn.Module, params: Sequence[Tensor]) -> None:
+    """Refuse parameters that are the network's no more.
+
+    Args:
+        model: The network.
+        params: The parameters.
+
+    Raises:
+        ValueError: If one is none of the network's.
+    """
+    own = {id(param) for param in model.parameters()}
+    gone = sum(id(param) not in own for param in params)
+    if gone:
+        raise ValueError(
+            f"{gone} of the posterior's parameters are no longer the model's, which "
+            "has new ones, such as by `load_state_dict(..., assign=True)`: build a new "
+            "posterior of the model, and fit it. Without `assign`, values are copied "
+            "into the parameters that there are."
+        )
 
 
 def identity(

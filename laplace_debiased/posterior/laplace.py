@@ -46,6 +46,7 @@ from laplace_debiased.posterior import (
     tuning,
     uncertainties,
 )
+from laplace_debiased.posterior.identity import check_not_replaced
 from laplace_debiased.posterior.likelihoods import (
     BINARY,
     Kind,
@@ -361,6 +362,7 @@ class KronDebiasedLaplace(KronLaplace):
     def _check_H_init(self) -> None:
         if self._estimate is None:
             raise AttributeError("Laplace not fitted. Run fit() first.")
+        check_not_replaced(self.model, self.fitted_params)
 
     @property
     def H_facs(self) -> Kron | None:
@@ -742,6 +744,7 @@ class KronDebiasedLaplace(KronLaplace):
     def _glm_predictive_distribution(
         self, X: Inputs, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
+        self._check_H_init()
         kind = "joint" if joint else "diagonal" if diagonal_output else "full"
         if kind != "diagonal":
             predicting.check_has_covariances(self)
@@ -782,7 +785,6 @@ class KronDebiasedLaplace(KronLaplace):
 
     def _output_moments(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
         """Compute mean and covariance of the linearized network's output."""
-        self._check_H_init()
         predictive = self._predictive(self.posterior_precision)
         return predictive.moments(X, num_examples(X, self.dict_key_x), kind)
 
@@ -898,6 +900,7 @@ class KronDebiasedLaplace(KronLaplace):
         **model_kwargs: Any,
     ) -> Iterator[Tensor]:
         """Yield the network's calibrated output for each posterior sample."""
+        self._check_H_init()
         temperature = self._calibration.temperature if self._calibration else 1.0
         for output in self._sampled_outputs(X, n_samples, generator, **model_kwargs):
             own = output if self.enable_backprop else output.detach()

@@ -260,7 +260,6 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
                 setattr(layer, key, own)
 
     def _output_moments(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
-        self._check_H_init()
         with torch.set_grad_enabled(self.enable_backprop):
             f_mu, features = features_of(self.model, self.fitted_params, X)
         if features is None:

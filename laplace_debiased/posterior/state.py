@@ -20,6 +20,7 @@ from laplace_debiased.curvature.factors import EXPAND
 from laplace_debiased.curvature.streams import CURVATURE_TYPES
 from laplace_debiased.posterior.checkpoint import flat, is_same, nested
 from laplace_debiased.posterior.fitting import Seen, set_params
+from laplace_debiased.posterior.identity import check_not_replaced
 from laplace_debiased.posterior.measuring import Estimate
 from laplace_debiased.posterior.sampling_error import SamplingError
 from laplace_debiased.posterior.state_checks import UPSTREAM, check
@@ -121,6 +122,7 @@ def _configuration(la: KronDebiasedLaplace) -> dict[str, Any]:
 
 
 def _names(la: KronDebiasedLaplace, params: Sequence[Tensor]) -> list[str]:
+    check_not_replaced(la.model, params)
     of_parameter = {id(p): name for name, p in la.model.named_parameters()}
     return [of_parameter[id(param)] for param in params]
 
