@@ -75,8 +75,8 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
         memory goes on while the host works. One that was made in
         ``torch.inference_mode()``, which no gradient is computed through, is copied.
     """
-    tensor = tensor.clone() if tensor.is_inference() else tensor
-    return tensor.to(device, non_blocking=device.type == "cuda")
+    there = tensor.to(device, non_blocking=device.type == "cuda")
+    return there.clone() if there.is_inference() else there
 
 
 def warn_of_autocast(device: torch.device) -> None:

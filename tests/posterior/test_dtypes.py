@@ -1,5 +1,6 @@
 """Posteriors of models in any precision and memory layout."""
 
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -87,6 +88,36 @@ def test_a_body_in_half_precision_may_have_a_head_in_single():
     assert torch.allclose(la(X), exact(X), atol=0.01)
     options = {"pred_type": "nn", "link_approx": "mc", "n_samples": 3}
     assert la(X, **options).dtype == torch.float32
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_the_first_parameter_may_be_complex(magnitudes, subset):
+    class Spectral(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.Parameter(torch.eye(3, dtype=torch.complex64))
+            self.net = network("mlp", dtype=torch.float32)
+
+        def forward(self, x):
+            return self.net(torch.fft.irfft(torch.fft.rfft(x) @ self.weights, 4))
+
+    options = {"subset": subset, "magnitudes": magnitudes, "prior_precision": 2.0}
+    plain, la, loaded = (
+        debiased(model, **options)
+        for model in (network("mlp", dtype=torch.float32), Spectral(), Spectral())
+    )
+    train = loader(dtype=torch.float32)
+    plain.fit(train)
+    warned = pytest.warns(UserWarning, match=r"Spectral: weights\) is complex")
+    with warned if subset == "all" else nullcontext():
+        la.fit(train)
+    loaded.load_state_dict(la.state_dict())
+    X = train.dataset.tensors[0][:5]
+    assert torch.allclose(la(X), plain(X), atol=1e-5)
+    assert torch.equal(loaded(X), la(X))
+    tensors = [la(X), la.sample(1), la.mean, la.loss, la.log_marginal_likelihood()]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
 
 
 def test_parameters_may_have_any_memory_layout():
