@@ -310,7 +310,8 @@ def check_targets(
         raise ValueError(
             f"Targets must be {kind} of the output's shape {tuple(output.shape)}: the "
             f"output has {output.ndim} dims, the target {y.ndim}, of shape "
-            f"{tuple(y.shape)} and {y.dtype}."
+            f"{tuple(y.shape)} and {y.dtype}"
+            + ("." if is_cross_entropy else "; a vector counts as a column.")
         )
     require(all_finite(y), lambda: "Targets contain NaN or infinite entries.")
     if is_cross_entropy:

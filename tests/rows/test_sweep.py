@@ -99,7 +99,7 @@ BAD_DATA = {
     "inf-inputs": ([(X + INF, CLASSES)], "cross-entropy", "Inputs contain NaN"),
     "nan-in-mapping": ([({"x": X * NAN}, CLASSES)], "mse", "Inputs contain NaN"),
     "nan-targets": ([(X, VALUES * NAN)], "mse", "Targets contain NaN"),
-    "flat-targets": ([(X, VALUES[:, 0])], "mse", "output has 2 dims, the target 1"),
+    "flat-targets": ([(X, VALUES[:, 0])], "mse", "a vector counts as a column"),
     "integer-targets": ([(X, VALUES.long())], "mse", "of floating-point dtype"),
     "float-classes": ([(X, CLASSES.float())], "cross-entropy", "class indices"),
     "column-classes": ([(X, CLASSES[:, None])], "cross-entropy", r"shape \[batch\]"),
