@@ -13,6 +13,7 @@ from laplace_debiased.curvature.factors import (
     Totals,
     accumulation_dtype,
     is_joint,
+    squared_norms,
     with_bias_column,
 )
 from laplace_debiased.curvature.jacobians import rotated_jacobians
@@ -58,6 +59,8 @@ class DirectionalCurvatures:
         self._inputs: dict[str, list[Tensor | OneHotRows]] = {}
         self._spectra = {layer.name: self._zeros(layer) for layer in layers}
         self.contributions = Contributions(layers)
+        self.squared_inputs = Contributions(layers)
+        self.num_rows = Contributions(layers)
 
     def _zeros(self, layer: Layer) -> Spectrum:
         basis, inputs = self._bases(layer)
@@ -73,15 +76,19 @@ class DirectionalCurvatures:
     def start_batch(self, weights: Tensor) -> None:
         """Forget the last batch; its weights come with the gradient rows."""
         self._inputs.clear()
-        self.contributions.start_batch(weights)
+        for own in (self.contributions, self.squared_inputs, self.num_rows):
+            own.start_batch(weights)
 
     def add_inputs(self, layer: Layer, rows: Tensor | OneHotRows) -> None:
         """Rotate and keep a batch of input rows ``[batch, S, groups, features]``."""
+        self.num_rows.add(layer, rows.shape[1])
         if isinstance(rows, OneHotRows):
             kept = rows.to(accumulation_dtype(rows.values.dtype))
+            self.squared_inputs.add(layer, kept.squared_lengths())
             self._inputs.setdefault(layer.name, []).append(kept)
             return
         rows = rows.to(accumulation_dtype(rows.dtype))
+        self.squared_inputs.add(layer, squared_norms(rows.flatten(2)))
         if is_joint(layer, self._joint):
             rows = with_bias_column(rows)
         _, basis = self._bases(layer)
@@ -110,7 +117,11 @@ class DirectionalCurvatures:
 
     def per_example(self) -> dict[str, Tensor]:
         """Return what is known of each example, by its name in a sweep's summary."""
-        return {"contributions": self.contributions.matrix()}
+        return {
+            "contributions": self.contributions.matrix(),
+            "squared_inputs": self.squared_inputs.matrix(),
+            "num_rows": self.num_rows.matrix(),
+        }
 
     def add_up(self, totals: Totals) -> None:
         """Add what others have seen, who have accumulators of the same directions.

@@ -159,7 +159,7 @@ class KroneckerFactors:
 
     def _add_covariance(self, layer: Layer, rows: Tensor) -> None:
         counted = self._weights > 0  # the others have no part in the mean
-        self.squared_inputs.add(layer, counted * _squared_norms(rows))
+        self.squared_inputs.add(layer, counted * squared_norms(rows))
         self.num_rows.add(layer, counted * rows.shape[1])
         if is_joint(layer, self._joint):
             rows = with_bias_column(rows)
@@ -183,7 +183,7 @@ class KroneckerFactors:
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
         """Add a batch of gradient rows, which carry the square root of the weights."""
         rows = rows.to(accumulation_dtype(rows.dtype)).flatten(2)  # [batch, S, d_out]
-        self.contributions.add(layer, _squared_norms(rows))
+        self.contributions.add(layer, squared_norms(rows))
         if layer.is_diagonal:
             self._gradients.add(layer.name, rows.sum(1).square().sum(0))
             return
@@ -299,7 +299,7 @@ def _input_shape(layer: Layer, joint: bool) -> list[int]:
     return (1 if layer.is_embedding else 2) * [layer.d_in + is_joint(layer, joint)]
 
 
-def _squared_norms(rows: Tensor) -> Tensor:
+def squared_norms(rows: Tensor) -> Tensor:
     """Return the squared norm of each example's rows ``[batch, S, features]``."""
     return torch.linalg.vector_norm(rows, dim=(1, 2)).square()
 

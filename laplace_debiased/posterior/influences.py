@@ -80,15 +80,31 @@ def of_factors(
     Returns:
         The influences of all points ``[points, layers]``; their sum is the trace.
     """
-    vector = has_vector(layers).to(inputs[0].traces)
-    A = sum_of([share * own.traces for share, own in zip(shares, inputs, strict=True)])
+    scale = scale_of_gradients(layers, inputs, shares)
     G = sum_of([own.double().sum(0) for own in gradients])
     return torch.cat(
         [
-            (A + vector) * own + G * share * scale.influences
-            for own, scale, share in zip(gradients, inputs, shares, strict=True)
+            scale * own + G * share * of_inputs.influences
+            for own, of_inputs, share in zip(gradients, inputs, shares, strict=True)
         ]
     )
+
+
+def scale_of_gradients(
+    layers: Sequence[Layer], inputs: Sequence[InputScale], shares: Sequence[float]
+) -> Tensor:
+    """Compute the factor from tr G to the trace of each layer's curvature.
+
+    Args:
+        layers: The layers.
+        inputs: The scale of each fold's input covariances.
+        shares: Each fold's share.
+
+    Returns:
+        The factors ``[layers]``.
+    """
+    A = sum_of([share * own.traces for share, own in zip(shares, inputs, strict=True)])
+    return A + has_vector(layers).to(A)
 
 
 def of_pools(
@@ -97,11 +113,10 @@ def of_pools(
     pools: Sequence[SweepSummary],
     shares: Sequence[float],
     inputs: InputScale | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Estimate the influences of the points of pools that others are drawn from.
 
-    A point's curvature is not known without a backward pass. Its score stands for it;
-    that of exact curvature for the score times the squared length of its input rows.
+    A point's curvature is not known without a backward pass. Its score stands for it.
 
     Args:
         layers: The layers.
@@ -112,30 +127,62 @@ def of_pools(
             curvature.
 
     Returns:
-        The influences ``[points, layers]``.
+        The influences ``[points, layers]``, and what of them is not of all data even if
+        all are in the pools, likewise: inputs of the last pool stand for all.
     """
-    vector = has_vector(layers).to(traces)
     parts = []
     for pool, share in zip(pools, shares, strict=True):
-        assert pool.traces is not None
-        scores = pool.traces.double()[:, None].expand(-1, len(traces))
-        if inputs is None:
-            scores = scores * _squared_lengths(pool, vector)
+        scores = scores_of(layers, pool, inputs is None)
         means = scores.mean(0)
         relative = torch.where(means > 0, scores / means - 1, 0.0) / len(scores)
         parts.append(share * traces * relative)
+    total = torch.cat(parts)
+    of_inputs = torch.zeros_like(total)
     if inputs is not None:
-        scale = inputs.traces + vector
-        parts[-1] = parts[-1] + traces / scale * inputs.influences
-    return torch.cat(parts)
+        scale = scale_of_gradients(layers, [inputs], [1.0])
+        of_inputs[-len(parts[-1]) :] = traces / scale * inputs.influences
+    share_apart = 1 - len(parts[-1]) / len(total)
+    return total + of_inputs, share_apart**0.5 * of_inputs
 
 
-def _squared_lengths(pool: SweepSummary, vector: Tensor) -> Tensor:
-    """Squared lengths of the input rows, that of a vector included."""
-    assert pool.squared_inputs is not None and pool.num_rows is not None
-    squares = pool.squared_inputs.double() + vector * pool.num_rows
+def scores_of(layers: Sequence[Layer], summary: SweepSummary, is_exact: bool) -> Tensor:
+    """Compute what stands for the points' contributions, without random numbers.
+
+    Args:
+        layers: The layers.
+        summary: A pass over the points.
+        is_exact: Whether contributions are those to exact curvature, not to tr G: then
+            the scores are times the squared length of the input rows, that of a vector
+            included.
+
+    Returns:
+        The scores ``[points, layers]``.
+    """
+    assert summary.traces is not None
+    scores = summary.traces.double()[:, None].expand(-1, len(layers))
+    if not is_exact:
+        return scores
+    assert summary.squared_inputs is not None and summary.num_rows is not None
+    vector = has_vector(layers).to(scores)
+    squares = summary.squared_inputs.double() + vector * summary.num_rows
     # layers without input rows have gradient rows alone
-    return torch.where(pool.num_rows > 0, squares, 1.0)
+    return scores * torch.where(summary.num_rows > 0, squares, 1.0)
+
+
+def not_told(contributions: Tensor, scores: Tensor) -> Tensor:
+    """Take out of contributions what scores tell of them, by least squares.
+
+    Args:
+        contributions: Weighted contributions of each point ``[points, layers]``.
+        scores: Weighted scores of each point, likewise.
+
+    Returns:
+        The rest, likewise.
+    """
+    terms, scores = contributions.double(), scores.to(contributions.device)
+    terms, scores = terms - terms.mean(0), scores - scores.mean(0)
+    squares = scores.square().sum(0).clamp(min=torch.finfo(scores.dtype).tiny)
+    return terms - scores * ((scores * terms).sum(0) / squares)
 
 
 def sum_of(tensors: Sequence[Tensor]) -> Tensor:

@@ -1290,8 +1290,8 @@ class KronDebiasedLaplace(KronLaplace):
     def curvature_standard_errors(self) -> dict[str, float]:
         """Relative standard error of the curvature's scale in each layer.
 
-        Of the trace of each layer's curvature, over draws of the points; NaN for a
-        layer without curvature.
+        Of the trace of each layer's curvature, over draws of the points, random signs
+        and sampled labels; NaN for a layer without curvature.
 
         Raises:
             AttributeError: If there is no fit yet.

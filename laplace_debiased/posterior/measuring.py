@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, count
@@ -24,9 +24,11 @@ from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.curvature.streams import Curvature, GGNCurvature, KFACCurvature
 from laplace_debiased.posterior.influences import (
     InputScale,
-    has_vector,
+    not_told,
     of_factors,
     of_pools,
+    scale_of_gradients,
+    scores_of,
 )
 from laplace_debiased.posterior.sampling_error import SamplingError
 from laplace_debiased.posterior.settings import Settings
@@ -343,25 +345,50 @@ def _error(
         for share, summary in zip(shares, measured, strict=True)
         if summary.contributions is not None
     ]
-    inputs = None
-    if settings.magnitudes == "ggn":
-        terms = torch.cat(contributions)
+    is_exact, inputs = settings.magnitudes == "ggn", None
+    drawn = torch.cat(contributions)
+    if is_exact:
+        terms = drawn
     elif pools:  # input covariances are those of the last pool
         inputs = InputScale.of_pass(pools[-1], torch.ones(pools[-1].num_data))
-        vector = has_vector(source.layers).to(inputs.traces)
-        terms = (inputs.traces + vector) * torch.cat(contributions)
+        terms = drawn = scale_of_gradients(source.layers, [inputs], [1.0]) * drawn
     else:
         pairs = zip(measured, used, strict=True)
         scales = [InputScale.of_pass(own, fold.weights) for own, fold in pairs]
         terms = of_factors(source.layers, contributions, scales, shares)
-    traces = terms.double().sum(0)
+        drawn = scale_of_gradients(source.layers, scales, shares) * drawn
+    of_pool = pool_noise = None
+    if pools:
+        traces = terms.double().sum(0)
+        of_pool, pool_noise = of_pools(source.layers, traces, pools, shares, inputs)
+    passes = zip(shares, used, measured, strict=True)
     return SamplingError.of_points(
         [layer.name for layer in source.layers],
         terms,
         torch.cat([own.losses for own in surveys if own.losses is not None]),
         folds.num_data,
-        of_pools(source.layers, traces, pools, shares, inputs) if pools else None,
+        of_pool,
+        _noise(source, passes, drawn, is_exact),
+        pool_noise,
+        folds.apart,
     )
+
+
+def _noise(
+    source: Source,
+    passes: Iterable[tuple[float, Fold, SweepSummary]],
+    drawn: Tensor,
+    is_exact: bool,
+) -> Tensor | None:
+    """Find what random numbers gave of contributions, at most; None without any."""
+    scores = [
+        share
+        * fold.weights.to(drawn.device)[:, None]
+        * scores_of(source.layers, own, is_exact)
+        for share, fold, own in passes
+        if own.is_random
+    ]
+    return not_told(drawn, torch.cat(scores)) if scores else None
 
 
 def _unzipped(pairs: Iterator[tuple[Factors, SweepSummary]]) -> tuple[list, list]:

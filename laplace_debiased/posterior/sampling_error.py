@@ -12,6 +12,12 @@ data, so that its error has :math:`C - S`. Independent parts add both. A factor 
 number of data scales the estimate by f, and adds data to the sum: :math:`f^2 C` and
 :math:`f S`. A weight d of both scales them by :math:`d^2`.
 
+What of the contributions is not that sum's stays, however many points there are:
+:math:`S = \frac{n}{N} (C - R)`, where R is as C, but of that part alone. With sampled
+labels or random signs, it is their noise. The points' scores, which are not drawn, tell
+a part of the contributions, and R is of all the rest: at least of the noise. Points
+that are none of the N tell nothing of their sum, so that R is C.
+
 The variance is itself estimated, and few points may carry it: with the deviations
 :math:`d_i = c_i - \bar c`, as many as :math:`m = (\sum_i d_i^2)^2 / \sum_i d_i^4`.
 Intervals, for the logarithm of a trace, have Student's quantile for :math:`m / 2`
@@ -68,12 +74,16 @@ class Spread:
         return cls(zeros.diag(), zeros.diag(), 0.0, 0.0, zeros)
 
     @classmethod
-    def of_sum(cls, terms: Tensor, num_data: float) -> Spread:
+    def of_sum(
+        cls, terms: Tensor, num_data: float, noise: Tensor | None = None
+    ) -> Spread:
         """Estimate the covariance of the sum of independent terms.
 
         Args:
             terms: A term of each point ``[points, quantities]``.
             num_data: Number of all points.
+            noise: What of the terms is not a part of the sum over all points; None if
+                nothing is.
 
         Returns:
             The spread, infinite for a single point.
@@ -82,11 +92,11 @@ class Spread:
         if count < 2:
             zeros = torch.zeros_like(terms.T @ terms)
             infinite = zeros + torch.inf
-            return cls(infinite, zeros, num_data**2, num_data, infinite.diagonal())
-        centered = terms - terms.mean(0)
-        covariance = count / (count - 1) * centered.T @ centered
-        seen = count / num_data * covariance
-        fourth_powers = centered.pow(4).sum(0)
+            seen_size = num_data if noise is None else 0.0
+            return cls(infinite, zeros, num_data**2, seen_size, infinite.diagonal())
+        covariance, fourth_powers = _moments(terms)
+        seen = covariance if noise is None else covariance - _moments(noise)[0]
+        seen = count / num_data * seen
         return cls(covariance, seen, num_data**2 / count, num_data, fourth_powers)
 
     @property
@@ -141,6 +151,13 @@ class Spread:
         )
 
 
+def _moments(terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimate the covariance of a sum; add up the deviations' fourth powers."""
+    centered, count = terms - terms.mean(0), len(terms)
+    covariance = count / (count - 1) * centered.T @ centered
+    return covariance, centered.pow(4).sum(0)
+
+
 @dataclass(frozen=True)
 class SamplingError:
     """How much the estimates would differ with other points.
@@ -169,6 +186,9 @@ class SamplingError:
         losses: Tensor,
         num_data: int,
         of_pool: Tensor | None = None,
+        noise: Tensor | None = None,
+        pool_noise: Tensor | None = None,
+        are_apart: bool = False,
     ) -> SamplingError:
         """Estimate the error from what each point contributes.
 
@@ -180,20 +200,26 @@ class SamplingError:
             num_data: Number of points that all are scaled to.
             of_pool: Contributions of the points of the pool that these were drawn from,
                 ``[points, layers]``.
+            noise: What of the contributions is drawn, at most, ``[points, layers]``;
+                None if nothing is.
+            pool_noise: What of the pool's contributions is not of all data, likewise.
+            are_apart: Whether the points are none of those that all are scaled to.
 
         Returns:
             The error.
         """
-        scaled = losses * (num_data / len(losses))
+        scaled = (losses * (num_data / len(losses)))[:, None].double()
         return cls(
             layers,
             contributions.sum(0),
             num_data,
-            Spread.of_sum(contributions, num_data),
+            Spread.of_sum(
+                contributions, num_data, contributions if are_apart else noise
+            ),
             Spread.none(len(layers), contributions)
             if of_pool is None
-            else Spread.of_sum(of_pool, num_data),
-            Spread.of_sum(scaled[:, None], num_data),
+            else Spread.of_sum(of_pool, num_data, pool_noise),
+            Spread.of_sum(scaled, num_data, scaled if are_apart else None),
         )
 
     @property
@@ -317,10 +343,12 @@ class SamplingError:
     def _enough(self, layer: str, num_points: int) -> int | None:
         """Find the budget that would do, None if that is more than there are points.
 
-        The draw's error goes with ``size - seen_size``, and its size with the inverse
-        of the budget; the pool stays.
+        The draw's error goes with its size less what was seen, and its size with the
+        inverse of the budget; the pool stays.
         """
         index, draw = self.layers.index(layer), self.draw
+        share_seen = draw.seen[index, index] / draw.covariance[index, index]
+        seen_size = draw.size * share_seen.item()
         of_draw, of_pool = (
             (spread.error[index, index] / self.traces[index] ** 2).item()
             for spread in (draw, self.pool)
@@ -330,7 +358,7 @@ class SamplingError:
         factor = (needed - of_pool) / of_draw if of_draw else 0.0
         if factor <= 0:
             return None
-        size = draw.seen_size + factor * (draw.size - draw.seen_size)
+        size = seen_size + factor * (draw.size - seen_size)
         enough = ceil(num_points * draw.size / size)
         return enough if enough <= self.num_data else None
 

@@ -234,6 +234,11 @@ class RowSource:
         mc_samples = self.options.get("mc_samples", 1)
         return output_curvature(self.backend, mc_samples, self.fisher_rank)
 
+    def _is_random(self, num_outputs: int) -> bool:
+        """Tell whether labels are sampled, or columns added by random signs."""
+        draws = self._output_curvature.draws(num_outputs)
+        return draws or class_axis_of(self.model) is not None
+
     @property
     def _approximation(self) -> str:
         return self.options.get("kfac_approx", EXPAND)
@@ -304,6 +309,7 @@ class RowSource:
             loss=factor * whole.loss,
             losses=factor * whole.losses,
             contributions=None if contributions is None else factor * contributions,
+            is_random=self._is_random(whole.num_outputs),
         )
 
 

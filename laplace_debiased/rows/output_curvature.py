@@ -9,7 +9,7 @@ All square roots are computed for the whole batch at once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,18 @@ class OutputCurvature:
     def is_random(self) -> bool:
         """Whether columns are drawn."""
         return self.fisher_type == MC or self.fisher_rank is not None
+
+    def draws(self, num_outputs: int) -> bool:
+        """Tell whether columns are drawn of as many outputs.
+
+        Args:
+            num_outputs: Number of network outputs.
+
+        Returns:
+            Whether they are; not if the rank leaves out none.
+        """
+        exact = replace(self, fisher_rank=None).num_columns(num_outputs)
+        return self.fisher_type == MC or self.num_columns(num_outputs) < exact
 
     def num_columns(self, num_outputs: int) -> int:
         """Number of columns to backpropagate, at most.

@@ -91,6 +91,7 @@ class SweepSummary:
         squared_inputs: Sum of the squared entries of each example's input rows,
             ``[num_data, layers]``; None if no input covariances were computed.
         num_rows: Number of these rows, likewise.
+        is_random: Whether contributions have noise of sampled labels or random signs.
     """
 
     num_data: int
@@ -104,6 +105,7 @@ class SweepSummary:
     contributions: Tensor | None = None
     squared_inputs: Tensor | None = None
     num_rows: Tensor | None = None
+    is_random: bool = False
 
     @classmethod
     def joined(cls, parts: Sequence[SweepSummary]) -> SweepSummary:
@@ -390,8 +392,7 @@ def _check_weights(weights: Tensor) -> None:
     if weights.ndim != 1:
         shape = tuple(weights.shape)
         raise ValueError(f"Weights must have shape [examples], got {shape}.")
-    valid = weights.isfinite() & (weights >= 0)
-    if not valid.all() or not weights.any():
+    if not (weights.isfinite() & (weights >= 0)).all() or not weights.any():
         raise ValueError(
             "Weights must be finite and at least zero, and some of them positive, got "
             f"{weights.min().item()}..{weights.max().item()}."

@@ -97,11 +97,13 @@ class Folds:
         num_data: Number of points that they stand for.
         explicit: Whether the user chose the points of each role: the first of two folds
             gives directions, the second magnitudes.
+        apart: Whether those that give magnitudes are none of the ``num_data``.
     """
 
     folds: tuple[Fold, ...]
     num_data: int
     explicit: bool = False
+    apart: bool = False
 
     @property
     def num_points(self) -> int:
@@ -306,4 +308,5 @@ def explicit_folds(
             (magnitude_loader, magnitudes),
         )
     ]
-    return Folds(tuple(folds), num_data, explicit=True)
+    apart = not all_count and direction_loader.dataset is not magnitude_loader.dataset
+    return Folds(tuple(folds), num_data, explicit=True, apart=apart)

@@ -98,7 +98,7 @@ def test_influences_of_a_pool_whose_scores_tell_the_curvature(is_exact):
     derivatives = torch.autograd.functional.jacobian(trace, ones)
     given = [summary(*own[1:3], s) for own, s in zip(pools, scores, strict=True)]
     inputs = None if is_exact else InputScale.of_pass(given[-1], ones[-1])
-    actual = of_pools(LAYERS, trace(*ones), given, shares, inputs)
+    actual, _ = of_pools(LAYERS, trace(*ones), given, shares, inputs)
     # each pool tells its own mean: a constant is not seen
     for part, derivative in zip(actual.split(sizes), derivatives, strict=True):
         expected = derivative.T - derivative.T.mean(0)
