@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from laplace_debiased.posterior.predicting import check_rows
 from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
 from laplace_debiased.predictive.calibration import Calibration, calibration_of
 from laplace_debiased.rows.inputs import (
@@ -93,6 +94,7 @@ def output_moments(
     """
     with evaluating(la.model):
         mean, covariance = la._output_moments(la._inputs(X), kind)
+    check_rows(la, X, mean)
     check_finite_predictions(mean, covariance)
     if la.class_axis is not None:
         mean, covariance = (points(own, la.n_outputs) for own in (mean, covariance))

@@ -67,8 +67,14 @@ def predictions(
         The predictions.
 
     Raises:
+        TypeError: If it is inputs, rather than a loader.
         ValueError: If there are no points, or targets are not valid.
     """
+    if isinstance(loader, Tensor | MutableMapping):
+        raise TypeError(
+            f"A loader must yield batches, got a {type(loader).__name__}: `[X]` yields "
+            "one."
+        )
     parts, targets = [], []
     for batch in tqdm(loader, disable=not progress_bar, desc="[Predictions]"):
         if not with_targets and isinstance(batch, Tensor | MutableMapping):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from laplace.utils import split_batch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -32,6 +31,7 @@ from laplace_debiased.posterior.upstream import (
     is_curvlinops,
     is_stochastic,
     output_curvature,
+    split_batch,
 )
 from laplace_debiased.rows.batch_warnings import (
     warn_of_ignored_keys,

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from laplace.utils import split_batch
 from torch import Tensor, nn
 
+from laplace_debiased.posterior.upstream import split_batch
 from laplace_debiased.rows.digests import digest
 from laplace_debiased.sampling.folds import Fold, Folds
 from laplace_debiased.sampling.loaders import subset_of

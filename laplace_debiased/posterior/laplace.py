@@ -754,6 +754,7 @@ class KronDebiasedLaplace(KronLaplace):
                 f_mu, f_var = self._certain_moments(X, kind)
             else:
                 f_mu, f_var = self._output_moments(X, kind)
+        predicting.check_rows(self, X, f_mu)
         check_finite_predictions(f_mu, f_var)
         f_mu = at_least_single(f_mu)
         if self._calibration is not None:
@@ -903,6 +904,7 @@ class KronDebiasedLaplace(KronLaplace):
         self._check_H_init()
         temperature = self._calibration.temperature if self._calibration else 1.0
         for output in self._sampled_outputs(X, n_samples, generator, **model_kwargs):
+            predicting.check_rows(self, X, output)
             own = output if self.enable_backprop else output.detach()
             yield own / temperature
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from warnings import warn
 
 import torch
-from laplace.utils.enums import LinkApprox
+from laplace.utils.enums import Likelihood, LinkApprox
 from torch import Tensor
 
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
@@ -20,7 +20,7 @@ from laplace_debiased.predictive.forward_mode import (
     relative_error,
 )
 from laplace_debiased.predictive.moments import LinearizedPredictive
-from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.inputs import NEED_EXAMPLES, Inputs
 from laplace_debiased.rows.model_state import evaluating
 from laplace_debiased.rows.positions import points, restored
 from laplace_debiased.rows.substitution import output_shape
@@ -174,6 +174,29 @@ def check_has_covariances(la: KronDebiasedLaplace) -> None:
     """
     if la._selection is not None and num_targets(la) > la.n_outputs:
         raise ValueError(_VARIANCES_ALONE)
+
+
+def check_rows(la: KronDebiasedLaplace, X: Inputs, output: Tensor) -> None:
+    """Refuse outputs that are not those of a batch of examples.
+
+    Args:
+        la: The posterior.
+        X: Inputs, a tensor or a mapping.
+        output: The network's output for them ``[batch, outputs]``.
+
+    Raises:
+        ValueError: If it has another shape.
+    """
+    rows = len(X) if isinstance(X, Tensor) and X.ndim else len(output)
+    # rewards are fitted by two, and predicted one by one
+    is_reward = la.likelihood == Likelihood.REWARD_MODELING
+    varies = is_reward or la.class_axis is not None
+    shape = [rows, output.shape[1] if varies else la.n_outputs]
+    if list(output.shape) != shape:
+        raise ValueError(
+            f"The model's output must have shape {shape} for the inputs, got "
+            f"{list(output.shape)}. {NEED_EXAMPLES}"
+        )
 
 
 def by_position(

@@ -7,19 +7,18 @@ backends is used, and nowhere else.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
 from laplace.curvature import CurvatureInterface, EFInterface
 from laplace.curvature.curvlinops import CurvlinopsInterface
-from laplace.utils import split_batch
 from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
 
 from laplace_debiased.rows.arguments import by_keywords, without_targets
-from laplace_debiased.rows.inputs import Batch, moved, on_device
+from laplace_debiased.rows.inputs import Batch, Inputs, moved, on_device
 from laplace_debiased.rows.output_curvature import (
     EMPIRICAL,
     TYPE_2,
@@ -87,6 +86,30 @@ def output_curvature(
     return OutputCurvature(loss_of(backend), fisher_type, mc_samples, fisher_rank)
 
 
+def split_batch(batch: Any, key: str) -> tuple[Inputs, Any]:
+    """Split what a loader yields.
+
+    Args:
+        batch: A pair ``(X, y)``, or a mapping.
+        key: Key of the targets in mappings.
+
+    Returns:
+        Inputs and targets.
+
+    Raises:
+        ValueError: If there are no targets.
+    """
+    if isinstance(batch, MutableMapping) and key in batch:
+        return batch, batch[key]
+    if isinstance(batch, tuple | list) and len(batch) > 1:
+        return batch[0], batch[1]
+    found = list(batch) if isinstance(batch, MutableMapping) else type(batch).__name__
+    raise ValueError(
+        "Batches must be pairs (X, y), or mappings whose targets are the entry "
+        f"`dict_key_y`, {key!r}; got {found} without targets."
+    )
+
+
 def inputs_and_targets(batch: Any, backend: CurvatureInterface) -> Batch:
     """Split a batch, and move it to the model's device.
 
@@ -96,9 +119,15 @@ def inputs_and_targets(batch: Any, backend: CurvatureInterface) -> Batch:
 
     Returns:
         Inputs and targets.
+
+    Raises:
+        TypeError: If they are no tensors, but for mappings of inputs.
+        ValueError: If there are no targets.
     """
     key = backend.dict_key_y
     X, y = split_batch(batch, key)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"Targets must be a tensor, got {type(y).__name__}.")
     device = next(backend.model.parameters()).device
     X = without_targets(backend.model, X, key)
     return on_device(X, device), moved(y, device)

@@ -21,6 +21,7 @@ Batch = tuple[Inputs, Tensor]
 Require = Callable[[Tensor, Callable[[], str]], None]
 # devices whose results are there at once, so that a look at them costs nothing
 _AT_ONCE = ("cpu",)
+NEED_EXAMPLES = "Inputs have a row for each example: `x[None]` is a batch of one."
 # of probabilities, which half precision rounds
 _SUM_TOLERANCE = 1e-2
 
@@ -40,6 +41,22 @@ def all_finite(tensor: Tensor) -> Tensor:
     return torch.stack(torch.aminmax(tensor.detach())).isfinite().all()
 
 
+def check_inputs(X: Any) -> None:
+    """Refuse what cannot be the inputs of a network.
+
+    Args:
+        X: A batch of inputs.
+
+    Raises:
+        TypeError: If it is no tensor and no mapping.
+    """
+    if not isinstance(X, Tensor | MutableMapping):
+        raise TypeError(
+            "Inputs must be a tensor, or a mapping for networks with several, got "
+            f"{type(X).__name__}."
+        )
+
+
 def on_device(X: Inputs, device: torch.device) -> Inputs:
     """Move inputs to a device.
 
@@ -49,7 +66,11 @@ def on_device(X: Inputs, device: torch.device) -> Inputs:
 
     Returns:
         The inputs. A mapping whose tensors change is copied: its owner's stays.
+
+    Raises:
+        TypeError: If they are something else.
     """
+    check_inputs(X)
     if isinstance(X, Tensor):
         return moved(X, device)
     tensors = {key: own for key, own in X.items() if isinstance(own, Tensor)}
@@ -153,8 +174,10 @@ def num_examples(X: Inputs, key: str) -> int:
         Their number.
 
     Raises:
+        TypeError: If they are neither.
         ValueError: If a mapping does not tell.
     """
+    check_inputs(X)
     if isinstance(X, Tensor):
         return len(X)
     if key in X:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laplace_debiased.rows.inputs import moved
+from laplace_debiased.rows.inputs import NEED_EXAMPLES, moved
 from laplace_debiased.rows.uses import Choice, Layout, MatrixUse
 
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
@@ -108,7 +108,12 @@ def positions_of_vectors(tensor: Tensor, layout: Layout, batch_size: int) -> Ten
 
     Returns:
         Rows ``[batch, S, 1, features]``.
+
+    Raises:
+        ValueError: If it is a single vector.
     """
+    if tensor.ndim < 2:
+        raise ValueError(f"A layer got a single vector. {NEED_EXAMPLES}")
     examples = layout.split(tensor, batch_size)
     return examples.flatten(1, -2).unsqueeze(2)
 
