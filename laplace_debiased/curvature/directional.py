@@ -11,7 +11,6 @@ from laplace_debiased.curvature.bases import rotated
 from laplace_debiased.curvature.factors import (
     Contributions,
     Totals,
-    accumulation_dtype,
     is_joint,
     squared_norms,
     with_bias_column,
@@ -82,23 +81,23 @@ class DirectionalCurvatures:
     def add_inputs(self, layer: Layer, rows: Tensor | OneHotRows) -> None:
         """Rotate and keep a batch of input rows ``[batch, S, groups, features]``."""
         self.num_rows.add(layer, rows.shape[1])
+        _, basis = self._bases(layer)
+        assert basis is not None
         if isinstance(rows, OneHotRows):
-            kept = rows.to(accumulation_dtype(rows.values.dtype))
+            kept = rows.to(basis.dtype)
             self.squared_inputs.add(layer, kept.squared_lengths())
             self._inputs.setdefault(layer.name, []).append(kept)
             return
-        rows = rows.to(accumulation_dtype(rows.dtype))
+        rows = rows.to(basis.dtype)
         self.squared_inputs.add(layer, squared_norms(rows.flatten(2)))
         if is_joint(layer, self._joint):
             rows = with_bias_column(rows)
-        _, basis = self._bases(layer)
-        assert basis is not None
         self._inputs.setdefault(layer.name, []).append(rows @ basis)
 
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
         """Add a batch of gradient rows, which carry the square root of the weights."""
-        rows = rows.to(accumulation_dtype(rows.dtype))
         basis, _ = self._bases(layer)
+        rows = rows.to(basis.dtype)
         spectrum = self._spectra[layer.name]
         if spectrum.matrix is not None:
             inputs = join_positions(self._inputs[layer.name])

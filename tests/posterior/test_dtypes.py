@@ -150,3 +150,29 @@ def test_a_posterior_of_other_dtypes_than_the_first_parameters_loads():
     la.fit(loader(dtype=torch.float32))
     restored.load_state_dict(la.state_dict())
     assert torch.equal(restored(X), la(X))
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float64", "float32")])
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+def test_layers_may_be_in_single_and_double_precision(magnitudes, dtypes):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dtypes = [getattr(torch, name) for name in dtypes]
+            parts, (one, other) = network("mlp"), self.dtypes
+            self.body, self.head = parts[0].to(one), parts[2].to(other)
+
+        def forward(self, x):
+            one, other = self.dtypes
+            return self.head(self.body(x.to(one)).tanh().to(other)).double()
+
+    (X, _), train = batch("mlp", 5), loader()
+    exact, la = (
+        debiased(model, magnitudes=magnitudes, budget=20)
+        for model in (network("mlp"), Mixed())
+    )
+    exact.fit(train)
+    la.fit(train)
+    assert torch.allclose(la(X).double(), exact(X), atol=1e-4)
+    actual, expected = la.sampling_error.covariance, exact.sampling_error.covariance
+    assert torch.allclose(actual.double(), expected, rtol=1e-3)
