@@ -62,6 +62,7 @@ from laplace_debiased.posterior.settings import (
     DECOMPOSITION_TOLERANCE,
     Settings,
     check_integer,
+    check_positive,
 )
 from laplace_debiased.posterior.upstream import without_link_reminder
 from laplace_debiased.predictive.blocks import Covariance
@@ -74,6 +75,7 @@ from laplace_debiased.quadratics.bias import BiasReport
 from laplace_debiased.rows.arguments import without_targets
 from laplace_debiased.rows.inputs import (
     Inputs,
+    all_finite,
     at_least_single,
     check_finite_predictions,
     num_examples,
@@ -302,6 +304,8 @@ class KronDebiasedLaplace(KronLaplace):
         self.memory_limit, self.fit_memory_limit = limits
         if self.memory_limit is not None:
             check_integer("memory_limit", self.memory_limit, 1)
+        if class_axis is not None:
+            check_integer("class_axis", class_axis)
         predicting.check_forward_samples(forward_samples)
         self.forward_samples, self.class_axis = forward_samples, class_axis
         self.settings, self.strict = settings, strict
@@ -403,7 +407,7 @@ class KronDebiasedLaplace(KronLaplace):
         return {
             name: own.get(id(param), "left out")
             for name, param in self.model.named_parameters()
-            if param.requires_grad
+            if param.requires_grad or id(param) in own
         }
 
     # a tensor in laplace-torch's base class, a matrix of another class in its K-FAC's
@@ -431,6 +435,28 @@ class KronDebiasedLaplace(KronLaplace):
                 warn(FORGOTTEN, stacklevel=2)
             self._calibration, self._is_tuned = None, True
 
+    # a property in laplace-torch's base class, which declares it as an attribute, too
+    @property
+    def sigma_noise(self) -> Tensor:
+        """Standard deviation of a regression's noise."""
+        return self._sigma_noise
+
+    @sigma_noise.setter
+    def sigma_noise(self, sigma_noise: float | Tensor) -> None:
+        with unchanged_on_failure(self):
+            cast("Any", KronLaplace).sigma_noise.fset(self, sigma_noise)
+            check_positive("sigma_noise", self._sigma_noise)
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the likelihood."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        check_positive("temperature", temperature)
+        self._temperature = temperature
+
     @property
     def prior_precision_diag(self) -> Tensor:
         """Diagonal of the prior precision, ``[params]``."""
@@ -443,6 +469,7 @@ class KronDebiasedLaplace(KronLaplace):
     @property
     def log_likelihood(self) -> Tensor:
         """Log likelihood of the training data, a regression's at all positions."""
+        self._check_H_init()
         value = super().log_likelihood
         if self.likelihood != Likelihood.REGRESSION:
             return value
@@ -450,6 +477,38 @@ class KronDebiasedLaplace(KronLaplace):
         further = self.n_data * (predicting.num_targets(self) - self.n_outputs)
         sigma = self.sigma_noise.to(value)
         return value - further * (sigma * (2 * pi) ** 0.5).log()
+
+    def log_marginal_likelihood(
+        self,
+        prior_precision: Tensor | None = None,
+        sigma_noise: Tensor | None = None,
+    ) -> Tensor:
+        """Approximate the log marginal likelihood of the training data.
+
+        Args:
+            prior_precision: A new prior precision; None to leave it.
+            sigma_noise: A new standard deviation of a regression's noise, likewise.
+
+        Returns:
+            A scalar, which is differentiable in both.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+            ValueError: If it is not finite, as with a prior precision of zero.
+        """
+        self._check_H_init()
+        with unchanged_on_failure(self):
+            value = super().log_marginal_likelihood(prior_precision, sigma_noise)
+            self._check_is_proper("The log marginal likelihood", value)
+        return value
+
+    def _check_is_proper(self, name: str, value: Tensor) -> None:
+        """Refuse what is not finite since directions have no precision."""
+        if not all_finite(value):
+            raise ValueError(
+                f"{name} is not finite: the prior precision, {self.prior_precision}, "
+                "must be larger, since the data leave some directions open."
+            )
 
     @property
     def scatter(self) -> Tensor:
@@ -465,6 +524,7 @@ class KronDebiasedLaplace(KronLaplace):
         for each parameter: they are not near zero before training, and their squared
         norms would decide the prior precision of all others.
         """
+        self._check_H_init()
         offset = (self.mean - self.prior_mean).to(self._dtype)
         parts = list(offset.split([param.numel() for param in self.fitted_params]))
         for position in self._centred:
@@ -679,13 +739,23 @@ class KronDebiasedLaplace(KronLaplace):
             diagonal_output: Whether variances of outputs are enough.
             generator: Random numbers for sampling.
             fitting: Whether a reward model predicts classes.
-            **model_kwargs: Further keywords of the network.
+            **model_kwargs: Further keywords of the network, with ``pred_type="nn"``.
 
         Returns:
             As ``KronLaplace.__call__``: calibrated probabilities, or mean and variance
             of the network's output, in which the noise of a regression is not
             (:meth:`uncertainty` has both).
+
+        Raises:
+            AttributeError: If there is no fit yet.
+            TypeError: If there are further keywords with ``pred_type="glm"``.
+            ValueError: If data are not valid, or predictions are not finite.
         """
+        if pred_type == PredType.GLM and model_kwargs:
+            raise TypeError(
+                f"Predictions have no arguments {sorted(model_kwargs)}: keywords of a "
+                "network need `pred_type='nn'`."
+            )
         calibrating.warn_if_untuned(self)
         # laplace-torch's `__call__` does not pass its generator on to where it samples
         context = copy_context()
@@ -721,8 +791,15 @@ class KronDebiasedLaplace(KronLaplace):
 
         Returns:
             Samples ``[n_samples, params]``.
+
+        Raises:
+            AttributeError: If there is no fit yet.
+            ValueError: If they are not finite, as they may be with a prior precision of
+                zero.
         """
+        self._check_H_init()
         samples = super().sample(n_samples, generator or _GENERATOR.get())
+        self._check_is_proper("A sample of the posterior", samples)
         return samples.to(self.mean.dtype)
 
     def _glm_functional_samples(
@@ -1350,9 +1427,13 @@ class KronDebiasedLaplace(KronLaplace):
 
         Raises:
             AttributeError: If there is no fit yet.
-            ValueError: If the backend does not tell what each point contributes.
+            ValueError: If the backend does not tell what each point contributes, or the
+                marginal likelihood is not finite.
         """
-        return diagnostics.marginal_likelihood_error(self)
+        error = diagnostics.marginal_likelihood_error(self)
+        if error.isnan():  # infinite that of a single point may be
+            self._check_is_proper("The log marginal likelihood's error", error)
+        return error
 
     @thread_restored
     def bias_report(

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import torch
 from laplace.curvature import CurvatureInterface
+from torch import Tensor
 
 from laplace_debiased.curvature.operator import check_magnitudes
 from laplace_debiased.posterior.upstream import is_curvlinops, is_empirical
@@ -237,3 +239,18 @@ def check_integer(name: str, value: Any, smallest: int | None = None) -> None:
         raise TypeError(f"`{name}` must be an int, got {value!r}.")
     if smallest is not None and value < smallest:
         raise ValueError(f"`{name}` must be at least {smallest}, got {value}.")
+
+
+def check_positive(name: str, value: float | Tensor) -> None:
+    """Refuse numbers that are not finite and above zero.
+
+    Args:
+        name: The argument's name.
+        value: Its value.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    values = torch.as_tensor(value)
+    if not (values.isfinite() & (values > 0)).all():
+        raise ValueError(f"`{name}` must be finite and above zero, got {value}.")

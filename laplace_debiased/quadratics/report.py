@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,8 +97,13 @@ class BiasReport:
 
         Returns:
             The number of points, with those that give no directions.
+
+        Raises:
+            ValueError: If there is no curvature to estimate.
         """
         excess = self.curvature.group_ratio(slice(count)) - 1
+        if not isfinite(excess):
+            raise ValueError(f"{self.reference.capitalize()} have no curvature.")
         budget = self.num_points / self.direction_share
         return max(1, ceil(budget * excess / (TOLERATED_RATIO - 1)))
 
@@ -113,6 +118,11 @@ class BiasReport:
         """
         count = min(count, len(self.curvature.own))
         ratio = self.curvature.group_ratio(slice(count))
+        if not isfinite(ratio):
+            return (
+                f"Along the top {count} {self.directions} of {self.num_points} points, "
+                f"{self.reference} have no curvature."
+            )
         message = (
             f"Along their top {count} {self.directions}, {self.num_points} points have "
             f"{ratio:.1f} times the curvature of {self.reference}"

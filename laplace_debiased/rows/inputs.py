@@ -282,8 +282,8 @@ def check_finite_predictions(*predictions: Tensor) -> None:
     require(
         are_finite,
         lambda: (
-            "Predictions contain NaN or infinite entries: check the inputs, and "
-            "the model's own output for them."
+            "Predictions contain NaN or infinite entries: check the inputs, the "
+            "model's own output for them, and that the prior precision is not zero."
         ),
     )
 

@@ -96,7 +96,7 @@ def check_positions(y: Tensor, shape: tuple[int, ...], axis: int) -> None:
     Raises:
         ValueError: If they have another shape, or there is no such axis.
     """
-    if len(shape) > 2 and (axis == 0 or not -len(shape) < axis < len(shape)):
+    if axis == 0 or not -len(shape) < axis < len(shape):
         raise ValueError(
             f"`class_axis` must be an axis of the model's output {shape} after the "
             f"first, got {axis}."

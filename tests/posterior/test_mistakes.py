@@ -97,3 +97,107 @@ def test_batches_without_targets(kind, call):
 def test_a_mapping_without_targets(X):
     with pytest.raises(ValueError, match=r"'labels'; got .'x'. without targets"):
         fitted().calibrate([{"x": X}])
+
+
+def test_a_class_axis_that_is_no_integer():
+    for axis in (2.0, True, "1"):
+        with pytest.raises(TypeError, match="`class_axis` must be an int, got"):
+            debiased(network("mlp"), class_axis=axis)
+
+
+@pytest.mark.parametrize("axis", [0, 2, 5, -2, -3])
+def test_a_class_axis_that_a_matrix_has_not(axis):
+    with pytest.raises(ValueError, match=f"must be an axis of the model's.*got {axis}"):
+        fitted(class_axis=axis)
+
+
+def test_a_class_axis_that_a_matrix_has(X):
+    expected = fitted()(X)
+    for axis in (1, -1):
+        assert torch.equal(fitted(class_axis=axis)(X), expected)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_keywords_that_linearized_predictions_do_not_take(subset, X):
+    la = fitted(subset)
+    with pytest.raises(TypeError, match=r"no arguments \['link_aprox', 'n_sample'\]"):
+        la(X, n_sample=3, link_aprox="mc")
+    with pytest.raises(TypeError, match="scale"):  # the network's own error
+        la(X, pred_type="nn", link_approx="mc", scale=2.0)
+
+
+BEFORE_A_FIT = {
+    "evidence": lambda la, _: la.log_marginal_likelihood(),
+    "likelihood": lambda la, _: la.log_likelihood,
+    "scatter": lambda la, _: la.scatter,
+    "offset": lambda la, _: la.prior_offset,
+    "sample": lambda la, _: la.sample(),
+    "predict": lambda la, X: la(X),
+    "uncertainty": lambda la, X: la.uncertainty(X),
+    "save": lambda la, _: la.state_dict(),
+}
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("call", BEFORE_A_FIT)
+def test_nothing_is_known_before_a_fit(call, subset, X):
+    la = debiased(network("mlp"), subset=subset)
+    with pytest.raises(AttributeError, match=r"not fitted. Run fit\(\) first"):
+        BEFORE_A_FIT[call](la, X)
+
+
+IMPROPER = {
+    "evidence": lambda la, _: la.log_marginal_likelihood(),
+    "its error": lambda la, _: la.log_marginal_likelihood_standard_error(),
+    "sample": lambda la, _: la.sample(3),
+    "networks": lambda la, X: la(X, pred_type="nn", link_approx="mc"),
+    "predict": lambda la, X: la(X),
+    "uncertainty": lambda la, X: la.uncertainty(X),
+}
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("call", IMPROPER)
+def test_without_prior_a_direction_may_be_open(call, magnitudes, X):
+    inputs, y = batch("mlp", SIZE)
+    inputs[:, 0] = 0  # tells nothing of its weights
+    la = debiased(network("mlp"), magnitudes=magnitudes)
+    la.fit(DataLoader(TensorDataset(inputs, y), 20))
+    IMPROPER[call](la, X)
+    la.prior_precision = 0.0
+    with pytest.raises(ValueError, match="prior precision"):
+        IMPROPER[call](la, X)
+
+
+def test_an_evidence_that_is_refused_leaves_the_prior(X):
+    la = fitted()
+    with pytest.raises(ValueError, match="is not finite: the prior precision"):
+        la.log_marginal_likelihood(torch.zeros(()))
+    assert la.prior_precision == 2
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["sigma_noise", "temperature"])
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_scales_must_be_positive(name, value, subset):
+    message = f"`{name}` must be finite and above zero, got"
+    with pytest.raises(ValueError, match=message):
+        debiased(network("mlp"), "regression", subset, **{name: value})
+    la = fitted(subset, "regression")
+    before = la.log_marginal_likelihood()
+    with pytest.raises(ValueError, match=message):
+        setattr(la, name, value)
+    assert getattr(la, name) == 1 and la.log_marginal_likelihood() == before
+
+
+def test_a_report_of_bias_without_curvature():
+    model = network("mlp")
+    model[2].weight.data *= 1e9
+    X, _ = batch("mlp", SIZE)
+    la = debiased(model)
+    la.fit(DataLoader(TensorDataset(X, model(X).argmax(1)), 20))
+    report = la.bias_report()
+    assert report.summary().endswith("held-out points have no curvature.")
+    with pytest.raises(ValueError, match="Held-out points have no curvature"):
+        report.sufficient_points()
+    assert "curvature" in report.table()

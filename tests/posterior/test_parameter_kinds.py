@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests import zoo
+from tests.cases import batch, network
 from tests.dense import ggn_blocks, jacobians, relative_error
 from tests.fits import debiased, posterior
 
@@ -22,6 +23,21 @@ def build(name, size=SIZE, seed=1):
 
 def loader(X, y, batch_size=5):
     return DataLoader(TensorDataset(X, y), batch_size)
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_those_that_were_frozen_are_told_too(subset):
+    model = network("mlp")
+    if subset == "last_layer":
+        model[2].requires_grad_(False)
+    la = debiased(model, subset=subset)
+    la.fit(loader(*batch("mlp", SIZE)))
+    before = la.parameter_kinds
+    model.requires_grad_(False)
+    la.model.requires_grad_(False)
+    fitted = {name: kind for name, kind in before.items() if kind != "left out"}
+    assert set(fitted.values()) == {"kronecker"} and len(fitted) == len(la.params)
+    assert la.parameter_kinds == fitted
 
 
 @pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
