@@ -138,6 +138,7 @@ def _samples(la: KronDebiasedLaplace, X: Inputs) -> tuple[Tensor, Tensor] | None
         for output, change in changes:
             mean = output
             deviations.append(points(change, la.n_outputs))
+    predicting.check_rows(la, X, mean)
     mean = points(at_least_single(mean), la.n_outputs)
     root = torch.stack(deviations, 2).div_(len(deviations) ** 0.5)
     check_finite_predictions(mean, root)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.cases import batch, network
@@ -53,6 +54,26 @@ def test_an_example_without_axis_of_examples(subset, likelihood, X):
         lambda x: la.predictive_samples(x, pred_type="nn"),
     ]
     for call in calls:
+        with pytest.raises(ValueError, match=NEED_EXAMPLES):
+            call(X[0])
+        call(X[:1])
+
+
+class MeanToken(nn.Module):
+    """Takes an example by itself, too."""
+
+    def forward(self, x):
+        return x.mean(-2)
+
+
+@pytest.mark.parametrize("forward_samples", [None, 8])
+def test_an_example_of_tokens_without_axis_of_examples(forward_samples):
+    X, y = batch("mlp", 2 * SIZE)
+    X = X.view(SIZE, 2, -1)
+    model = nn.Sequential(MeanToken(), network("mlp"))
+    la = debiased(model, prior_precision=2.0, forward_samples=forward_samples)
+    la.fit(DataLoader(TensorDataset(X, y[:SIZE]), 20))
+    for call in (la, la.uncertainty):
         with pytest.raises(ValueError, match=NEED_EXAMPLES):
             call(X[0])
         call(X[:1])
