@@ -226,6 +226,8 @@ class KronDebiasedLaplace(KronLaplace):
     """
 
     _key = ("all", "kron_debiased")
+    # whether variances are those of the samples, where outputs are sampled
+    _samples_variances = True
 
     # laplace-torch declares that a mean may be a number, and that points are counted,
     # while here they have weights

@@ -104,6 +104,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     """
 
     _key = ("last_layer", "kron_debiased")
+    _samples_variances = False  # a closed form
 
     mean: Tensor
     model: FeatureExtractor

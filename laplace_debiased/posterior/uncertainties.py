@@ -117,7 +117,11 @@ def _outputs(
         with suppress(ForwardModeError):
             if (samples := _samples(la, X)) is not None:
                 mean, root = samples
-                variance = root.square().sum(2)
+                variance = (
+                    root.square().sum(2)
+                    if la._samples_variances
+                    else output_moments(la, X)[1]
+                )
                 T = calibration.temperature
                 return mean, variance, *_of_root(mean / T, root / T)
         if la.class_axis is None and la.n_outputs <= MANY_OUTPUTS:
