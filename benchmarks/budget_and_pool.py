@@ -36,6 +36,7 @@ from shared.internals import Factors
 from shared.predictions import PRIORS
 from shared.problems import Problem
 from shared.reports import Progress, write_report
+from shared.tables import deviation
 
 STUDY = Path(__file__).stem
 # numbers of points, and of backward passes of each
@@ -81,9 +82,9 @@ def table(networks: dict[str, Any]) -> str:
         for label in result["rows"]:
             percent = percent_above(result, label)
             cells = [
-                f"{mean:+.1f} ± {deviation:.1f}"
-                for mean, deviation in zip(
-                    percent.mean(0), percent.std(0, correction=0), strict=True
+                f"{mean:+.1f} ± {own:.1f}"
+                for mean, own in zip(
+                    percent.mean(0), deviation(percent.numpy()), strict=True
                 )
             ]
             size = " | ".join(map(str, SIZES[label]))

@@ -109,16 +109,13 @@ class Images:
         some = X[chosen[:num_corrupted]]
         torch.manual_seed(0)  # of the noise
         corrupted = {
-            k: (
-                torch.cat([f(some, k) for f in CORRUPTIONS.values()]).clamp(0, 1) - mean
-            )
-            / std
+            k: torch.cat([f(some, k) for f in CORRUPTIONS.values()]).clamp(0, 1)
             for k in SEVERITIES
         }
         return cls(
             ((X[chosen] - mean) / std, y[chosen]),
             (others[FIRST_IMAGE : FIRST_IMAGE + count] - mean) / std,
-            {k: (own.clamp(0, 1) - mean) / std for k, own in corrupted.items()},
+            {k: (own - mean) / std for k, own in corrupted.items()},
             y[chosen[:num_corrupted]].repeat(len(CORRUPTIONS)),
         )
 

@@ -30,7 +30,7 @@ from shared.closeness import (
     with_magnitudes,
 )
 from shared.data import validation_data
-from shared.fits import Result, fit, references, with_curvature
+from shared.fits import Result, fit, timed_factors, with_curvature
 from shared.internals import Factors, average_repeated_splits, factored_curvature
 from shared.problems import Problem
 
@@ -78,9 +78,7 @@ def full_data_on_them(
     problem: Problem, settings: argparse.Namespace
 ) -> tuple[dict[str, Result], Factors]:
     """Return the full-data reference on these images, and K-FAC's factors."""
-    _, factors = references(
-        problem, keep=not settings.quick
-    )  # those are of test images
+    factors, _ = timed_factors(problem, keep=not settings.quick)
     la = with_curvature(problem, factored_curvature(factors))
     return {"kfac": Result.of(problem, la)}, factors
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 
 import torch
 from laplace import KronLaplace
-from torch import nn
+from torch import Tensor
 
 from laplace_debiased import EigenbasisMatrix, KronDebiasedLaplace
 from laplace_debiased.comparison.posteriors import (
@@ -22,10 +24,11 @@ from shared.internals import (
     factored_curvature,
     full_data_factors,
 )
-from shared.predictions import chosen_prior, nlls
+from shared.predictions import PRIORS, chosen_prior, nlls
 from shared.problems import Problem
 from shared.training import CHECKPOINTS
 
+CACHE = CHECKPOINTS / "cache"
 # what is compared to the posterior of all data
 FEW_POINTS = [name for name in POSTERIORS if name != FULL_DATA]
 
@@ -99,10 +102,34 @@ def fit_time(problem: Problem) -> float:
     return time.perf_counter() - start
 
 
-def digest(model: nn.Module) -> str:
-    """Return a name of a network's parameters and buffers, which changes with them."""
-    parts = (tensor.numpy().tobytes() for tensor in model.state_dict().values())
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Return a name of tensors, which changes with them."""
+    parts = (tensor.numpy().tobytes() for tensor in tensors)
     return sha256(b"".join(parts)).hexdigest()[:12]
+
+
+def timed_factors(problem: Problem, keep: bool = True) -> tuple[Factors, float]:
+    """Return K-FAC's factors of all data, and the seconds that they took.
+
+    Args:
+        problem: Network and data.
+        keep: Whether to measure them only once, and keep them for all studies.
+
+    Returns:
+        Factors and seconds.
+    """
+    own = digest(problem.model.state_dict().values())
+    path = CACHE / f"factors-{problem.dataset}-{problem.name}-{own}.pt"
+    if keep and path.exists():
+        with torch.serialization.safe_globals([Kronecker]):
+            return torch.load(path, weights_only=True)
+    start = time.perf_counter()
+    factors = full_data_factors(problem.model, problem.loader())
+    seconds = time.perf_counter() - start
+    if keep:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        torch.save((factors, seconds), path)
+    return factors, seconds
 
 
 def references(
@@ -111,34 +138,28 @@ def references(
     """Return the full-data references, and K-FAC's factors.
 
     Args:
-        problem: Network and data.
-        keep: Whether to measure them only once, and keep them for all studies.
+        problem: Network and data, with the images that are predicted.
+        keep: As in :func:`timed_factors`.
 
     Returns:
         Results of ``"kfac"`` and ``"ggn"`` magnitudes, and the factors.
     """
-    key = f"{problem.dataset}-{problem.name}-{digest(problem.model)}"
-    path = CHECKPOINTS / "cache" / f"references-{key}.pt"
+    factors, seconds = timed_factors(problem, keep)
+    states = problem.model.state_dict().values()
+    own = digest([*states, problem.inputs, problem.labels, torch.tensor(PRIORS)])
+    path = CACHE / f"references-{problem.dataset}-{problem.name}-{own}.json"
     if keep and path.exists():
-        with torch.serialization.safe_globals([Kronecker]):
-            results, factors = torch.load(path, weights_only=True)
-        return {key: Result(**value) for key, value in results.items()}, factors
+        kept = json.loads(path.read_text())
+        return {kind: Result(**value) for kind, value in kept.items()}, factors
+    la = with_curvature(problem, factored_curvature(factors))
+    results = {"kfac": Result.of(problem, la, seconds)}
     start = time.perf_counter()
-    factors = full_data_factors(problem.model, problem.loader())
-    fitted = time.perf_counter()
     ekfac = same_data_curvature(problem.model, problem.train, "ggn")
-    seconds = {"kfac": fitted - start, "ggn": time.perf_counter() - fitted}
-    results = {
-        kind: Result.of(problem, with_curvature(problem, curvature), seconds[kind])
-        for kind, curvature in (
-            ("kfac", factored_curvature(factors)),
-            ("ggn", ekfac),
-        )
-    }
+    seconds = time.perf_counter() - start
+    la = with_curvature(problem, ekfac)
+    results["ggn"] = Result.of(problem, la, seconds)
     if keep:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        plain = {key: asdict(value) for key, value in results.items()}
-        torch.save((plain, factors), path)
+        path.write_text(json.dumps({k: asdict(own) for k, own in results.items()}))
     return results, factors
 
 
@@ -147,10 +168,10 @@ def full_data_posterior(problem: Problem, keep: bool = True) -> KronDebiasedLapl
 
     Args:
         problem: Network and data.
-        keep: As in :func:`references`.
+        keep: As in :func:`timed_factors`.
 
     Returns:
         The posterior.
     """
-    _, factors = references(problem, keep)
+    factors, _ = timed_factors(problem, keep)
     return with_curvature(problem, factored_curvature(factors))

@@ -393,7 +393,8 @@ def _num_points(source: Iterable[Batch]) -> int | None:
 
 
 def _first(data: Iterator[Batch]) -> Iterator[Batch]:
-    """Yield the first batch, if there is one."""
-    for batch in data:
-        yield batch
-        return
+    """Yield the first batch with examples, if there is one."""
+    for X, y in data:
+        if len(y):
+            yield X, y
+            return

@@ -26,7 +26,7 @@ class LaplaceCallback(TrainerCallback):
             ``"regression"``.
         subset_of_weights: ``"all"`` or ``"last_layer"``.
         val_loader: Validation data, such as ``trainer.get_eval_dataloader()``; None for
-            the trainer's, if it evaluated on some.
+            what the trainer evaluated on last while it trained, if it did.
         path: Where to save the posterior, beside the model's own checkpoint.
         **options: Further keywords of
             :class:`~laplace_debiased.posterior.laplace.KronDebiasedLaplace`.
@@ -56,6 +56,43 @@ class LaplaceCallback(TrainerCallback):
         self._val_loader = val_loader
         self._fit = AfterTraining(likelihood, subset_of_weights, path, options)
         self.posterior: KronDebiasedLaplace | None = None
+        self._evaluated: DataLoader | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Forget what the trainer evaluated on before, which may be test data.
+
+        Args:
+            args: The trainer's arguments.
+            state: Its state.
+            control: Its control.
+            **kwargs: What else the trainer passes.
+        """
+        self._evaluated = None
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remember the validation data.
+
+        Args:
+            args: The trainer's arguments.
+            state: Its state.
+            control: Its control.
+            eval_dataloader: What it evaluated on.
+            **kwargs: What else the trainer passes.
+        """
+        self._evaluated = eval_dataloader
 
     def on_train_end(
         self,
@@ -64,7 +101,6 @@ class LaplaceCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         train_dataloader: DataLoader | None = None,
-        eval_dataloader: DataLoader | None = None,
         **kwargs: Any,
     ) -> None:
         """Fit the posterior.
@@ -75,9 +111,8 @@ class LaplaceCallback(TrainerCallback):
             control: Its control.
             model: The model that was trained.
             train_dataloader: The training data.
-            eval_dataloader: The validation data, if the trainer evaluated on some.
             **kwargs: What else the trainer passes.
         """
         assert model is not None and train_dataloader is not None
-        val = eval_dataloader if self._val_loader is None else self._val_loader
+        val = self._evaluated if self._val_loader is None else self._val_loader
         self.posterior = self._fit(model, train_dataloader, val)

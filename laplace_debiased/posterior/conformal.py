@@ -69,7 +69,8 @@ class Conformal(ABC):
         """Return what predictions depend on, besides the network."""
         la = self._la
         prior = la.prior_precision.tolist()
-        return la.H, la.mean, la.calibration, la.n_data, prior, float(la.sigma_noise)
+        numbers = la.n_data, prior, float(la.sigma_noise), float(la.temperature)
+        return la.H, la.mean, la.calibration, *numbers
 
     def _predict(self, x: Inputs) -> Uncertainty:
         """Predict by the posterior that gave the thresholds."""

@@ -235,8 +235,10 @@ def set_params(la: KronDebiasedLaplace, params: list[Tensor]) -> None:
     la.is_subset_params = len(params) < len(list(la.model.parameters()))
     la.n_params = sum(param.numel() for param in params)
     la.n_layers = len(params)
-    la.prior_precision = la._prior_precision
+    # checked with the parameters that are known by now, in the dtype that they have
+    la._set_prior_precision(la._prior_precision)
     la.prior_mean = la._prior_mean
+    la.sigma_noise = la._sigma_noise
 
 
 def _best_share(la: KronDebiasedLaplace, points: Points) -> float:

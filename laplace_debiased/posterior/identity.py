@@ -64,7 +64,7 @@ def identity(
     """
     model, settings = la.model, vars(la.settings)
     backend = (la._backend_cls.__name__, la._backend_kwargs, la._asdl_fisher_kwargs)
-    options = (settings, backend, str(la.likelihood), *progress[1:])
+    options = (settings, backend, str(la.likelihood), la.class_axis, *progress[1:])
     named = (dict(model.named_parameters()), dict(model.named_buffers()))
     fitted = [name for name, own in named[0].items() if own.requires_grad]
     points = [_of_fold(fold, of_batch) for fold in folds.folds]

@@ -92,8 +92,8 @@ from laplace_debiased.sampling.processes import own_module, present_group
 
 _GENERATOR: ContextVar[torch.Generator | None] = ContextVar("generator", default=None)
 FORGOTTEN = (
-    "The calibration was for another prior precision, and is forgotten: call "
-    "`calibrate` again."
+    "The calibration was for another prior precision or temperature, and is forgotten: "
+    "call `calibrate` again."
 )
 
 
@@ -421,21 +421,29 @@ class KronDebiasedLaplace(KronLaplace):
     @KronLaplace.prior_precision.setter
     def prior_precision(self, prior_precision: float | Tensor) -> None:
         """Change the prior precision: a scalar, or one for each parameter tensor."""
-        # a fit sets it again, to check it with the parameters that are known by then
-        is_fit = prior_precision is vars(self).get("_prior_precision")
+        self._set_prior_precision(prior_precision)
+        self._forget_calibration()
+        self._is_tuned = True
+
+    def _set_prior_precision(self, prior_precision: float | Tensor) -> None:
+        """Check and take over a prior precision, of which callers keep their tensor."""
+        own = prior_precision
+        if isinstance(prior_precision, Tensor):
+            own = prior_precision.clone()
         # laplace-torch's setter takes the value over before it has checked its length
         with unchanged_on_failure(self):
-            KronLaplace.prior_precision.fset(self, prior_precision)
+            cast("Any", KronLaplace).prior_precision.fset(self, own)
             values = self._prior_precision
             if not (values.isfinite() & (values >= 0)).all():
                 raise ValueError(
                     f"`prior_precision` must be finite and at least zero, got {values}."
                 )
-            if is_fit:
-                return
-            if self._calibration is not None:
-                warn(FORGOTTEN, stacklevel=2)
-            self._calibration, self._is_tuned = None, True
+
+    def _forget_calibration(self) -> None:
+        """Forget the calibration of what has been changed, and say so."""
+        if self._calibration is not None:
+            warn(FORGOTTEN, stacklevel=3)
+        self._calibration = None
 
     # a property in laplace-torch's base class, which declares it as an attribute, too
     @property
@@ -448,6 +456,8 @@ class KronDebiasedLaplace(KronLaplace):
         with unchanged_on_failure(self):
             cast("Any", KronLaplace).sigma_noise.fset(self, sigma_noise)
             check_positive("sigma_noise", self._sigma_noise)
+            if self._kind.link is not None and self._sigma_noise != 1:
+                raise ValueError("`sigma_noise` is for regression alone.")
 
     @property
     def temperature(self) -> float:
@@ -457,6 +467,8 @@ class KronDebiasedLaplace(KronLaplace):
     @temperature.setter
     def temperature(self, temperature: float) -> None:
         check_positive("temperature", temperature)
+        if temperature != vars(self).get("_temperature"):
+            self._forget_calibration()
         self._temperature = temperature
 
     @property
@@ -1087,6 +1099,7 @@ class KronDebiasedLaplace(KronLaplace):
             ValueError: If no validation loss is finite, the marginal likelihood has no
                 maximum that is, or ``sigma_noise`` cannot be tuned.
         """
+        prior_structure = PriorStructure(prior_structure)
         if tune_sigma_noise:
             tuning.check_noise_can_be_tuned(self, method, prior_structure)
         loss = tuning.default_loss(self) if loss is None else loss

@@ -263,9 +263,9 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     def _output_moments(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(self.enable_backprop):
             f_mu, features = features_of(self.model, self.fitted_params, X)
-        if features is None:
-            return super()._output_moments(X, kind)
-        return f_mu, last_layer_covariance(features, self.posterior_precision, kind)
+            if features is None:
+                return super()._output_moments(X, kind)
+            return f_mu, last_layer_covariance(features, self.posterior_precision, kind)
 
     def _output_changes(self, X: Inputs) -> Iterator[tuple[Tensor, Tensor]] | None:
         if self.n_outputs <= MANY_OUTPUTS:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # what version 0.1 saved before it had a format cannot be read: it does not tell layers;
 # format 2 does not tell the shapes of parameters, nor which there were, format 3 not
 # the calibration, and format 4 not which backend's curvature it is
-FORMAT = 5
+FORMAT = 6
 OTHER_PARAMETERS = (
     "The model's parameters are not those that the saved posterior was fitted at: load "
     "the model's own checkpoint before you predict."
@@ -60,6 +60,7 @@ def state_dict(la: KronDebiasedLaplace) -> dict[str, Any]:
         "format": FORMAT,
         "cls_name": upstream["cls_name"],  # by which laplace-torch refuses what is ours
         **_configuration(la),
+        "temperature": float(la.temperature),
         "parameters": _names(la, la.fitted_params),
         "shapes": [list(param.shape) for param in la.fitted_params],
         "layers": [layer.state_dict() for layer in selection.layers],
@@ -118,6 +119,7 @@ def _configuration(la: KronDebiasedLaplace) -> dict[str, Any]:
         "approximation": str(la._asdl_fisher_kwargs.get("kfac_approx", EXPAND)),
         "likelihood": _plain(la.likelihood),
         "candidates": _names(la, la._candidates),
+        "class_axis": la.class_axis,
     }
 
 

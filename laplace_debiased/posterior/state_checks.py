@@ -38,6 +38,7 @@ _OWN = {
     "approximation": str,
     "backend": str,
     "candidates": list[str],
+    "class_axis": int | None,
     "damping": bool,
     "example_size": int,
     "outputs_size": int,
@@ -54,7 +55,6 @@ _POSITIVE = (
     "outputs_size",
     "n_data",
     "n_outputs",
-    "prior_precision",
     "sigma_noise",
     "temperature",
 )

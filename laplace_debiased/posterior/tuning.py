@@ -35,6 +35,7 @@ from tqdm import tqdm
 from laplace_debiased.posterior import predicting
 from laplace_debiased.posterior.evidence import best_prior_precision
 from laplace_debiased.posterior.likelihoods import BINARY
+from laplace_debiased.posterior.settings import check_positive
 from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
 from laplace_debiased.predictive.prior_path import TOLERANCE, PriorInterval
 from laplace_debiased.rows.output_curvature import is_counted
@@ -87,11 +88,12 @@ class GaussianNLL(_MeanNLL):
             mean: Mean of the outputs ``[batch, outputs]``.
             covariance: Their covariance ``[batch, outputs, outputs]``, or variance
                 ``[batch, outputs]``, without noise.
-            y: Targets ``[batch, outputs]``.
+            y: Targets ``[batch, outputs]``, or ``[batch]`` of one output.
 
         Raises:
             ValueError: If the targets have another shape.
         """
+        y = y[:, None] if y.shape == mean.shape[:1] and mean.shape[1] == 1 else y
         if y.shape != mean.shape:
             raise ValueError(
                 f"Targets must have the outputs' shape {tuple(mean.shape)}, got "
@@ -154,10 +156,17 @@ def maximize_marginal_likelihood(
         without a finite maximum stay where they start, and a warning names them.
 
     Raises:
-        ValueError: If a single prior precision has no finite maximum.
+        ValueError: If a single prior precision has no finite maximum, or the start is
+            not positive, or of a wrong length.
     """
+    check_positive("init_prior_prec", start)
     starts = torch.as_tensor(start, dtype=torch.float64).detach().reshape(-1).tolist()
     params = la.fitted_params
+    if len(starts) not in (1, len(params)):
+        raise ValueError(
+            f"`init_prior_prec` must be one number, or one for each of {len(params)} "
+            f"parameter tensors, got {len(starts)}."
+        )
     if len(starts) == 1 and layerwise:
         starts = starts * len(params)
     parts = la.prior_offset.double().split([p.numel() for p in params])

@@ -81,7 +81,7 @@ def uncertainty_of_points(la: KronDebiasedLaplace, X: Inputs) -> Uncertainty:
     link = la._kind.link
     if link is None:
         mean, variance = output_moments(la, X)
-        noise = (la.sigma_noise**2).to(variance).expand_as(variance)
+        noise = (la.sigma_noise.detach() ** 2).to(variance).expand_as(variance)
         return Uncertainty(None, mean, variance + noise, noise, variance, variance)
     calibration = la.calibration or _UNCALIBRATED
     parts = [_outputs(la, some, calibration, link) for some in _chunks(la, X)]

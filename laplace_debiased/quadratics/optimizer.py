@@ -89,6 +89,8 @@ class BatchQuadratic:
 
     def output_curvature_product(self, change: Tensor) -> Tensor:
         """Multiply the loss curvature in the output by a change of the output."""
+        if not self._output_gradient.requires_grad:  # the loss is linear in it
+            return torch.zeros_like(change)
         (product,) = torch.autograd.grad(
             self._output_gradient, self._output, change, retain_graph=True
         )

@@ -24,7 +24,7 @@ class Comparison:
     Args:
         own: On the mini-batch that gave the directions, ``[K]``.
         others: On other mini-batches, ``[batches, K]``.
-        overall: On all data ``[K]``.
+        overall: On all data, or what stands for them, ``[K]``.
         resampled: On bootstrap samples of all data ``[samples, K]``; None if there are
             none.
     """
@@ -136,8 +136,9 @@ class BiasReport:
 
     def table(self) -> str:
         """Return the means over ranges of ranks, as a Markdown table."""
+        reference = self.reference
         lines = [
-            "| quantity | ranks | own points | other points | all data | own / all |",
+            f"| quantity | ranks | own points | other batches | {reference} | ratio |",
             "|---|---|---|---|---|---|",
         ]
         for name, values in (("slope", self.slope), ("curvature", self.curvature)):
@@ -179,7 +180,7 @@ class BiasReport:
             ranks = range(1, len(values.own) + 1)
             others = values.others.cpu()
             axis.plot(ranks, values.own.cpu(), label="points that gave the directions")
-            (line,) = axis.plot(ranks, others.mean(0), label="other points")
+            (line,) = axis.plot(ranks, others.mean(0), label="other batches")
             axis.fill_between(
                 ranks,
                 others.amin(0),
@@ -188,7 +189,8 @@ class BiasReport:
                 alpha=0.2,
                 lw=0,
             )
-            axis.plot(ranks, values.overall.cpu(), "k--", lw=1, label="all data")
+            overall = values.overall.cpu()
+            axis.plot(ranks, overall, "k--", lw=1, label=self.reference)
             positive = all((v > 0).all() for v in (values.own, others, values.overall))
             axis.set(ylabel=name, yscale="log" if positive else "linear")
         panels[-1].set_xlabel(f"rank of the direction ({self.directions})")

@@ -29,11 +29,14 @@ class Call:
             of a tensor, or :data:`NUMBER`; None if all examples share it.
         outputs: Likewise for the tensors that it returns. If all examples share them,
             the call computes something from parameters alone.
+        singles: For each argument, whether an example had a single entry on its axis,
+            which does not tell whose further ones would be.
     """
 
     function: str
     inputs: Axes
     outputs: Axes
+    singles: tuple[bool, ...]
 
     @property
     def is_of_parameters(self) -> bool:
@@ -210,7 +213,11 @@ def _call(few: Event, more: Event, counts: tuple[int, int]) -> Call | None:
         return None
     if None in outputs and set(outputs) != {None}:
         return None
-    return Call(few.function, inputs, outputs)
+    singles = tuple(
+        axis is not None and axis != NUMBER and item[axis] == counts[0]
+        for item, axis in zip(few.inputs, inputs, strict=True)
+    )
+    return Call(few.function, inputs, outputs, singles)
 
 
 def _axis(few: Any, more: Any, counts: tuple[int, int]) -> int | None:

@@ -178,6 +178,8 @@ class Copies:
             elif axis == NUMBER:
                 own[k] = item // self._batch_size
             elif axis is not None:
+                if call.singles[k]:
+                    _check_single(item, axis, self._batch_size, name_of(func))
                 mapped[k] = _split(item, axis, self._batch_size)
         kind: list[Any] = []
 
@@ -243,6 +245,17 @@ class Copies:
             is_grads_batched=True,
         )
         return own
+
+
+def _check_single(tensor: Tensor, axis: int, batch_size: int, name: str) -> None:
+    """Refuse several entries of an example, if it is not known whose they are."""
+    if tensor.shape[axis] > batch_size > 1:
+        raise ValueError(
+            f"`{name}` got a tensor of shape {tuple(tensor.shape)} for a batch of "
+            f"{batch_size}, but one entry on axis {axis} for each example when its "
+            "parameter was found, which does not tell whose entries these are: fit "
+            "with examples of several positions first in the data."
+        )
 
 
 def _split(tensor: Tensor, axis: int, batch_size: int) -> Tensor:

@@ -3,7 +3,7 @@
 Class tokens, position embeddings, layer scales, tables of relative positions, weights
 that are computed from others: each is a vector of its own, whose gradient rows are the
 per-example gradients (:mod:`~laplace_debiased.rows.copies`). What was found is compared
-with the gradients that autograd computes for two examples.
+with the gradients that autograd computes for few examples.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from laplace_debiased.rows.calls import Call, Event, Tracer, find_calls
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.recorder import Recorder
-from laplace_debiased.rows.separation import PAIR, num_traced, some_examples
+from laplace_debiased.rows.separation import FEW, num_traced, some_examples
 from laplace_debiased.rows.substitution import run, stand_ins
 from laplace_debiased.rows.tape import record_rows
 from laplace_debiased.rows.tracing import Trace, column_of
@@ -48,14 +48,14 @@ class Network:
 
 
 def fallback_layers(
-    network: Network, candidates: Sequence[int], pair: Trace
+    network: Network, candidates: Sequence[int], seen: Trace
 ) -> dict[int, Layer]:
     """Find layers for parameters that no row type tells of.
 
     Args:
         network: The network.
         candidates: Positions of these parameters.
-        pair: A trace of two examples.
+        seen: A trace of few examples.
 
     Returns:
         A layer for each position that can have one.
@@ -63,16 +63,16 @@ def fallback_layers(
     if not candidates:
         return {}
     count = num_traced(network.batch_size)
-    few, more = (_events(network, candidates, size) for size in (PAIR, count))
+    few, more = (_events(network, candidates, size) for size in (FEW, count))
     found = {
         k: _layer(network.names[k], k, network.params[k], calls)
-        for k, calls in find_calls(few, more, (PAIR, count)).items()
+        for k, calls in find_calls(few, more, (FEW, count)).items()
     }
-    wrong = _wrong(network, found, pair)
+    wrong = _wrong(network, found, seen)
     if wrong is None:  # some cannot be run: find out which
-        wrong = [k for k in found if _wrong(network, {k: found[k]}, pair) != []]
+        wrong = [k for k in found if _wrong(network, {k: found[k]}, seen) != []]
         found = {k: layer for k, layer in found.items() if k not in wrong}
-        wrong = _wrong(network, found, pair)
+        wrong = _wrong(network, found, seen)
     return {k: own for k, own in found.items() if wrong is not None and k not in wrong}
 
 
@@ -106,7 +106,7 @@ def _layer(name: str, position: int, param: Tensor, calls: tuple[Call, ...]) -> 
 
 
 def _wrong(
-    network: Network, found: Mapping[int, Layer], pair: Trace
+    network: Network, found: Mapping[int, Layer], seen: Trace
 ) -> list[int] | None:
     """Compare gradients of copies with those by autograd.
 
@@ -114,12 +114,12 @@ def _wrong(
         The positions of parameters where they differ; None if the network cannot be run
         on copies.
     """
-    some = some_examples(network.X, network.batch_size, PAIR)
+    some = some_examples(network.X, network.batch_size, FEW)
     layers = list(found.values())
     try:
         with (
             torch.enable_grad(),
-            record_rows(network.model, network.params, layers, PAIR, None) as tape,
+            record_rows(network.model, network.params, layers, FEW, None) as tape,
         ):
             output = run(network.model, some)
         rows = [
@@ -127,24 +127,24 @@ def _wrong(
                 layer.name: own.flatten(1)
                 for layer, own in tape.gradient_rows(output, column, retain_graph=True)
             }
-            for column in (column_of(output, example) for example in range(PAIR))
+            for column in (column_of(output, example) for example in range(FEW))
         ]
     except (RuntimeError, ValueError, TypeError, NotImplementedError):
         return None  # as torch raises where a function has no batching rule
-    return [k for k, layer in found.items() if not _agree(rows, layer, k, pair)]
+    return [k for k, layer in found.items() if not _agree(rows, layer, k, seen)]
 
 
 def _agree(
-    rows: Sequence[Mapping[str, Tensor]], layer: Layer, position: int, pair: Trace
+    rows: Sequence[Mapping[str, Tensor]], layer: Layer, position: int, seen: Trace
 ) -> bool:
     """Whether rows are the gradients of each example, and of no other."""
-    for example, expected in enumerate(pair.gradients):
+    for example, expected in enumerate(seen.gradients):
         gradient, own = expected[position], rows[example].get(layer.name)
         if gradient is None or not gradient.isfinite().all():
             continue
         if own is None:
             return not gradient.any()
-        if own[1 - example].nan_to_num().any():
+        if own[torch.arange(FEW) != example].nan_to_num().any():
             return False
         precise = torch.promote_types(gradient.dtype, torch.float32)
         precision = torch.finfo(gradient.dtype).eps

@@ -111,7 +111,7 @@ class Layer:
     def state_dict(self) -> dict[str, Any]:
         """Return the layer as a dictionary of plain values."""
         layouts = [(layout.axis, layout.neighbours) for layout in self.layouts]
-        calls = [(own.function, own.inputs, own.outputs) for own in self.calls]
+        calls = [tuple(vars(own).values()) for own in self.calls]
         return vars(self) | {"layouts": layouts, "calls": calls}
 
     @classmethod
@@ -119,8 +119,8 @@ class Layer:
         """Build a layer from :meth:`state_dict`."""
         layouts = tuple(Layout(*own) for own in state_dict["layouts"])
         calls = tuple(
-            Call(function, tuple(inputs), tuple(outputs))
-            for function, inputs, outputs in state_dict["calls"]
+            Call(function, *map(tuple, of_tensors))
+            for function, *of_tensors in state_dict["calls"]
         )
         return cls(**state_dict | {"layouts": layouts, "calls": calls})
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from laplace_debiased.rows.one_hot import OneHotRows
-from laplace_debiased.rows.separation import PAIR
+from laplace_debiased.rows.separation import FEW
 from laplace_debiased.rows.tracing import Trace, TracedUse
 from laplace_debiased.rows.uses import Layout, MatrixUse
 
@@ -24,29 +24,29 @@ _IRREGULAR = "runs a different number of times for other examples"
 
 
 def find_layouts(
-    pair: list[TracedUse], many: list[TracedUse], count: int
+    few: list[TracedUse], many: list[TracedUse], count: int
 ) -> list[Layout] | str:
     """Find out where the examples are in each call.
 
     Args:
-        pair: The uses of a parameter with two examples.
+        few: The uses of a parameter with few examples.
         many: Those with more.
         count: How many these are.
 
     Returns:
         A layout for each call, one if they agree; or why there is none.
     """
-    if not pair or not many:
+    if not few or not many:
         return _ROUTED
     layouts = []
-    for two, more in zip(pair, many, strict=False):
-        found = _layout(two, more.use.input.shape, count)
+    for own, more in zip(few, many, strict=False):
+        found = _layout(own, more.use.input.shape, count)
         if isinstance(found, str):
             return found
         layouts.append(found)
     if len(set(layouts)) == 1:
         return layouts[:1]
-    return layouts if len(pair) == len(many) else _IRREGULAR
+    return layouts if len(few) == len(many) else _IRREGULAR
 
 
 def _layout(use: TracedUse, more: torch.Size, count: int) -> Layout | str:
@@ -58,8 +58,8 @@ def _layout(use: TracedUse, more: torch.Size, count: int) -> Layout | str:
         axis
         for axis in use.use.axes
         if len(sizes) == len(more)
-        and sizes[axis] % PAIR == 0
-        and sizes[axis] * count == more[axis] * PAIR
+        and sizes[axis] % FEW == 0
+        and sizes[axis] * count == more[axis] * FEW
     ]
     if len(axes) != 1:
         return _SEVERAL if axes else _ROUTED
@@ -68,34 +68,36 @@ def _layout(use: TracedUse, more: torch.Size, count: int) -> Layout | str:
 
 def _order(use: TracedUse, axis: int) -> Layout | str:
     """Find out, by gradients, which entries of an axis are an example's own."""
-    if use.use.input.shape[axis] == PAIR:
-        return Layout(axis)
+    if use.use.input.shape[axis] == FEW:
+        return Layout(axis, neighbours=None)
+    # three examples tell both apart: with two, the rows of a token in the middle may
+    # lie in the first half and the second
     layouts = (Layout(axis), Layout(axis, neighbours=False))
     for layout in layouts:
         if not any(rows.any() for rows in rows_of_others(use, layout)):
             return layout
-    first, second = (
+    entries = [
         gradient.nan_to_num().movedim(axis, 0).flatten(1).any(1)
-        if gradient is not None
-        else torch.tensor(False)
         for gradient in use.gradients
-    )
-    # where an entry is that of both, examples are mixed, which is refused
-    return Layout(axis) if (first & second).any() else _UNORDERED
+        if gradient is not None
+    ]
+    # where an entry is that of several, examples are mixed, which is refused
+    is_mixed = (torch.stack(entries).sum(0) > 1).any()
+    return Layout(axis) if is_mixed else _UNORDERED
 
 
 def rows_of_others(use: TracedUse, layout: Layout) -> list[Tensor]:
-    """Return the gradient of each example's output in the other one's rows.
+    """Return the gradient of each example's output in the rows of others.
 
     Args:
-        use: A use in a trace of two examples.
+        use: a use in a trace of few examples.
         layout: Where it holds them.
 
     Returns:
         The gradients that there are, with zeros for those that are not finite.
     """
     return [
-        layout.split(gradient, PAIR)[1 - example].nan_to_num()
+        layout.split(gradient, FEW)[torch.arange(FEW) != example].nan_to_num()
         for example, gradient in enumerate(use.gradients)
         if gradient is not None
     ]
@@ -105,7 +107,7 @@ def rows_tell_gradient(seen: Trace, position: int, layouts: Sequence[Layout]) ->
     """Compare a parameter's gradients by its rows with those by autograd.
 
     Args:
-        seen: A trace of two examples.
+        seen: A trace of few examples.
         position: The parameter's position.
         layouts: Where the examples are in each of its calls.
 
@@ -138,10 +140,10 @@ def _gradient_of_rows(
         if gradient is None:
             continue
         layout = layouts[call % len(layouts)]
-        g = use.gradient_rows(gradient, traced.key, layout, PAIR)
+        g = use.gradient_rows(gradient, traced.key, layout, FEW)
         norms = g.norm(dim=-1)  # [batch, S, groups]
         if isinstance(use, MatrixUse) and traced.key == "weight":
-            part, lengths = _contracted(g, use.input_rows(layout, PAIR).to(g.dtype))
+            part, lengths = _contracted(g, use.input_rows(layout, FEW).to(g.dtype))
             part = part.mT if use.is_transposed else part
             norms = norms * lengths
         else:

@@ -52,8 +52,12 @@ class LinearUse(MatrixUse):
         return positions_of_vectors(gradient, layout, batch_size)
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> LinearUse:
-    """Describe a call of ``F.linear``, whose arguments these are."""
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> LinearUse | None:
+    """Describe a call of ``F.linear``; None if its weight is a vector."""
+    if weight.ndim != 2:
+        return None
     original = _transposed_original(weight)
     if original is None:
         return LinearUse(input, weight, bias)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -144,10 +144,11 @@ class _Evaluation:
 
 
 def keeping_buffers(model: nn.Module) -> AbstractContextManager[None]:
-    """Let a model have its buffers again if it puts other tensors in their place.
+    """Let a model have its tensors again if it puts others in their place.
 
-    New buffers, and tensors of another shape, stay: they are caches, whose size the
-    network may keep elsewhere.
+    These are buffers, and attributes such as those that old weight normalization sets
+    anew in each pass. New ones, and tensors of another shape, stay: they are caches,
+    whose size the network may keep elsewhere.
 
     Args:
         model: The model.
@@ -155,24 +156,37 @@ def keeping_buffers(model: nn.Module) -> AbstractContextManager[None]:
     Returns:
         The context manager, which several threads may use at once.
     """
-    return shared(_Buffers, (m for m in model.modules() if m._buffers))
+    return shared(_Kept, (m for m in model.modules() if m._buffers or _tensors_of(m)))
 
 
-class _Buffers:
-    """A module's buffers."""
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's attributes that are tensors, but no parameters or buffers."""
+    return {k: own for k, own in vars(module).items() if isinstance(own, Tensor)}
+
+
+class _Kept:
+    """A module's buffers, and its tensors that are none."""
 
     def __init__(self, module: nn.Module):
-        self._current, self._saved = module._buffers, dict(module._buffers)
+        self._current: tuple[dict[str, Any], ...] = module._buffers, vars(module)
+        self._saved = dict(module._buffers), _tensors_of(module)
 
     def apply(self) -> None:
         """Let the module change them."""
 
     def restore(self) -> None:
         """Put them back."""
-        for name, buffer in self._saved.items():
-            new = self._current.get(name)
-            if new is not None and buffer is not None and new.shape == buffer.shape:
-                self._current[name] = buffer
+        (buffers, attributes), (saved_buffers, saved) = self._current, self._saved
+        _put_back(buffers, saved_buffers)
+        _put_back(attributes, saved)
+
+
+def _put_back(current: dict[str, Any], saved: Mapping[str, Tensor | None]) -> None:
+    """Put back tensors in whose place are others of the same shape."""
+    for name, own in saved.items():
+        new = current.get(name)
+        if isinstance(new, Tensor) and own is not None and new.shape == own.shape:
+            current[name] = own
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,8 +44,8 @@ def flat_output(model: nn.Module, output: Tensor) -> Tensor:
         The output ``[batch, positions * classes]`` if its class axis is set; else, and
         if it is a matrix, as it is.
     """
-    if output.ndim == 1:
-        return output[:, None]
+    if output.ndim < 2:  # of one example, a network that squeezes makes a scalar
+        return output.reshape(-1, 1)
     axis = class_axis_of(model)
     if axis is None or output.ndim < 3:
         return output

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from laplace_debiased.rows.calls import name_of
 from laplace_debiased.rows.functions import USES
 from laplace_debiased.rows.substitution import Substitution
 from laplace_debiased.rows.uses import Use
@@ -112,9 +113,10 @@ class Recorder(Substitution):
         if use is not None and self._is_recorded(use):
             return self._on_use(use, output)
         if self._on_other is not None:
-            taken = list(self._taken([args, kwargs]))
-            if taken and any(self._is_new(value) for value in _tensors(output)):
-                self._on_other(taken, getattr(func, "__name__", str(func)))
+            taken, name = list(self._taken([args, kwargs])), name_of(func)
+            is_use = name == "__setitem__" or any(map(self._is_new, _tensors(output)))
+            if taken and is_use:
+                self._on_other(taken, name)
         return output
 
     def _is_recorded(self, use: Use) -> bool:

@@ -26,7 +26,7 @@ from laplace_debiased.rows.left_out import LeftOut, refusal
 from laplace_debiased.rows.normalization_uses import NormalizationUse
 from laplace_debiased.rows.one_hot import OneHotRows
 from laplace_debiased.rows.separation import (
-    PAIR,
+    FEW,
     check_batch_does_not_matter,
     check_outputs_repeat,
     check_rows_are_separate,
@@ -169,8 +169,8 @@ def select(
             batch statistics are used.
     """
     names = _names(model, params)
-    pair = trace(model, params, X, batch_size, PAIR, backward=True)
-    for name, uses in zip(names, pair.uses, strict=True):
+    few = trace(model, params, X, batch_size, FEW, backward=True)
+    for name, uses in zip(names, few.uses, strict=True):
         if any(traced.use.mixes_examples for traced in uses):
             raise ValueError(batch_statistics(name))
     check_outputs_repeat(model, X, batch_size)
@@ -179,35 +179,35 @@ def select(
     reasons: dict[int, str] = {}
     layouts: dict[int, list[Layout]] = {}
     for k, param in enumerate(params):
-        found: str | list[Layout] | None = _reason(k, param, pair, many)
-        if dense and any(isinstance(own.use, EmbeddingUse) for own in pair.uses[k]):
+        found: str | list[Layout] | None = _reason(k, param, few, many)
+        if dense and any(isinstance(own.use, EmbeddingUse) for own in few.uses[k]):
             found = found or "is a table of embeddings"
-        found = found or find_layouts(pair.uses[k], many.uses[k], count)
+        found = found or find_layouts(few.uses[k], many.uses[k], count)
         if isinstance(found, str):
             reasons[k] = found
-        elif not rows_tell_gradient(pair, k, found):
+        elif not rows_tell_gradient(few, k, found):
             reasons[k] = "is also used in ways that its calls do not tell"
         else:
             layouts[k] = found
-    own = [_layer(group, pair, names, layouts) for group in _groups(pair, layouts)]
-    _check_examples_are_separate(pair, _named(own))
+    own = [_layer(group, few, names, layouts) for group in _groups(few, layouts)]
+    _check_examples_are_separate(few, _named(own))
     if not dense:
         network = Network(model, params, names, X, batch_size)
-        others = fallback_layers(network, _candidates(params, reasons, pair), pair)
+        others = fallback_layers(network, _candidates(params, reasons, few), few)
         own += others.values()
         reasons = {k: reason for k, reason in reasons.items() if k not in others}
     layers = _named(own)
-    check_batch_does_not_matter(pair.output, many.output)
+    check_batch_does_not_matter(few.output, many.output)
     left_out = [
         LeftOut(names[k], _kind(model, names[k]), k, params[k].numel(), reason)
         for k, reason in sorted(reasons.items())
     ]
-    num_outputs = pair.output.shape[1]
-    return Selection(layers, left_out, pair.example_size, num_outputs)
+    num_outputs = few.output.shape[1]
+    return Selection(layers, left_out, few.example_size, num_outputs)
 
 
 def _candidates(
-    params: Sequence[Tensor], reasons: Mapping[int, str], pair: Trace
+    params: Sequence[Tensor], reasons: Mapping[int, str], few: Trace
 ) -> list[int]:
     """Return the parameters whose uses no row type tells, but that can be copied."""
     return [
@@ -215,9 +215,9 @@ def _candidates(
         for k in reasons
         if params[k].numel() > 0
         and not params[k].is_complex()
-        and k not in pair.hidden
-        and k not in pair.recomputed
-        and any(gradients[k] is not None for gradients in pair.gradients)
+        and k not in few.hidden
+        and k not in few.recomputed
+        and any(gradients[k] is not None for gradients in few.gradients)
     ]
 
 
@@ -237,16 +237,16 @@ def _kind(model: nn.Module, name: str) -> str:
     return type(model.get_submodule(name.rpartition(".")[0])).__name__
 
 
-def _reason(k: int, param: Tensor, pair: Trace, many: Trace) -> str | None:
+def _reason(k: int, param: Tensor, few: Trace, many: Trace) -> str | None:
     """Tell why a parameter is left out, from what traces have seen of it."""
-    uses, others = pair.uses[k], many.others | pair.others
+    uses, others = few.uses[k], many.others | few.others
     if param.numel() == 0:
         return "has no entries"
     if param.is_complex():
         return "is complex"
     if k in others:
         return f"is {'also ' if uses else ''}used by `{others[k]}`"
-    if k in pair.hidden:
+    if k in few.hidden:
         return "is used where no gradients are recorded"
     if not uses:
         return None if many.uses[k] else "is not used"
@@ -257,44 +257,44 @@ def _reason(k: int, param: Tensor, pair: Trace, many: Trace) -> str | None:
     return None
 
 
-def _kind_of_use(traced: TracedUse) -> tuple[type, str, bool]:
+def _kind_of_use(traced: TracedUse) -> tuple[type, str, bool, int]:
     """Return what all uses of a parameter must agree in."""
     use = traced.use
     is_transposed = isinstance(use, MatrixUse) and use.is_transposed
-    return type(use), traced.key, is_transposed
+    return type(use), traced.key, is_transposed, getattr(use, "groups", 1)
 
 
-def _check_examples_are_separate(pair: Trace, layers: list[Layer]) -> None:
-    """Refuse networks in which an example's output depends on the other one."""
+def _check_examples_are_separate(few: Trace, layers: list[Layer]) -> None:
+    """Refuse networks in which an example's output depends on another one."""
     for layer in layers:
-        for call, use in enumerate(pair.uses[layer.parameters[0]]):
+        for call, use in enumerate(few.uses[layer.parameters[0]]):
             for rows in rows_of_others(use, layer.layout(call)):
                 check_rows_are_separate(f"layer {layer.name!r}", rows)
-    for gradient in pair.inputs:
+    for gradient in few.inputs:
         if gradient is not None:  # that of the first example's output
             check_rows_are_separate("the input", gradient[1:])
 
 
-def _groups(pair: Trace, positions: dict[int, list[Layout]]) -> list[list[int]]:
+def _groups(few: Trace, positions: dict[int, list[Layout]]) -> list[list[int]]:
     """Put together the parameters that are used together, weights first."""
     groups: dict[Hashable, list[int]] = {}
     for k in positions:
-        uses = pair.uses[k]
+        uses = few.uses[k]
         is_vector = uses[0].use.is_vector(uses[0].key)
         numbers = tuple(use.number for use in uses)
         groups.setdefault(k if is_vector else numbers, []).append(k)
     return [
-        sorted(group, key=lambda k: pair.uses[k][0].key, reverse=True)
+        sorted(group, key=lambda k: few.uses[k][0].key, reverse=True)
         for group in groups.values()
     ]
 
 
 def _layer(
-    group: list[int], pair: Trace, names: list[str], layouts: dict[int, list[Layout]]
+    group: list[int], few: Trace, names: list[str], layouts: dict[int, list[Layout]]
 ) -> Layer:
     """Describe the layer of parameters that are used together."""
     first, *_ = group
-    uses, own = pair.uses[first], tuple(layouts[first])
+    uses, own = few.uses[first], tuple(layouts[first])
     parameter = getattr(uses[0].use, uses[0].key)
     layer = Layer(
         names[first],
@@ -302,18 +302,18 @@ def _layer(
         first,
         parameter.numel(),
         layouts=own,
-        is_recomputed=any(k in pair.recomputed for k in group),
+        is_recomputed=any(k in few.recomputed for k in group),
     )
     sizes = [use.use.input.shape[layer.layout(k).axis] for k, use in enumerate(uses)]
-    layer = replace(layer, num_entries=sum(sizes) // PAIR)
+    layer = replace(layer, num_entries=sum(sizes) // FEW)
     if uses[0].use.is_vector(uses[0].key):
         is_normalization = isinstance(uses[0].use, NormalizationUse)
         return replace(layer, is_normalization=is_normalization)
-    keys = {pair.uses[k][0].key: k for k in group}
+    keys = {few.uses[k][0].key: k for k in group}
     # [batch, S, groups, d_in] of all calls
     rows = join_positions(
         [
-            traced.use.input_rows(layer.layout(call), PAIR)
+            traced.use.input_rows(layer.layout(call), FEW)
             for call, traced in enumerate(uses)
             if isinstance(traced.use, MatrixUse)
         ]

@@ -13,7 +13,7 @@ from laplace_debiased.rows.inputs import Inputs, at_least_single
 from laplace_debiased.rows.substitution import Substitution, run, stand_ins
 from laplace_debiased.rows.tape import Tape
 
-PAIR, MANY = 2, 16
+FEW, MANY = 3, 16
 _SHRINKING = 0.9
 
 
@@ -31,7 +31,7 @@ def check_outputs(model: nn.Module, X: Inputs, batch_size: int) -> None:
     check_outputs_repeat(model, X, batch_size)
     few, many = (
         _first_outputs(model, X, batch_size, count)
-        for count in (PAIR, num_traced(batch_size))
+        for count in (FEW, num_traced(batch_size))
     )
     check_batch_does_not_matter(few, many)
 
@@ -47,7 +47,7 @@ def check_outputs_repeat(model: nn.Module, X: Inputs, batch_size: int) -> None:
     Raises:
         ValueError: If outputs differ between two passes on the same examples.
     """
-    first, again = (_first_outputs(model, X, batch_size, PAIR) for _ in range(2))
+    first, again = (_first_outputs(model, X, batch_size, FEW) for _ in range(2))
     if not _agree(first, again, 0.4):
         raise ValueError(
             "The model's outputs differ between two passes on the same examples: it "
@@ -80,8 +80,8 @@ def check_batch_does_not_matter(few: Tensor, many: Tensor) -> None:
 
 @torch.no_grad()
 def _first_outputs(model: nn.Module, X: Inputs, batch_size: int, count: int) -> Tensor:
-    """Return the outputs of the first two of some examples."""
-    return run(model, some_examples(X, batch_size, count))[:PAIR]
+    """Return the outputs of the first few of some examples."""
+    return run(model, some_examples(X, batch_size, count))[:FEW]
 
 
 def some_examples(
@@ -138,7 +138,7 @@ def check_no_hidden_uses(
         ValueError: If a parameter has a gradient though it is replaced.
     """
     with torch.enable_grad(), Substitution(stand_ins(model)):
-        output = run(model, some_examples(X, batch_size, PAIR))
+        output = run(model, some_examples(X, batch_size, FEW))
     free = [param for param in params if param.requires_grad]
     if not free or not output.requires_grad:
         return
@@ -154,8 +154,8 @@ def check_no_hidden_uses(
 
 
 def num_traced(batch_size: int) -> int:
-    """Return how many examples tell what differs between examples: at least three."""
-    return max(PAIR + 1, min(batch_size, MANY))
+    """Return how many examples tell what grows with their number: more than few."""
+    return max(FEW + 1, min(batch_size, MANY))
 
 
 def _agree(output: Tensor, other: Tensor, digits: float) -> bool:

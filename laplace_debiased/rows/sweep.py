@@ -276,11 +276,11 @@ def _parts(data: Iterable[Batch], layers: Sequence[Layer]) -> Iterator[Batch]:
     entries = sum(layer.d_out for layer in layers if layer.calls)
     size = max(1, _COPIED_ENTRIES // max(1, entries))
     for X, y in data:
-        if len(y) <= size:
+        if 0 < len(y) <= size:
             yield X, y
-            continue
-        for part in torch.arange(len(y)).split(size):
-            yield select_rows(X, part, len(y)), y[part]
+        elif len(y):
+            for part in torch.arange(len(y)).split(size):
+                yield select_rows(X, part, len(y)), y[part]
 
 
 def _gradient_rows(

@@ -161,7 +161,7 @@ def _see_gradients(
     # checkpointing calls functions again: with probes, as in the forward pass
     replay = Recorder(values, on_replayed_use)
     for example in range(len(output)):
-        # the second example tells of the order of an axis alone
+        # further examples tell of the order of an axis alone
         inputs = probes if example == 0 else []
         _backpropagate(seen, output, example, replay, own, params, inputs)
 

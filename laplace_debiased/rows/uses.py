@@ -24,11 +24,12 @@ class Layout:
         axis: The axis, of a size ``k * batch``.
         neighbours: Whether the ``k`` entries of an example are neighbours on it
             (windows of an image), or those of the same number (tokens of a
-            sequence-first network, whose first two axes were joined).
+            sequence-first network, whose first two axes were joined). None if each
+            example had a single entry, which does not tell.
     """
 
     axis: int = 0
-    neighbours: bool = True
+    neighbours: bool | None = True
 
     def split(self, tensor: Tensor, batch_size: int) -> Tensor:
         """Bring the examples to the front.
@@ -41,7 +42,8 @@ class Layout:
             The tensor as ``[batch, k, ...]``, with its other axes in their order.
 
         Raises:
-            ValueError: If the axis holds no whole number of entries for each example.
+            ValueError: If the axis holds no whole number of entries for each example,
+                or several where it is not known whose they are.
         """
         front = tensor.movedim(self.axis, 0)
         if len(front) % batch_size:
@@ -49,7 +51,14 @@ class Layout:
                 f"A layer got a tensor of shape {tuple(tensor.shape)} for a batch of "
                 f"{batch_size}: its axis {self.axis} must hold the examples."
             )
-        if self.neighbours:
+        if self.neighbours is None and len(front) > batch_size > 1:
+            raise ValueError(
+                f"A layer got a tensor of shape {tuple(tensor.shape)} for a batch of "
+                f"{batch_size}, but one entry on axis {self.axis} for each example "
+                "when it was found, which does not tell whose entries these are: fit "
+                "with examples of several positions first in the data."
+            )
+        if self.neighbours or self.neighbours is None:
             return front.unflatten(0, (batch_size, -1))
         return front.unflatten(0, (-1, batch_size)).transpose(0, 1)
 

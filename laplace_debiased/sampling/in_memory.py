@@ -18,6 +18,8 @@ from laplace.utils import concatenate_rows, select_rows
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from laplace_debiased.rows.digests import digest
+
 Keys = tuple[Any, ...]  # lead to a value in nested mappings
 
 
@@ -120,6 +122,17 @@ class _Batch:
         values = self.leaves.items()
         return {path for path, value in values if _length(value) != self.size}
 
+    def copy(self) -> _Batch:
+        """Copy the points' tensors, and refer to what is shared."""
+        shared = self.shared()
+        leaves = {
+            path: value.clone()
+            if isinstance(value, Tensor) and path not in shared
+            else value
+            for path, value in self.leaves.items()
+        }
+        return _Batch(leaves, self.size, self.is_mapping)
+
     def point(self, row: int, shared: set[Keys]) -> _Batch:
         """Copy one of the points, and refer to what is shared."""
         index = torch.tensor([row])
@@ -164,7 +177,8 @@ class PointsInMemory(Dataset):
         self._shared: set[Keys] = set()
         self._largest = 0
         read = self._noted(_Batch.read(batch, target_key, name) for batch in batches)
-        kept = list(read) if num_kept is None else self._drawn(read, num_kept, seed)
+        copied = (batch.copy() for batch in read)  # some refill the tensors they yield
+        kept = list(copied) if num_kept is None else self._drawn(read, num_kept, seed)
         self._is_mapping = bool(kept) and kept[0].is_mapping
         self._batches = [batch.leaves for batch in kept]
         self._sizes = [batch.size for batch in kept]
@@ -294,4 +308,6 @@ def _row_shape(value: Tensor | list | tuple) -> Hashable:
 
 def _identity(value: Any) -> Hashable:
     """Return what two equal constants have in common, or else an object with itself."""
+    if isinstance(value, Tensor):
+        return digest(value)
     return value if isinstance(value, str | int | float | None) else id(value)

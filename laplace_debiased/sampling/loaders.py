@@ -161,7 +161,14 @@ def _batch_size(loader: DataLoader) -> int:
 
 def _reading(loader: DataLoader) -> dict[str, Any]:
     """Return how a loader reads its dataset, with random numbers of its own."""
-    names = ("num_workers", "pin_memory", "worker_init_fn")
+    names = (
+        "num_workers",
+        "pin_memory",
+        "worker_init_fn",
+        "multiprocessing_context",
+        "prefetch_factor",
+        "timeout",
+    )
     own = {name: getattr(loader, name) for name in names}
     return own | {"generator": own_generator()}
 

@@ -66,6 +66,20 @@ def test_a_posterior_is_fitted_when_training_ends(tmp_path, evaluates):
     assert (tmp_path / "posterior.pt").exists()
 
 
+@pytest.mark.parametrize("before", ["predict", "evaluate"])
+def test_data_predicted_before_training_do_not_calibrate(tmp_path, before):
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    callback = LaplaceCallback(budget=16)
+    trainer = Trainer(
+        network(), arguments, train_dataset=points(40, 0), callbacks=[callback]
+    )
+    getattr(trainer, before)(points(24, 1))
+    trainer.train()
+    assert callback.posterior is not None and callback.posterior.calibration is None
+
+
 def test_regressions_of_one_number(tmp_path):
     """Its labels are ``[batch]``, as its own loss takes them, and outputs a column."""
     arguments = TrainingArguments(

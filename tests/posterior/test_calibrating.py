@@ -117,7 +117,7 @@ def test_predictions_without_variance_take_no_backward_pass(monkeypatch):
 
 def test_a_calibration_is_forgotten_with_what_it_was_for():
     la = calibrated(HALF)
-    with pytest.warns(UserWarning, match="another prior precision, and is forgotten"):
+    with pytest.warns(UserWarning, match="another prior precision or temp"):
         la.prior_precision = 4.0
     assert la.calibration is None
     for change in (

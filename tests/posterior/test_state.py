@@ -86,7 +86,7 @@ def test_checkpoints_of_other_kinds_are_refused():
         )
     reference = KronLaplace(model, "classification")
     reference.fit(train)
-    with pytest.raises(ValueError, match="format None, not 5: it is from KronLaplace"):
+    with pytest.raises(ValueError, match="format None, not 6: it is from KronLaplace"):
         la.load_state_dict(reference.state_dict())
     with pytest.raises(ValueError, match="wrong Laplace type"):
         reference.load_state_dict(la.state_dict())
@@ -103,7 +103,7 @@ def test_incomplete_checkpoints_are_refused(subset):
     with pytest.raises(ValueError, match=r"lacks .*'prior_precision'"):
         la.load_state_dict(state_dict)
     for other in ({}, la.model.state_dict()):
-        with pytest.raises(ValueError, match=r"has format None, not 5"):
+        with pytest.raises(ValueError, match=r"has format None, not 6"):
             la.load_state_dict(other)
 
 
