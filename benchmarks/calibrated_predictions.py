@@ -139,8 +139,8 @@ def scores(
     ]
     result = _of_probabilities(p, y) | {"foreign": auroc(*uncertain)}
     for k, corrupted in images.corrupted.items() if shifted else ():
-        p = predict(corrupted).probabilities(calibration)
-        result[f"severity {k}"] = nll_loss(p.log(), images.shifted_labels).item()
+        found = predict(corrupted)
+        result[f"severity {k}"] = found.nll(calibration, images.shifted_labels)
     return result
 
 
@@ -159,9 +159,8 @@ def small_sets(
     (X, labels), (known, y) = images.own, validation
     own, result = predict(X), {}
     for count in SMALL_SETS:
-        few = known[:count]
-        p = own.probabilities(choose(few, y[:count]))
-        result[f"{count} points"] = nll_loss(p.log(), labels).item()
+        chosen = choose(known[:count], y[:count])
+        result[f"{count} points"] = own.nll(chosen, labels)
     return result
 
 
@@ -170,7 +169,7 @@ def ensemble(dataset: str, name: str, root: Path, images: Images) -> dict[str, f
     models = [trained(name, dataset, root, seed) for seed in range(ENSEMBLE_SIZE)]
 
     def predict(X: Tensor) -> tuple[Tensor, Tensor]:
-        p = torch.stack([certain(m, X).mean.softmax(-1) for m in models])
+        p = torch.stack([certain(m, X).mean.double().softmax(-1) for m in models])
         return p.mean(0), entropy(p.mean(0)) - entropy(p).mean(0)
 
     (X, y) = images.own
@@ -312,8 +311,6 @@ def _cells(runs: list[dict[str, float]]) -> list[str]:
 
 
 def _average(values: np.ndarray, form: str) -> str:
-    if not np.isfinite(values).all():  # a confident mistake at a temperature near zero
-        return "infinite"
     digits = form.lstrip("+")
     error = f" ± {sem(values):{digits}}" if len(values) > 1 else ""
     return f"{values.mean():{form}}{error}"

@@ -41,7 +41,6 @@ from shared.moments import (
 from shared.problems import Problem
 from shared.reports import Progress, write_report
 from torch import Tensor
-from torch.nn.functional import nll_loss
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2 import functional as transforms
 
@@ -91,11 +90,6 @@ def test_images(
     return {k: (own - mean) / std for k, own in images.items()}, labels
 
 
-def nll(outputs: Moments, y: Tensor, calibration: Calibration) -> float:
-    """Compute the negative log likelihood of calibrated outputs."""
-    return nll_loss(outputs.probabilities(calibration).log(), y).item()
-
-
 def by_draws(
     choose: Callable[[Moments, Tensor], Calibration],
     validation: tuple[Moments, Tensor],
@@ -108,7 +102,7 @@ def by_draws(
     for first in range(0, len(y) - count + 1, count):
         rows = slice(first, first + count)
         chosen = choose(known[rows], y[rows])
-        result.append(nll(*test, chosen))
+        result.append(test[0].nll(chosen, test[1]))
     return result
 
 
@@ -151,7 +145,7 @@ def run_network(
     images, labels = test_images(dataset, root, settings.images)
     found = {k: moments(la, own) for k, own in images.items()}
     test = found["clean"], labels["clean"]
-    result: dict[str, Any] = {"MAP": nll(*test, MAP_OUTPUTS)}
+    result: dict[str, Any] = {"MAP": test[0].nll(MAP_OUTPUTS, test[1])}
     for label, choose in (("scaled", scaled), ("calibrated", calibrated)):
         result[label] = {
             count: by_draws(choose, (known, y), test, count)
@@ -163,7 +157,7 @@ def run_network(
     choices |= {k: calibrated(*first, tolerance=t) for k, t in TOLERANCES.items()}
     choices["default, not calibrated"] = UNCALIBRATED
     result["ends"] = {
-        label: {k: nll(found[k], own, choice) for k, own in labels.items()}
+        label: {k: found[k].nll(choice, own) for k, own in labels.items()}
         for label, choice in choices.items()
     }
     result["temperature"] = choices["calibrated"].temperature
@@ -187,8 +181,6 @@ def certain_entropy(outputs: Moments) -> Tensor:
 
 def _difference(values: list[float], base: float) -> str:
     gaps = np.array(values) - base
-    if not np.isfinite(gaps).all():  # a confident mistake at a temperature near zero
-        return "infinite"
     error = f" ± {sem(gaps):.4f}" if len(gaps) > 1 else ""
     return f"{gaps.mean():+.4f}{error} ({gaps.max():+.4f})"
 

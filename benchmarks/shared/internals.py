@@ -26,6 +26,7 @@ from laplace_debiased.posterior.calibrating import output_moments as output_mome
 from laplace_debiased.posterior.memory import Scheme, fit_memory
 from laplace_debiased.predictive.calibration import calibration_of as calibration_of
 from laplace_debiased.predictive.forward_mode import SampledPredictive
+from laplace_debiased.predictive.links import probit_logits as probit_logits
 from laplace_debiased.predictive.links import (
     probit_probabilities as probit_probabilities,
 )

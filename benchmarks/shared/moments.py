@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from laplace_debiased import Calibration, KronDebiasedLaplace
 from shared.internals import (
     calibration_of,
     entropies,
     output_moments,
+    probit_logits,
     probit_probabilities,
 )
 from shared.predictions import scaled_temperature
@@ -43,6 +45,14 @@ class Moments:
     def probabilities(self, calibration: Calibration) -> Tensor:
         """Return calibrated probabilities ``[points, classes]``."""
         return probit_probabilities(*calibration.outputs(self.mean, self.variance))
+
+    def nll(self, calibration: Calibration, y: Tensor) -> float:
+        """Return the negative log likelihood of classes by calibrated probabilities.
+
+        It follows from logits: a probability in single precision may be zero.
+        """
+        outputs = calibration.outputs(self.mean.double(), self.variance.double())
+        return cross_entropy(probit_logits(*outputs), y).item()
 
     def information(self, calibration: Calibration) -> Tensor:
         """Return the mutual information of class and parameters ``[points]``."""

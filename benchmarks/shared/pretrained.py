@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import KronDebiasedLaplace
-from laplace_debiased.comparison.experiment import mutual_information
+
 from shared.internals import (
     classification_scores,
     entropies,
@@ -295,7 +295,10 @@ def _their_last_layer(task: Task, score: Callable[..., dict]) -> dict[str, float
     def predict(X: Inputs) -> Predicted:
         with torch.no_grad():
             inputs = task.features(X)
-        return Predicted(la(inputs), mutual_information(la, inputs))
+        mean, covariance = la._glm_predictive_distribution(inputs)
+        total, aleatoric = entropies(mean, covariance)
+        variance = covariance.diagonal(dim1=1, dim2=2)
+        return Predicted(probit_probabilities(mean, variance), total - aleatoric)
 
     found = _scored(predict, task, score)
     return found | {"fit": seconds, "memory": peak_megabytes() / 1024}

@@ -7,7 +7,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from laplace_debiased.rows.inputs import Batch, check_targets, moved, on_device
+from laplace_debiased.rows.batches import with_examples
+from laplace_debiased.rows.inputs import (
+    Batch,
+    check_targets,
+    moved,
+    on_device,
+)
 from laplace_debiased.rows.output_curvature import (
     Loss,
     example_losses,
@@ -38,7 +44,7 @@ def gradient_and_loss(
     own = [values[id(param)] for param in params]
     total = torch.zeros((), dtype=params[0].dtype, device=device)
     gradients, count, num_outputs = [torch.zeros_like(value) for value in own], 0, 1
-    for X, y in data:
+    for X, y in with_examples(data):
         X, y = on_device(X, device), moved(y, device)
         with torch.enable_grad(), Substitution(values):
             output = run(model, X)

@@ -32,6 +32,7 @@ from laplace_debiased.curvature.factors import (
 )
 from laplace_debiased.curvature.gradient import gradient_and_loss
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
+from laplace_debiased.rows.batches import with_examples
 from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.model_state import check_repeatable, unchanged_on_failure
@@ -394,7 +395,6 @@ def _num_points(source: Iterable[Batch]) -> int | None:
 
 def _first(data: Iterator[Batch]) -> Iterator[Batch]:
     """Yield the first batch with examples, if there is one."""
-    for X, y in data:
-        if len(y):
-            yield X, y
-            return
+    for batch in with_examples(data):
+        yield batch
+        return

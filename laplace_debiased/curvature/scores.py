@@ -7,6 +7,7 @@ from warnings import warn
 
 from torch import Tensor, nn
 
+from laplace_debiased.rows.batches import with_examples
 from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.model_state import check_repeatable
 from laplace_debiased.rows.output_curvature import (
@@ -75,7 +76,7 @@ def curvature_scores(
 
 def _checked(model: nn.Module, data: Iterable[Batch]) -> Iterator[Batch]:
     """Check the network on the first batch."""
-    for number, (X, y) in enumerate(data):
+    for number, (X, y) in enumerate(with_examples(data)):
         if number == 0:
             some = on_device(X, next(model.parameters()).device)
             check_outputs(model, some, len(y))

@@ -81,6 +81,8 @@ def predictions(
             parts.append(_on_cpu(uncertainty_of_points(la, batch)))
             continue
         X, y = inputs_and_targets(batch, la.backend)
+        if not len(y):
+            continue
         found = uncertainty_of_points(la, X)
         if not with_targets:
             parts.append(_on_cpu(found))

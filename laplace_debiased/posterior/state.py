@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 # what version 0.1 saved before it had a format cannot be read: it does not tell layers;
 # format 2 does not tell the shapes of parameters, nor which there were, format 3 not
-# the calibration, and format 4 not which backend's curvature it is
+# the calibration, format 4 not which backend's curvature it is, and format 5 not which
+# axis has the classes
 FORMAT = 6
 OTHER_PARAMETERS = (
     "The model's parameters are not those that the saved posterior was fitted at: load "

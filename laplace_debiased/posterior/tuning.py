@@ -359,6 +359,8 @@ def _losses_from_one_pass(
     metrics, link = [deepcopy(metric) for _ in interval], la._kind.link
     for batch in tqdm(val_loader, disable=not progress_bar, desc="[Grid search]"):
         X, y = inputs_and_targets(batch, la.backend)
+        if not len(y):
+            continue
         mean, at_nodes = la._variances_by_prior(X, path.nodes)
         if la.class_axis is not None:
             mean = points(mean, la.n_outputs)

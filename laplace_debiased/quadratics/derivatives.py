@@ -28,6 +28,7 @@ from torch.func import grad, jvp, vmap
 from tqdm import tqdm
 
 from laplace_debiased.curvature.curvlinops_adapter import CURVATURES
+from laplace_debiased.rows.batches import with_examples
 from laplace_debiased.rows.inputs import (
     Batch,
     Inputs,
@@ -176,7 +177,8 @@ def directional_derivatives(
     measure: Measure | None = None
     slopes, curvatures, num_outputs, num_counted = [], [], 0, 0
     probabilities: Tensor | bool = True
-    for X, y in tqdm(data, "[Directional derivatives]", disable=not progress_bar):
+    bar = tqdm(data, "[Directional derivatives]", disable=not progress_bar)
+    for X, y in with_examples(bar):
         X, y = on_device(X, directions.device), moved(y, directions.device)
         check_finite_inputs(X)
         with torch.no_grad():

@@ -16,7 +16,13 @@ from laplace.utils import select_rows
 from torch import Tensor, nn
 
 from laplace_debiased.quadratics.eigenspace import Eigenspace, lanczos
-from laplace_debiased.rows.inputs import Batch, at_least_single, moved, on_device
+from laplace_debiased.rows.batches import with_examples
+from laplace_debiased.rows.inputs import (
+    Batch,
+    at_least_single,
+    moved,
+    on_device,
+)
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.linearization import (
     Linearization,
@@ -144,7 +150,7 @@ def ggn_rows(
     device, start = params[0].device, 0
     layers: list[Layer] = []
     rows = torch.empty(0)
-    for X, y in data:
+    for X, y in with_examples(data):
         X, y = on_device(X, device), label_targets(moved(y, device), loss_func)
         num_counted += int(is_counted(loss_func, y).sum())
         if not layers:

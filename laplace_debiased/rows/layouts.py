@@ -38,12 +38,16 @@ def find_layouts(
     """
     if not few or not many:
         return _ROUTED
-    layouts = []
+    layouts: list[Layout] = []
     for own, more in zip(few, many, strict=False):
         found = _layout(own, more.use.input.shape, count)
         if isinstance(found, str):
             return found
         layouts.append(found)
+    # calls on single entries take the order that the others tell
+    known = {own for own in layouts if own.neighbours is not None}
+    if len(known) == 1 and len({own.axis for own in layouts}) == 1:
+        layouts = [*known] * len(layouts)
     if len(set(layouts)) == 1:
         return layouts[:1]
     return layouts if len(few) == len(many) else _IRREGULAR

@@ -122,15 +122,21 @@ class _Batch:
         values = self.leaves.items()
         return {path for path, value in values if _length(value) != self.size}
 
-    def copy(self) -> _Batch:
-        """Copy the points' tensors, and refer to what is shared."""
-        shared = self.shared()
-        leaves = {
-            path: value.clone()
-            if isinstance(value, Tensor) and path not in shared
-            else value
-            for path, value in self.leaves.items()
-        }
+    def copy(self, constants: dict[str, Tensor]) -> _Batch:
+        """Copy its tensors, equal constants of all batches once.
+
+        Args:
+            constants: Those of earlier batches, by their digest.
+        """
+        leaves, shared = dict(self.leaves), self.shared()
+        for path, value in leaves.items():
+            if isinstance(value, Tensor) and path in shared:
+                key = digest(value)
+                if key not in constants:
+                    constants[key] = value.clone()
+                leaves[path] = constants[key]
+            elif isinstance(value, Tensor):
+                leaves[path] = value.clone()
         return _Batch(leaves, self.size, self.is_mapping)
 
     def point(self, row: int, shared: set[Keys]) -> _Batch:
@@ -177,8 +183,10 @@ class PointsInMemory(Dataset):
         self._shared: set[Keys] = set()
         self._largest = 0
         read = self._noted(_Batch.read(batch, target_key, name) for batch in batches)
-        copied = (batch.copy() for batch in read)  # some refill the tensors they yield
-        kept = list(copied) if num_kept is None else self._drawn(read, num_kept, seed)
+        constants: dict[str, Tensor] = {}
+        # some refill the tensors that they yield
+        read = (batch.copy(constants) for batch in read)
+        kept = list(read) if num_kept is None else self._drawn(read, num_kept, seed)
         self._is_mapping = bool(kept) and kept[0].is_mapping
         self._batches = [batch.leaves for batch in kept]
         self._sizes = [batch.size for batch in kept]

@@ -136,6 +136,28 @@ def test_a_calibration_is_forgotten_with_what_it_was_for():
         assert la.calibration is None
 
 
+def scale_in_place(la):
+    la.prior_precision *= 100
+
+
+def heat(la):
+    la.temperature = 2.0
+
+
+@pytest.mark.parametrize("change", [scale_in_place, heat])
+def test_a_warning_says_that_a_calibration_is_forgotten(change):
+    la = fitted()
+    chosen = la.calibrate([(X, Y)])
+    la.temperature = 1.0  # as it was
+    assert la.calibration is chosen
+    with pytest.warns(UserWarning, match="or temperature, and is forgotten"):
+        change(la)
+    assert la.calibration is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        change(la)
+
+
 def test_a_failed_calibration_leaves_the_last_one():
     la = calibrated(HALF)
     val = [(X, Y), (X, Y + 100)]

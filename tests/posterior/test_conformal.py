@@ -71,6 +71,19 @@ def test_changed_posteriors_are_refused():
             sets(X)
 
 
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_another_temperature_is_refused(likelihood):
+    la = fitted(likelihood)
+    thresholds = {
+        "classification": la.conformal_sets,
+        "regression": la.conformal_intervals,
+    }
+    computed = thresholds[likelihood](loader(likelihood=likelihood))
+    la.temperature = 50.0
+    with pytest.raises(RuntimeError, match="compute them again"):
+        computed(X)
+
+
 def test_what_is_not_valid_is_refused():
     la = fitted()
     with pytest.raises(ValueError, match="for regression"):

@@ -176,3 +176,26 @@ def test_layers_may_be_in_single_and_double_precision(magnitudes, dtypes):
     assert torch.allclose(la(X).double(), exact(X), atol=1e-4)
     actual, expected = la.sampling_error.covariance, exact.sampling_error.covariance
     assert torch.allclose(actual.double(), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_model_may_be_moved_to_another_dtype_before_a_fit(dtype, subset, tmp_path):
+    other = {torch.float64: torch.float32, torch.float32: torch.float64}[dtype]
+    la, restored = (
+        debiased(network("mlp", dtype=own), "regression", subset, **options)
+        for own, options in (
+            (other, {"sigma_noise": 0.5, "prior_precision": 2.0}),
+            (dtype, {}),
+        )
+    )
+    la.model.to(dtype)
+    train = loader(likelihood="regression", dtype=dtype)
+    la.fit(train)
+    la.save(tmp_path / "la.pt")
+    restored.load(tmp_path / "la.pt")
+    X = train.dataset.tensors[0]
+    for actual, expected in zip(restored(X), la(X), strict=True):
+        assert torch.equal(actual, expected)
+    numbers = restored.sigma_noise, restored.prior_precision, restored.prior_mean
+    assert {number.dtype for number in numbers} == {dtype}

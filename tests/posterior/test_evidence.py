@@ -168,3 +168,17 @@ def test_its_gradients_in_all_hyperparameters_are_exact(name, subset, options):
 
     value = torch.tensor(0.7, dtype=torch.float64)
     assert torch.autograd.gradcheck(evidence_at, value.requires_grad_())
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_predictions_after_its_gradients_carry_no_graph(subset):
+    la = debiased(network("mlp"), "regression", subset)
+    train = loader(likelihood="regression")
+    la.fit(train)
+    precision, noise = torch.tensor([2.0, 0.5], requires_grad=True).double()
+    la.log_marginal_likelihood(precision, noise)
+    X, found = train.dataset.tensors[0], []
+    for options in ({}, {"diagonal_output": True}, {"joint": True}):
+        found += la(X, **options)
+    found += [part for part in vars(la.uncertainty(X)).values() if part is not None]
+    assert not any(tensor.requires_grad for tensor in found)

@@ -211,6 +211,31 @@ def test_scales_must_be_positive(name, value, subset):
     assert getattr(la, name) == 1 and la.log_marginal_likelihood() == before
 
 
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_the_noise_of_a_classification_stays_one(subset):
+    la = fitted(subset)
+    before = la.log_marginal_likelihood()
+    with pytest.raises(ValueError, match="`sigma_noise` is for regression"):
+        la.sigma_noise = 0.1
+    assert la.sigma_noise == 1 and la.log_marginal_likelihood() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_prior_prec": 0.0}, "`init_prior_prec` must be finite and above zero"),
+        ({"init_prior_prec": -torch.ones(1)}, "`init_prior_prec` must be .* above"),
+        ({"init_prior_prec": torch.ones(3)}, "one for each of 4 .*tensors, got 3"),
+        ({"prior_structure": "layerwis"}, "'layerwis' is not a valid PriorStructure"),
+    ],
+)
+def test_searches_that_cannot_start(options, message):
+    la = fitted()
+    with pytest.raises(ValueError, match=message):
+        la.optimize_prior_precision(**options)
+    assert la.prior_precision == 2
+
+
 def test_a_report_of_bias_without_curvature():
     model = network("mlp")
     model[2].weight.data *= 1e9

@@ -58,6 +58,25 @@ def test_all_that_is_done_with_a_posterior(options, subset, squeezed):
     assert same(uses(debiased(network(squeezed), **options), X, y), expected)
 
 
+@pytest.mark.parametrize("squeezed", [False, True])
+@pytest.mark.parametrize(
+    ("damping", "options"),
+    [(False, {"pred_type": "nn", "link_approx": "mc"}), (True, {"pred_type": "glm"})],
+)
+def test_one_prior_precision_after_another_is_tried(damping, options, squeezed):
+    """Where not all are tried at once."""
+    (X, y), found = data(), []
+    for targets in (y, y[:, None]):
+        la = debiased(network(squeezed), "regression", damping=damping)
+        la.fit([(X, targets)])
+        torch.manual_seed(0)
+        la.optimize_prior_precision(
+            method="gridsearch", val_loader=[(X, targets)], grid_size=4, **options
+        )
+        found.append(la.prior_precision)
+    assert same(*found)
+
+
 def test_other_backends():
     (X, y), found = data(), []
     for targets in (y, y[:, None]):
@@ -94,3 +113,23 @@ def test_a_vector_of_targets_is_not_that_of_several_outputs():
     la = debiased(nn.Linear(4, 3).double(), "regression")
     with pytest.raises(ValueError, match=r"output's shape \(\d+, 3\)"):
         la.fit([(X, y)])
+
+
+@pytest.mark.parametrize("magnitudes", ["kfac", "ggn"])
+@pytest.mark.parametrize("batch_size", [1, 8, 13])  # 40 are 3 * 13 and one
+def test_networks_that_squeeze_predict_one_example(batch_size, magnitudes):
+    """Its output is then a scalar."""
+    X, y = data()
+    net = network()
+    squeezing = Model(lambda self, x: self.net(x).squeeze(), net=net)
+    train = DataLoader(TensorDataset(X, y), batch_size)
+    posteriors = [
+        debiased(own, "regression", magnitudes=magnitudes) for own in (squeezing, net)
+    ]
+    for la in posteriors:
+        la.fit(train)
+    for size in (1, 2):
+        own, expected = (la(X[:size]) for la in posteriors)
+        assert same(own, expected)
+        own, expected = (la.uncertainty(X[:size]).total for la in posteriors)
+        assert own.shape == (size, 1) and same(own, expected)

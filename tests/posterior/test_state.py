@@ -1,8 +1,13 @@
+import numpy as np
 import pytest
 import torch
 from laplace import KronLaplace
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from laplace_debiased import merge
 from tests.cases import network
+from tests.faults import same
 from tests.fits import SIZE, SUBSETS, debiased, loader, posterior
 
 
@@ -129,3 +134,57 @@ def test_no_entry_may_be_missing_or_unknown(subset, magnitudes):
         assert torch.equal(other(X), before)
     other.load_state_dict(state_dict)
     assert torch.equal(other(X), la(X))
+
+
+@pytest.mark.parametrize("way", ["load", "resume", "merge"])
+def test_another_class_axis_is_refused(way, tmp_path):
+    """Where there are as many positions as classes, no shape tells it."""
+    data = TensorDataset(torch.randn(20, 3, 4), torch.randint(3, (20, 3)))
+    model, train = nn.Linear(4, 3), DataLoader(data, 7)
+    la, again, other = (debiased(model, class_axis=axis) for axis in (-1, -1, 1))
+    ways = {
+        "load": lambda own: own.load_state_dict(la.state_dict()),
+        "resume": lambda own: own.fit(train, checkpoint=tmp_path),
+        "merge": lambda own: merge([la, own]),
+    }
+    la.fit(train, checkpoint=tmp_path)
+    for own in (again, other):
+        own.fit(train)
+    before = posterior(other)
+    ways[way](again)
+    with pytest.raises(ValueError, match=r"class_axis|a fit with other settings"):
+        ways[way](other)
+    assert torch.equal(posterior(other), before)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.tensor([0.0, 1.0, 0.0, 2.0])])
+def test_a_prior_precision_may_be_zero_but_not_negative(value):
+    la, restored = (debiased(network("mlp"), "regression") for _ in range(2))
+    train = loader(likelihood="regression")
+    la.fit(train)
+    la.prior_precision = value
+    restored.load_state_dict(la.state_dict())
+    X = train.dataset.tensors[0]
+    before = la(X)
+    assert torch.equal(restored.prior_precision, la.prior_precision)
+    assert same(restored(X), before)
+    damaged = la.state_dict() | {"prior_precision": la.prior_precision - 1}
+    with pytest.raises(ValueError, match="must be finite and at least zero"):
+        restored.load_state_dict(damaged)
+    assert same(restored(X), before)
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("number", [torch.tensor, np.float32])
+def test_a_temperature_of_any_type_is_saved_as_a_number(number, subset, tmp_path):
+    la, restored = (
+        debiased(network("mlp"), subset=subset, temperature=value)
+        for value in (number(2), 1.0)
+    )
+    train = loader()
+    la.fit(train)
+    la.save(tmp_path / "la.pt")
+    restored.load(tmp_path / "la.pt")
+    assert restored.temperature == 2
+    X = train.dataset.tensors[0]
+    assert torch.equal(restored(X), la(X))

@@ -176,6 +176,21 @@ def test_prior_precisions_that_are_none_are_refused(value):
     assert la.prior_precision is before
 
 
+@pytest.mark.parametrize("passed", ["before a fit", "after a fit"])
+@pytest.mark.parametrize("value", [2.0, [2.0], [1.0, 2.0, 3.0, 4.0]], ids=str)
+def test_a_prior_precision_is_not_changed_with_its_owners_tensor(value, passed):
+    train, _ = splits("regression", 1, 0.3)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    own = torch.tensor(value, dtype=torch.float64)
+    options = {"prior_precision": own} if passed == "before a fit" else {}
+    la = debiased(model, "regression", **options)
+    la.fit(train)
+    if passed == "after a fit":
+        la.prior_precision = own
+    own.mul_(5)
+    assert la.prior_precision.tolist() == torch.tensor(value).reshape(-1).tolist()
+
+
 @pytest.mark.parametrize("subset", ["all", "last_layer"])
 @pytest.mark.parametrize("noise", [0.1, 0.5])
 def test_noise_and_prior_have_the_highest_marginal_likelihood(subset, noise):

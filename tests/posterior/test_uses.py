@@ -1,5 +1,6 @@
 """Networks survive what is done with their weights, and runs are few."""
 
+import copy
 from unittest import mock
 
 import pytest
@@ -35,6 +36,20 @@ def test_aliases_survive_an_interrupted_fit(name):
         debiased(model).fit(first)
     after = [(key, id(p)) for key, p in model.named_parameters(remove_duplicate=False)]
     assert after == own
+
+
+def test_old_weight_normalization_leaves_the_weight_that_it_had():
+    """It is an attribute, which each pass computes anew, with a gradient."""
+    name = "weight norm, by a hook"
+    model, (X, y) = zoo.build(name), zoo.data(name, SIZE)
+    with torch.no_grad():
+        model(X)
+    weight, value = model[0].weight, model[0].weight.clone()
+    la = debiased(model)
+    la.fit(DataLoader(TensorDataset(X, y), 5))
+    la(X, "nn", link_approx="mc", n_samples=2)
+    assert model[0].weight is weight and torch.equal(weight, value)
+    assert torch.equal(copy.deepcopy(model)(X), model(X))
 
 
 def test_layers_are_found_once_for_a_fit_and_not_for_predictions():

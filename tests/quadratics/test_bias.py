@@ -241,6 +241,17 @@ def test_figure_shows_both_quantities(problem, tmp_path):
     assert slopes.lines[2].get_ydata() == pytest.approx(own.slope.overall.tolist())
 
 
+def test_table_and_figure_name_what_points_are_compared_with(problem):
+    la = debiased(network("mlp"))
+    la.fit(training())
+    reports = {"held-out points": la.bias_report(), "all data": report(problem)}
+    for name, own in reports.items():
+        header, *_ = own.table().splitlines()
+        assert f"| {name} |" in header
+        for axis in own.plot().axes:
+            assert axis.lines[2].get_label() == name
+
+
 def test_figure_needs_matplotlib(problem, monkeypatch):
     own = report(problem)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -391,3 +391,10 @@ def test_gradients_of_both_batches_are_those_of_their_losses():
     for closures in [(closure, None), [lambda p=part: closure(p) for part in parts]]:
         for own, exact in zip(optimizer._quadratics(*closures), expected, strict=True):
             assert torch.allclose(own.gradient, exact.flatten())
+
+
+def test_losses_may_be_linear_in_the_output():
+    model, X, Y = regression()
+    before, output = weights(model), model(X)
+    DebiasedCG([model.weight], damping=2.0).step(*2 * [lambda: (output * Y, output)])
+    assert torch.allclose(weights(model), before - (X.T @ Y)[:, 0] / 80)

@@ -7,6 +7,7 @@ from torch import nn
 
 from laplace_debiased.rows.calls import NUMBER, leaves, with_leaves
 from laplace_debiased.rows.fallback import LARGEST_EXACT
+from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import OutputCurvature
 from laplace_debiased.rows.selection import select
 from laplace_debiased.rows.substitution import run
@@ -104,6 +105,26 @@ def overwritten():
     )
 
 
+def vector_product():
+    """A weight that is a vector, which has no matrix of rows."""
+    return Model(
+        lambda self, x: self.head(x) + F.linear(x, self.direction)[:, None],
+        direction=nn.Parameter(torch.rand(4)),
+        head=nn.Linear(4, 3),
+    )
+
+
+def scaled_tokens():
+    """A scale on tokens, which come first on the axis of examples."""
+
+    def forward(self, x):
+        tokens = x.transpose(0, 1)
+        scaled = (tokens.flatten(0, 1) * self.scale).tanh()
+        return self.head(scaled.unflatten(0, tokens.shape[:2]).sum(0))
+
+    return Model(forward, scale=nn.Parameter(torch.rand(4)), head=nn.Linear(4, 3))
+
+
 @pytest.mark.parametrize(
     ("build", "names"),
     [
@@ -113,6 +134,7 @@ def overwritten():
         (prompt, ["tokens"]),
         (repeated, ["state"]),
         (overwritten, ["scale"]),
+        (vector_product, ["direction"]),
     ],
 )
 def test_gradients_in_copies_are_those_of_each_example(build, names):
@@ -152,6 +174,22 @@ def test_other_calls_than_when_a_layer_was_found_are_refused():
     layers = select(model, list(model.parameters()), X, SIZE).layers
     model.divides = True
     with pytest.raises(ValueError, match=r"'scale' is used by `\w*div"):
+        gradients(model, X, layers)
+
+
+def test_single_entries_do_not_tell_whose_further_ones_are():
+    torch.manual_seed(0)
+    model, X = scaled_tokens().double(), torch.randn(SIZE, 5, 4).double()
+    layers = select(model, list(model.parameters()), X[:, :1], SIZE).layers
+    layers = [Layer.from_state_dict(layer.state_dict()) for layer in layers]
+    for own in (X[:, :1], X[:1]):
+        rows = gradients(model, own, layers)["scale"]
+        assert torch.allclose(rows, exact(model, own, "scale"), atol=1e-12)
+    message = (
+        r"`mul` got a tensor of shape \(20, 4\) for a batch of 4, but one entry on "
+        "axis 0 for each example when its parameter was found"
+    )
+    with pytest.raises(ValueError, match=message):
         gradients(model, X, layers)
 
 

@@ -137,6 +137,27 @@ def test_buffers_come_back_but_for_caches(call):
     assert model.grown.shape == (2,)
 
 
+def test_tensors_that_are_no_buffers_come_back_but_for_caches():
+    class Computing(nn.Module):
+        """Computes tensors anew in each pass, as old weight normalization does."""
+
+        def __init__(self):
+            super().__init__()
+            self.own, self.computed = nn.Parameter(torch.ones(1)), torch.zeros(1)
+            self.grown = torch.zeros(1)
+
+        def forward(self, x):
+            self.computed, self.grown = 2 * self.own, torch.zeros(2)
+            self.new = self.computed
+            return x * self.computed
+
+    model = Computing()
+    computed = model.computed
+    run(model, torch.ones(1))
+    assert model.computed is computed and not computed.any()
+    assert model.grown.shape == (2,) and model.new.item() == 2
+
+
 def test_running_a_network_does_not_write_its_buffers():
     model = Writing()
     run(model, torch.ones(1))

@@ -116,6 +116,56 @@ def test_weights_that_are_also_used_otherwise_are_left_out():
     assert_rows_are_exact(model, X, params, layers)
 
 
+def test_kernels_with_two_numbers_of_groups_are_left_out():
+    class Regrouped(nn.Module):
+        """Splits a channel, and filters each of its parts with the same kernel."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv1d(1, 4, 3, bias=False), nn.Linear(4, 2)
+
+        def forward(self, x):
+            parts = nn.functional.conv1d(self.conv(x), self.conv.weight, groups=4)
+            return self.head(parts.mean(2))
+
+    model, X = Regrouped().double(), torch.randn(SIZE, 1, 9).double()
+    assert names_and_reasons(model, X) == {("conv.weight", "is used in different ways")}
+    params, layers, _ = supported(model, X, dense=True)
+    assert_rows_are_exact(model, X, params, layers)
+
+
+def test_weights_that_are_vectors_are_left_out():
+    class Direction(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 2)
+            self.direction = nn.Parameter(torch.rand(4))
+
+        def forward(self, x):
+            along = nn.functional.linear(x, self.direction)
+            return super().forward(x) + along[:, None]
+
+    model, X = Direction().double(), torch.randn(SIZE, 4).double()
+    assert names_and_reasons(model, X) == {("direction", "is used by `linear`")}
+
+
+def test_parameters_that_are_written_into_tensors_are_left_out():
+    class WithToken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cls, self.head = nn.Parameter(torch.randn(4)), nn.Linear(4, 2)
+
+        def forward(self, x):
+            z = x.new_zeros(len(x), 1 + x.shape[1], 4)
+            z[:, 1:] = x
+            z[:, 0] = self.cls
+            return self.head(z.tanh().mean(1))
+
+    model, X = WithToken().double(), torch.randn(SIZE, 3, 4).double()
+    params, layers, (entry,) = supported(model, X)
+    assert (entry.name, entry.reason) == ("cls", "is used by `__setitem__`")
+    assert_rows_are_exact(model, X, params, layers)
+
+
 @pytest.mark.parametrize("cut", ["detach", "no_grad"])
 def test_layers_that_are_cut_off_from_the_output_are_found(cut):
     class CutOff(nn.Module):

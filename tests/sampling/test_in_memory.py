@@ -64,3 +64,18 @@ def test_what_is_shared_in_any_batch_is_shared_in_all():
     ((joined, targets),) = read(*pairs)
     assert torch.equal(joined["x"], X) and torch.equal(targets, y)
     assert torch.equal(joined["turn"], turn)
+
+
+def test_tensors_that_are_refilled_for_each_batch_are_copied():
+    def refilled():
+        inputs, targets = torch.empty(2, 2), torch.empty(2, dtype=torch.long)
+        for start in (0, 2, 4):
+            rows = slice(start, start + 2)
+            yield {
+                "x": {"values": inputs.copy_(X[rows])},
+                "labels": targets.copy_(y[rows]),
+            }
+
+    (joined,) = PointsInMemory(refilled()).loader()
+    assert torch.equal(joined["x"]["values"], X[:6])
+    assert torch.equal(joined["labels"], y[:6])

@@ -61,3 +61,17 @@ def test_other_ways_to_read_stay():
     loader = DataLoader(TensorDataset(*TENSORS), 4, collate_fn=collate)
     twice = next(iter(loader_over(loader, INDICES)))
     assert torch.equal(twice[0], 2 * TENSORS[0][INDICES[:4]])
+
+
+def test_workers_are_started_and_awaited_as_before():
+    loader = DataLoader(
+        PointByPoint(),
+        num_workers=1,
+        multiprocessing_context="spawn",
+        timeout=7,
+        prefetch_factor=5,
+    )
+    over = loader_over(loader, INDICES)
+    for own in (over, subset_of(over, torch.tensor([1, 0]))):
+        assert own.multiprocessing_context.get_start_method() == "spawn"
+        assert (own.timeout, own.prefetch_factor) == (7, 5)
