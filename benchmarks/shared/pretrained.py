@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import KronDebiasedLaplace
-
 from shared.internals import (
     classification_scores,
     entropies,

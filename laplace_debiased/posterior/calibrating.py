@@ -14,6 +14,7 @@ from tqdm import tqdm
 from laplace_debiased.posterior.predicting import check_rows
 from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
 from laplace_debiased.predictive.calibration import Calibration, calibration_of
+from laplace_debiased.rows.digests import digest
 from laplace_debiased.rows.inputs import (
     Inputs,
     at_least_single,
@@ -24,6 +25,7 @@ from laplace_debiased.rows.model_state import evaluating
 from laplace_debiased.rows.output_curvature import is_counted
 from laplace_debiased.rows.positions import points
 from laplace_debiased.rows.targets import targets_of_points
+from laplace_debiased.sampling.loaders import different
 from laplace_debiased.sampling.processes import present_group
 
 if TYPE_CHECKING:
@@ -58,10 +60,12 @@ def calibrate(
             f"`calibrate` is for classification, not {str(la.likelihood)!r}: for "
             "regression, use `optimize_prior_precision(tune_sigma_noise=True)`."
         )
-    loss = loss_of(la.backend)
+    loss, group = loss_of(la.backend), present_group()
     parts: list[tuple[Tensor, ...]] = []
+    data: list[str] = []
     for batch in tqdm(val_loader, disable=not progress_bar, desc="[Calibration]"):
         X, y = inputs_and_targets(batch, la.backend)
+        data.append(digest([X, y]) if group.size > 1 else "")
         if la.likelihood == Likelihood.CLASSIFICATION and y.is_floating_point():
             raise ValueError("Validation targets must be class indices.")
         mean, variance = output_moments(la, X)
@@ -69,8 +73,9 @@ def calibrate(
         y = check_targets(mean, y, loss)
         counted = is_counted(loss, y)
         parts.append((mean[counted], variance[counted], y[counted]))
-    gathered = present_group().gathered(parts, la._device)
-    parts = [part for own in gathered for part in own]
+    gathered = group.gathered(parts, la._device)
+    # processes with the same data count as one
+    parts = [part for own in different(gathered, group.gathered(data)) for part in own]
     if not parts:
         raise ValueError("`val_loader` yields no data.")
     mean, variance, y = (torch.cat(part) for part in zip(*parts, strict=True))

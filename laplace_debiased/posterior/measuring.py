@@ -165,8 +165,8 @@ def measure(
         source: Measures curvature on given points.
         folds: The points to use, or to draw from.
         settings: How directions and magnitudes are obtained.
-        seed: Seed of the draw, and of sampled labels, which are drawn anew in each
-            pass: what gives directions must not share its noise with magnitudes.
+        seed: Seed of the draw, and of sampled labels, which are others in each fold:
+            what gives directions must not share its noise with magnitudes.
         earlier: What earlier points contribute to the directions, with ``ggn``
             magnitudes.
         at_a_time: How many of the layers are measured at a time, one number after the
@@ -290,18 +290,20 @@ def _ggn(
 ) -> tuple[GGNCurvature, list[SweepSummary]]:
     """Measure exact curvature along directions; return what gave magnitudes, too."""
     giving = folds if is_cross_fit else folds[:1]
-    factors, seen = _factors(source, giving, pool, seeds)
+    # one for all passes of a fold, whether its rows are kept or computed again
+    of_folds = [next(seeds) for _ in folds]
+    factors, seen = _factors(source, giving, pool, iter(of_folds))
     if earlier is not None:
         factors = [add_data(earlier.factors, own, earlier.share) for own in factors]
     if is_cross_fit:
         seen = []  # the same points again
 
-    def along(fold: Fold, directions: Directions, _: Factors) -> list[Spectrum]:
-        spectra, summary = source.curvatures(fold, directions, next(seeds))
+    def along(k: int, directions: Directions, _: Factors) -> list[Spectrum]:
+        spectra, summary = source.curvatures(folds[k], directions, of_folds[k])
         seen.append(summary)
         return _finite(spectra, source)
 
-    measures = [partial(along, fold) for fold in folds]
+    measures = [partial(along, k) for k in range(len(folds))]
     if is_cross_fit:
         pooled = pool is not None
         debiased = cross_fit(factors, measures, shares, pooled, source.decompose)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sized
+from collections.abc import Iterable, MutableMapping, Sequence, Sized
 from statistics import median_high
 from typing import Any
 
@@ -222,7 +222,7 @@ def _listed(loader: DataLoader, group: Alone) -> DataLoader:
     """
     assert loader.batch_sampler is not None
     own = [[int(index) for index in batch] for batch in loader.batch_sampler]
-    batches = [batch for part in _different(group.gathered(own)) for batch in part]
+    batches = [batch for part in different(group.gathered(own)) for batch in part]
     kind, collate = DataLoader, loader.collate_fn
     if collate is default_collate:
         kind, collate = RunLoader, Runs(collate, shapes)
@@ -235,9 +235,18 @@ def _listed(loader: DataLoader, group: Alone) -> DataLoader:
     )
 
 
-def _different(values: list) -> list:
-    """Return the first of several values if all are the same, and else all."""
-    return values[:1] if len({digest(value) for value in values}) == 1 else values
+def different(values: list, told_by: Sequence | None = None) -> list:
+    """Return the first of several values if all are the same, and else all.
+
+    Args:
+        values: The values, such as those of several processes.
+        told_by: What tells them apart; None for themselves.
+
+    Returns:
+        One, or all.
+    """
+    kinds = {digest(own) for own in (values if told_by is None else told_by)}
+    return values[:1] if len(kinds) == 1 else values
 
 
 def loader_of_batch(
@@ -266,7 +275,7 @@ def loader_of_batch(
         raise TypeError(
             f"`{name}` must be a pair (X, y) or a mapping, got {type(batch).__name__}."
         )
-    batches = _different(group.gathered(batch))
+    batches = different(group.gathered(batch))
     points = PointsInMemory(batches, target_key, name=name)
     if len(points) == 0:
         raise ValueError(f"`{name}` is empty: it has no points.")
