@@ -356,6 +356,17 @@ def test_state_dict_of_another_operator_is_refused():
         other.load_state_dict(state_dict)
 
 
+def test_state_dict_of_another_shape_is_refused():
+    (_, y), _ = sources("mlp")
+    turned = nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
+    data = [(torch.randn(len(y), own.in_features).double(), y % 3) for own in turned]
+    first, other = (
+        operator(own, batch, batch) for own, batch in zip(turned, data, strict=True)
+    )
+    with pytest.raises(ValueError, match=r"shapes \[\[4, 3\], \[4\]\]"):
+        other.load_state_dict(first.state_dict())
+
+
 def test_gradient_and_loss_are_those_of_the_magnitude_data():
     model = network("mlp")
     directions, (X, y) = sources("mlp")

@@ -44,6 +44,18 @@ def test_kept_rows_give_what_a_second_pass_gives(name, budget):
     assert all(own == pytest.approx(other) for own, other in errors)
 
 
+@pytest.mark.parametrize("budget", [None, 24])
+@pytest.mark.parametrize(
+    "random",
+    [{"fisher_rank": 1}, {"backend_kwargs": {"stochastic": True}}],
+    ids=["random signs", "sampled labels"],
+)
+def test_memory_does_not_matter_for_what_is_random(random, budget):
+    la, _ = fitted("mlp", budget=budget, **random)
+    again, _ = fitted("mlp", budget=budget, memory_limit=1, **random)
+    assert dense.relative_error(posterior(la), posterior(again)) < 1e-10
+
+
 def test_folds_share_the_room():
     whole = fitted("mlp")[0]
     with mock.patch.object(sources, "KeptRows", wraps=KeptRows) as kept:

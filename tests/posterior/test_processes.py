@@ -190,11 +190,11 @@ def streamed(first, last):
 
 
 def calibrated(rank, _folder):
-    """Each rank has a share of the validation data, and predicts alone."""
+    """Each rank has a share of the validation data, and predicts alone; or has all."""
     X, y = batch("mlp", 60, seed=3)
     la = calibration_by(TensorDataset(X[rank::4], y[rank::4]))
     alone = la(X[:5]) if rank == 2 else None
-    return la.calibration.temperature, alone
+    return la.calibration, alone, calibration_by(TensorDataset(X, y)).calibration
 
 
 def calibration_by(dataset):
@@ -410,9 +410,12 @@ def test_streams_of_all_ranks_count_together(found):
 
 def test_calibration_is_that_of_all_validation_data(found):
     expected = calibration_by(TensorDataset(*batch("mlp", 60, seed=3)))
-    temperatures, (_, _, alone, _) = zip(*found["calibrated"], strict=True)
-    assert len(set(temperatures)) == 1
-    assert temperatures[0] == pytest.approx(expected.calibration.temperature, rel=1e-6)
+    shares, (_, _, alone, _), all_data = zip(*found["calibrated"], strict=True)
+    for own in (*shares, *all_data):
+        assert own.num_points == 60
+        assert own.temperature == pytest.approx(
+            expected.calibration.temperature, rel=1e-6
+        )
     X, _ = batch("mlp", 60, seed=3)
     assert torch.allclose(alone, expected(X[:5]), rtol=1e-6)
 
