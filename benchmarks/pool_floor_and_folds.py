@@ -1,6 +1,6 @@
 """Which pool, floor and number of folds are best for the default estimator.
 
-On validation images, and with other draws than the other studies.
+On validation images, which no other study is scored by.
 
     python benchmarks/pool_floor_and_folds.py --networks MLP --data-root DATA
 

@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare Laplace approximations at an equal budget of training "
         "points with backward passes: MAP, temperature scaling, K-FAC of all data, "
         "K-FAC of a single mini-batch, debiased K-FAC of two mini-batches, the "
-        "defaults with magnitudes of K-FAC and of the GGN, and the default calibrated "
-        "by validation points.",
+        "defaults with magnitudes of K-FAC and of the GGN, with two backward passes "
+        "for each of more points, and the default calibrated by validation points.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

@@ -21,7 +21,7 @@ network, T = 1 and s = 0, unless the data speak clearly:
 - The prior of log T is a Laplace distribution: T is exactly one unless the data's slope
   there exceeds the prior's, and is hardly shrunk where they know it well.
 - A scale costs next to nothing only if it does so with a standard error added, that of
-  the difference to the network's own outputs, point by point (Breiman et al., 1984).
+  the difference to temperature scaling, s = 0, point by point (Breiman et al., 1984).
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def calibration_of(
     """Choose temperature and scale by validation data.
 
     Each scale has its best temperature. Scales whose mean negative log likelihood is,
-    with its standard error, above that of the network's own outputs by more than the
+    with its standard error, above that of temperature scaling by more than the
     tolerance are left out. Of the others, the largest is taken that is as good as the
     best but for the tolerance. The likelihood has a prior that keeps few points from
     doing harm, see the module.
