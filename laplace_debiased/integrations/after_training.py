@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from laplace import Laplace
@@ -15,7 +16,7 @@ from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 
 @dataclass(frozen=True)
 class AfterTraining:
-    """Fits a posterior, tunes and saves it.
+    """Fits a posterior, tunes it, and saves it.
 
     Args:
         likelihood: ``"classification"``, ``"binary_classification"`` or
@@ -57,6 +58,24 @@ class AfterTraining:
             la.optimize_prior_precision()
         else:
             la.calibrate(val)
-        if self.path is not None:
-            la.save(self.path)
         return la
+
+    def check(self) -> None:
+        """Refuse what cannot be, before any training.
+
+        Raises:
+            TypeError: If there is no such keyword, or it has a wrong type.
+            ValueError: If likelihood, subset or a keyword are not valid.
+        """
+        kinds = self.likelihood, self.subset_of_weights, "kron_debiased"
+        Laplace(nn.Linear(1, 1), *kinds, **self.options)
+
+    def save(self, la: KronDebiasedLaplace) -> None:
+        """Save a posterior, if it is to be saved.
+
+        Args:
+            la: The posterior.
+        """
+        if self.path is not None:
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+            la.save(self.path)

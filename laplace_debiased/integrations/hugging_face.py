@@ -65,7 +65,7 @@ class LaplaceCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Forget what the trainer evaluated on before, which may be test data.
+        """Check the options, and forget earlier evaluations, maybe of test data.
 
         Args:
             args: The trainer's arguments.
@@ -73,6 +73,7 @@ class LaplaceCallback(TrainerCallback):
             control: Its control.
             **kwargs: What else the trainer passes.
         """
+        self._fit.check()
         self._evaluated = None
 
     def on_evaluate(
@@ -116,3 +117,4 @@ class LaplaceCallback(TrainerCallback):
         assert model is not None and train_dataloader is not None
         val = self._evaluated if self._val_loader is None else self._val_loader
         self.posterior = self._fit(model, train_dataloader, val)
+        self._fit.save(self.posterior)

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
+from warnings import warn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import Precision
 from torch.utils.data import DataLoader
 
@@ -30,7 +32,7 @@ class LaplaceCallback(Callback):
         network: Name of the submodule that gives outputs ``[batch, outputs]``; None if
             the module itself does.
         val_loader: Validation data; None for the trainer's.
-        path: Where to save the posterior, beside the module's own checkpoint.
+        path: Where to save the posterior, which is of the last weights.
         **options: Further keywords of
             :class:`~laplace_debiased.posterior.laplace.KronDebiasedLaplace`.
 
@@ -61,6 +63,20 @@ class LaplaceCallback(Callback):
         self._fit = AfterTraining(likelihood, subset_of_weights, path, options)
         self.posterior: KronDebiasedLaplace | None = None
 
+    def on_fit_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+    ) -> None:
+        """Check the options before any training.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module to train.
+        """
+        self._fit.check()
+        pl_module.get_submodule(self._network or "")
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit the posterior.
 
@@ -81,6 +97,25 @@ class LaplaceCallback(Callback):
         precision = trainer.precision_plugin
         val = None if val is None else _converted(val, precision)
         self.posterior = self._fit(network, _converted(train, precision), val)
+        _warn_of_better_weights(trainer)
+        # a trial run writes no checkpoints
+        if not getattr(trainer, "fast_dev_run", False):
+            self._fit.save(self.posterior)
+
+
+def _warn_of_better_weights(trainer: Trainer) -> None:
+    """Warn if a checkpoint of the best weights is not that of the last ones."""
+    kept = trainer.checkpoint_callback
+    if not isinstance(kept, ModelCheckpoint) or kept.monitor is None:
+        return
+    last = trainer.callback_metrics.get(kept.monitor)
+    if kept.best_model_path and last != kept.best_model_score:
+        warn(
+            "The posterior is of the last weights. The best by "
+            f"{kept.monitor!r} are in {kept.best_model_path}: for theirs, load that "
+            "checkpoint, and fit `Laplace` to the module.",
+            stacklevel=2,
+        )
 
 
 @dataclass(frozen=True)

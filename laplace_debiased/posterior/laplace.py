@@ -92,8 +92,8 @@ from laplace_debiased.sampling.processes import own_module, present_group
 
 _GENERATOR: ContextVar[torch.Generator | None] = ContextVar("generator", default=None)
 FORGOTTEN = (
-    "The calibration was for another prior precision or temperature, and is forgotten: "
-    "call `calibrate` again."
+    "The calibration was for the posterior before, of other data, prior precision or "
+    "temperature, and is forgotten: call `calibrate` again."
 )
 
 
@@ -625,6 +625,8 @@ class KronDebiasedLaplace(KronLaplace):
                     "`magnitude_loader` by its name."
                 )
             warn_of_autocast(self._device)
+            if not override:
+                self._forget_calibration()
             self._calibration = None
             folds = fitting.assign(
                 self, train_loader, magnitude_loader, seen, group=group
@@ -719,7 +721,7 @@ class KronDebiasedLaplace(KronLaplace):
                 name = "magnitude_batch"
                 magnitude_loader = loader_of_batch(magnitude_batch, name, key, group)
             warn_of_autocast(self._device)
-            self._calibration = None
+            self._forget_calibration()
             folds = fitting.assign(self, loader, magnitude_loader, seen, True, group)
             fitting.update(self, folds, seen, decay, num_data, group=group)
             for message in fitting.messages(self, seen, explicit=True):
@@ -1099,7 +1101,8 @@ class KronDebiasedLaplace(KronLaplace):
             ValueError: If no validation loss is finite, the marginal likelihood has no
                 maximum that is, or ``sigma_noise`` cannot be tuned.
         """
-        prior_structure = PriorStructure(prior_structure)
+        if prior_structure not in [own.value for own in PriorStructure]:
+            raise ValueError(f"Invalid prior structure {prior_structure}.")
         if tune_sigma_noise:
             tuning.check_noise_can_be_tuned(self, method, prior_structure)
         loss = tuning.default_loss(self) if loss is None else loss

@@ -74,6 +74,7 @@ def check(
         ValueError: If an entry is missing, or of a wrong type, shape or value.
     """
     _check_there(saved)
+    _check_candidates(saved["candidates"], configuration["candidates"])
     for name, own in configuration.items():
         if saved[name] != own:
             raise ValueError(
@@ -106,6 +107,19 @@ def check_entries(saved: dict[str, Any]) -> None:
     for name, value in numbers.items():
         if not value > 0:
             raise ValueError(f"`state_dict` must have a positive {name}, got {value}.")
+
+
+def _check_candidates(saved: Sequence[str], own: Sequence[str]) -> None:
+    """Refuse parameters that require gradients in one of the networks alone."""
+    for there, wanted, others in (("here", saved, own), ("there", own, saved)):
+        missing = [name for name in wanted if name not in others]
+        if missing:
+            raise ValueError(
+                f"`state_dict` has other candidates: {len(missing)} parameters, such "
+                f"as {missing[0]!r}, are not in the model or need no gradients "
+                f"{there}. Set `requires_grad` before you build the posterior (with "
+                "`peft`, `is_trainable=True`)."
+            )
 
 
 def _check_there(saved: dict[str, Any]) -> None:

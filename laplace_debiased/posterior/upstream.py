@@ -97,16 +97,19 @@ def split_batch(batch: Any, key: str) -> tuple[Inputs, Any]:
         Inputs and targets.
 
     Raises:
-        ValueError: If there are no targets.
+        ValueError: If there are no targets, or further entries.
     """
     if isinstance(batch, MutableMapping) and key in batch:
         return batch, batch[key]
-    if isinstance(batch, tuple | list) and len(batch) > 1:
+    if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[0], batch[1]
     found = list(batch) if isinstance(batch, MutableMapping) else type(batch).__name__
+    told = f"{found} without targets"
+    if isinstance(batch, tuple | list) and len(batch) > 2:
+        told = f"{len(batch)} entries: several inputs go into a mapping"
     raise ValueError(
         "Batches must be pairs (X, y), or mappings whose targets are the entry "
-        f"`dict_key_y`, {key!r}; got {found} without targets."
+        f"`dict_key_y`, {key!r}; got {told}."
     )
 
 

@@ -13,6 +13,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 from laplace.utils import concatenate_rows, select_rows
 from torch import Tensor
@@ -95,6 +96,11 @@ class _Batch:
                 f"{type(batch).__name__}."
             )
         is_mapping = isinstance(batch, MutableMapping)
+        if not is_mapping and len(batch) > 2:
+            raise ValueError(
+                f"`{name}` yields {len(batch)} entries, and not pairs (X, y): several "
+                "inputs go into a mapping."
+            )
         entries = batch if isinstance(batch, MutableMapping) else enumerate(batch)
         leaves = dict(_leaves(dict(entries)))
         target = (target_key,) if is_mapping else (1,)
@@ -104,6 +110,9 @@ class _Batch:
                 f"(`dict_key_y` for mappings), but there are {list(leaves)}."
             )
         size = _length(leaves[target])
+        if size is None and np.ndim(leaves[target]) > 0:
+            kind = type(leaves[target]).__name__
+            raise TypeError(f"Targets must be a tensor, got {kind}.")
         if size is None:
             raise ValueError(
                 f"`{name}` yields single examples, whose targets have no rows: it must "

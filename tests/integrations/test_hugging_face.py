@@ -80,6 +80,19 @@ def test_data_predicted_before_training_do_not_calibrate(tmp_path, before):
     assert callback.posterior is not None and callback.posterior.calibration is None
 
 
+def test_mistakes_are_told_before_training(tmp_path):
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    callback, model = LaplaceCallback(budgt=3), network()
+    trainer = Trainer(
+        model, arguments, train_dataset=points(40, 0), callbacks=[callback]
+    )
+    with pytest.raises(TypeError, match="budgt"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_regressions_of_one_number(tmp_path):
     """Its labels are ``[batch]``, as its own loss takes them, and outputs a column."""
     arguments = TrainingArguments(

@@ -1,10 +1,12 @@
 """The callback in a real Lightning trainer."""
 
 import logging
+import warnings
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -71,6 +73,61 @@ def test_a_posterior_is_fitted_calibrated_and_saved(tmp_path):
     expected.fit(data[0])
     expected.calibrate(data[1])
     assert torch.allclose(la(X), expected(X))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"likelihood": "clasification"}, "clasification"),
+        ({"budgt": 3}, "budgt"),
+        ({"budget": 1}, "`budget` must be at least"),
+        ({"network": "nett"}, "nett"),
+    ],
+)
+def test_mistakes_are_told_before_training(options, message):
+    module = Classifier()
+    before = [p.clone() for p in module.parameters()]
+    with pytest.raises((ValueError, TypeError, AttributeError), match=message):
+        train(module, LaplaceCallback(**options), loader(60, 0))
+    assert all(map(torch.equal, before, module.parameters()))
+
+
+def test_folders_are_made_but_not_by_a_trial_run(tmp_path):
+    path = tmp_path / "new" / "posterior.pt"
+    callback = LaplaceCallback(path=path)
+    train(Classifier(), callback, loader(60, 0), fast_dev_run=True)
+    assert callback.posterior is not None and not path.exists()
+    train(Classifier(), callback, loader(60, 0))
+    assert path.exists()
+
+
+def test_a_posterior_that_cannot_be_saved_is_not_lost(tmp_path):
+    callback = LaplaceCallback(path=tmp_path)  # a folder
+    with pytest.raises(OSError, match="directory"):
+        train(Classifier(), callback, loader(60, 0))
+    assert callback.posterior is not None
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_better_weights_that_were_kept_are_named(tmp_path, mode):
+    checkpoints = ModelCheckpoint(tmp_path, monitor="loss", mode=mode)
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=[LaplaceCallback(), checkpoints],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Classifier(), loader(120, 0), loader(60, 1))
+    told = [str(own.message) for own in caught if "best by 'loss'" in str(own.message)]
+    # the loss falls: the last weights are the best if it is minimized
+    assert len(told) == (mode == "max")
+    if told:
+        assert checkpoints.best_model_path in told[0]
 
 
 def test_submodules_and_other_validation_data_can_be_given():

@@ -117,12 +117,11 @@ def test_predictions_without_variance_take_no_backward_pass(monkeypatch):
 
 def test_a_calibration_is_forgotten_with_what_it_was_for():
     la = calibrated(HALF)
-    with pytest.warns(UserWarning, match="another prior precision or temp"):
+    with pytest.warns(UserWarning, match="of other data, prior precision or temp"):
         la.prior_precision = 4.0
     assert la.calibration is None
     for change in (
         lambda la: la.fit(loader()),
-        lambda la: la.partial_fit((X, Y)),
         lambda la: la.optimize_prior_precision(),
         lambda la: la.optimize_prior_precision(
             method="gridsearch", val_loader=loader(), grid_size=3
@@ -144,7 +143,15 @@ def heat(la):
     la.temperature = 2.0
 
 
-@pytest.mark.parametrize("change", [scale_in_place, heat])
+def add_a_batch(la):
+    la.partial_fit((X, Y))
+
+
+def add_data(la):
+    la.fit(loader(), override=False)
+
+
+@pytest.mark.parametrize("change", [scale_in_place, heat, add_a_batch, add_data])
 def test_a_warning_says_that_a_calibration_is_forgotten(change):
     la = fitted()
     chosen = la.calibrate([(X, Y)])

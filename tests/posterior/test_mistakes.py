@@ -38,6 +38,24 @@ def test_other_kinds_of_inputs(kind, call, X):
             la.uncertainty(made)
 
 
+@pytest.mark.parametrize("kind", ["a loader", "an iterable"])
+def test_batches_of_three_entries(kind, X):
+    """What stands second might be a further input."""
+    site, y = torch.randint(2, (4,)), torch.zeros(4).long()
+    data = [(X, site, y)]
+    if kind == "a loader":
+        data = DataLoader(TensorDataset(X, site, y), 4)
+    la = fitted()
+    for call in (la.fit, la.calibrate, la.report):
+        with pytest.raises(ValueError, match="several inputs go into a mapping"):
+            call(data)
+
+
+def test_targets_that_are_arrays(X):
+    with pytest.raises(TypeError, match="Targets must be a tensor, got ndarray"):
+        fitted().fit([(X, torch.zeros(4).long().numpy())])
+
+
 def test_targets_that_are_no_tensor(X):
     with pytest.raises(TypeError, match="Targets must be a tensor, got ndarray"):
         fitted().calibrate([(X, torch.zeros(4).long().numpy())])
@@ -226,7 +244,7 @@ def test_the_noise_of_a_classification_stays_one(subset):
         ({"init_prior_prec": 0.0}, "`init_prior_prec` must be finite and above zero"),
         ({"init_prior_prec": -torch.ones(1)}, "`init_prior_prec` must be .* above"),
         ({"init_prior_prec": torch.ones(3)}, "one for each of 4 .*tensors, got 3"),
-        ({"prior_structure": "layerwis"}, "'layerwis' is not a valid PriorStructure"),
+        ({"prior_structure": "layerwis"}, "Invalid prior structure layerwis"),
     ],
 )
 def test_searches_that_cannot_start(options, message):

@@ -185,7 +185,7 @@ def test_checkpoints_know_what_was_left_out(model, points, tmp_path):
     assert torch.equal(restored(X), la(X))
 
     model.head.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"has candidates"):
+    with pytest.raises(ValueError, match=r"has other candidates"):
         debiased(model).load_state_dict(la.state_dict())
 
 
