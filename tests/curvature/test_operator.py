@@ -459,8 +459,8 @@ def test_null_vector_of_the_output_curvature_survives_many_batches_in_float32():
     torch.manual_seed(0)
     model = nn.Linear(4, 10)
     nn.init.normal_(model.weight, std=4)
-    X, y = torch.randn(20_000, 4), torch.randint(10, (20_000,))
-    data = split(X, y, *[20] * 1000)
+    X, y = torch.randn(10_000, 4), torch.randint(10, (10_000,))
+    data = split(X, y, *[20] * 500)
     operator = DebiasedKFACLinearOperator(
         model,
         nn.CrossEntropyLoss(reduction="sum"),

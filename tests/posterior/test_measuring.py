@@ -223,7 +223,7 @@ def test_gradient_covariances_are_unbiased():
     exact = fold_factors(model, train, SIZE)
     exact = torch.cat([factors[0].flatten() for factors in exact.values()])
     estimates = []
-    for seed in range(150):
+    for seed in range(80):
         la = debiased(model, budget=12, sampling="curvature", pool_size=30, seed=seed)
         la.fit(train)
         estimates += [
