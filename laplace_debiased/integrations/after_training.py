@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from laplace import Laplace
 from torch import nn
 from torch.utils.data import DataLoader
@@ -68,7 +69,9 @@ class AfterTraining:
             ValueError: If likelihood, subset or a keyword are not valid.
         """
         kinds = self.likelihood, self.subset_of_weights, "kron_debiased"
-        Laplace(nn.Linear(1, 1), *kinds, **self.options)
+        # the training's random numbers are not to be others
+        with torch.random.fork_rng(devices=[]):
+            Laplace(nn.Linear(1, 1), *kinds, **self.options)
 
     def save(self, la: KronDebiasedLaplace) -> None:
         """Save a posterior, if it is to be saved.

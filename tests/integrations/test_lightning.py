@@ -92,6 +92,16 @@ def test_mistakes_are_told_before_training(options, message):
     assert all(map(torch.equal, before, module.parameters()))
 
 
+def test_training_does_not_notice_it():
+    trained = []
+    for callback in (pl.Callback(), LaplaceCallback()):
+        torch.manual_seed(0)
+        module = Classifier()
+        train(module, callback, loader(60, 0))
+        trained.append(module.body[0].weight)
+    assert torch.equal(*trained)
+
+
 def test_folders_are_made_but_not_by_a_trial_run(tmp_path):
     path = tmp_path / "new" / "posterior.pt"
     callback = LaplaceCallback(path=path)
