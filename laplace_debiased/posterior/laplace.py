@@ -866,13 +866,18 @@ class KronDebiasedLaplace(KronLaplace):
         return self.model
 
     @property
+    def _keeps_graphs(self) -> bool:
+        """Whether gradients flow through predictions, here and now."""
+        return self.enable_backprop and torch.is_grad_enabled()
+
+    @property
     def _is_certain(self) -> bool:
         """Whether calibrated predictions are those of the trained network."""
         return self._calibration is not None and self._calibration.scale == 0
 
     def _certain_moments(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
         """Compute the outputs without the covariance that calibration takes out."""
-        with torch.set_grad_enabled(self.enable_backprop):
+        with torch.set_grad_enabled(self._keeps_graphs):
             output = run(self.model, X)
         shape = Covariance(kind).shape(*output.shape)
         return output, output.new_zeros(shape, dtype=self._dtype)

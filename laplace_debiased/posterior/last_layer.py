@@ -261,7 +261,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
                 setattr(layer, key, own)
 
     def _output_moments(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
-        with torch.set_grad_enabled(self.enable_backprop):
+        with torch.set_grad_enabled(self._keeps_graphs):
             f_mu, features = features_of(self.model, self.fitted_params, X)
             if features is None:
                 return super()._output_moments(X, kind)
@@ -294,7 +294,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     ) -> Iterator[Tensor]:
         params = self.fitted_params
         X = self._inputs(X)
-        with torch.set_grad_enabled(self.enable_backprop):
+        with torch.set_grad_enabled(self._keeps_graphs):
             _, features = features_of(self.model, params, X, **model_kwargs)
         if features is None:
             yield from super()._sampled_outputs(X, n_samples, generator, **model_kwargs)

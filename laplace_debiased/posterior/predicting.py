@@ -140,7 +140,7 @@ def predictive(la: KronDebiasedLaplace, posterior: EigenbasisMatrix) -> Predicti
         la._selection.num_outputs,
         la._selection.example_size,
         memory_limit(la),
-        la.enable_backprop,
+        la._keeps_graphs,
     )
     count = num_samples(la)
     if count is None:
@@ -152,7 +152,7 @@ def predictive(la: KronDebiasedLaplace, posterior: EigenbasisMatrix) -> Predicti
         count,
         la.settings.seed,
         memory_limit(la),
-        la.enable_backprop,
+        la._keeps_graphs,
     )
     return SampledIfPossible(sampled, exact) if la.forward_samples == AUTO else sampled
 

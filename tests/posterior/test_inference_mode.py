@@ -125,6 +125,19 @@ def test_gradients_still_flow_to_inputs_that_want_them(forward_samples):
     assert x.grad.norm() > 0
 
 
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_graphs_are_kept_only_where_gradients_are_enabled(subset, likelihood):
+    la = debiased(network("mlp"), likelihood, subset, enable_backprop=True)
+    la.fit(loader("mlp", likelihood))
+    x = batch("mlp", 3)[0].requires_grad_()
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled):
+            found = la(x)
+        parts = found if isinstance(found, tuple) else (found,)
+        assert all(part.requires_grad == enabled for part in parts)
+
+
 def test_operators_scores_derivatives_and_steps():
     (X, y), loss, found = batch("mlp", SIZE), nn.CrossEntropyLoss(), []
     for inside in (False, True):
