@@ -78,7 +78,7 @@ def test_a_posterior_is_fitted_calibrated_and_saved(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"likelihood": "clasification"}, "clasification"),
+        ({"likelihood": "images"}, "images"),
         ({"budgt": 3}, "budgt"),
         ({"budget": 1}, "`budget` must be at least"),
         ({"network": "nett"}, "nett"),
