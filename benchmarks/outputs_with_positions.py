@@ -54,7 +54,7 @@ POSTERIORS = (
     "all weights" + CALIBRATED,
     PEER,
 )
-QUICK = (NETWORK, "all weights" + CALIBRATED, PEER)
+QUICK = (NETWORK, "all weights" + CALIBRATED)
 MINUTES, SMALL = 20, 8
 
 

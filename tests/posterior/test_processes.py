@@ -193,8 +193,8 @@ def calibrated(rank, _folder):
     """Each rank has a share of the validation data, and predicts alone; or has all."""
     X, y = batch("mlp", 60, seed=3)
     la = calibration_by(TensorDataset(X[rank::4], y[rank::4]))
-    alone = la(X[:5]) if rank == 2 else None
-    return la.calibration, alone, calibration_by(TensorDataset(X, y)).calibration
+    of_shares, alone = la.calibration, la(X[:5]) if rank == 2 else None
+    return of_shares, alone, la.calibrate(loader(TensorDataset(X, y)))
 
 
 def calibration_by(dataset):
