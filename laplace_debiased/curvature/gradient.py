@@ -8,12 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.rows.batches import with_examples
-from laplace_debiased.rows.inputs import (
-    Batch,
-    check_targets,
-    moved,
-    on_device,
-)
+from laplace_debiased.rows.inputs import Batch, check_targets, moved, on_device
 from laplace_debiased.rows.output_curvature import (
     Loss,
     example_losses,

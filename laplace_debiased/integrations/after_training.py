@@ -14,6 +14,9 @@ from torch.utils.data import DataLoader
 
 from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 
+# options whose values fit one network alone
+_OF_THE_NETWORK = ("last_layer_name", "prior_mean", "prior_precision")
+
 
 @dataclass(frozen=True)
 class AfterTraining:
@@ -62,16 +65,17 @@ class AfterTraining:
         return la
 
     def check(self) -> None:
-        """Refuse what cannot be, before any training.
+        """Refuse what no network could have, before any training.
 
         Raises:
             TypeError: If there is no such keyword, or it has a wrong type.
             ValueError: If likelihood, subset or a keyword are not valid.
         """
         kinds = self.likelihood, self.subset_of_weights, "kron_debiased"
+        options = {k: v for k, v in self.options.items() if k not in _OF_THE_NETWORK}
         # the training's random numbers are not to be others
         with torch.random.fork_rng(devices=[]):
-            Laplace(nn.Linear(1, 1), *kinds, **self.options)
+            Laplace(nn.Linear(1, 1), *kinds, **options)
 
     def save(self, la: KronDebiasedLaplace) -> None:
         """Save a posterior, if it is to be saved.

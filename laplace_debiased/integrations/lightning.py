@@ -73,6 +73,11 @@ class LaplaceCallback(Callback):
         Args:
             trainer: The trainer.
             pl_module: The module to train.
+
+        Raises:
+            AttributeError: If the module has no such network.
+            TypeError: If there is no such keyword, or it has a wrong type.
+            ValueError: If likelihood, subset or a keyword are not valid.
         """
         self._fit.check()
         pl_module.get_submodule(self._network or "")

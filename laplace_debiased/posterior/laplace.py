@@ -689,7 +689,8 @@ class KronDebiasedLaplace(KronLaplace):
         After :meth:`fit`, these are all N. With ``kfac`` magnitudes, without decay, and
         with as many points for directions in each, batches one by one equal a fit to
         all of them. With ``ggn``, directions are those of all points so far, along
-        which earlier curvature is known by its eigenvalues in the last directions.
+        which earlier curvature is known by its eigenvalues in the last directions. A
+        calibration is forgotten, with a warning.
 
         Args:
             batch: A batch ``(X, y)``, or a mapping, whose tensors, lists and tuples
@@ -1195,7 +1196,7 @@ class KronDebiasedLaplace(KronLaplace):
         (:mod:`~laplace_debiased.predictive.calibration`). From then on, all predictions
         are calibrated: those of ``la(x)``, whatever its arguments, and samples of
         outputs, while :meth:`uncertainty` tells what the whole posterior knows. A
-        further fit, or another prior precision, forgets the calibration.
+        further fit, another prior precision or temperature forgets the calibration.
 
         Args:
             val_loader: Yields validation data, in the form of training data, that the

@@ -94,7 +94,7 @@ def rows_of_others(use: TracedUse, layout: Layout) -> list[Tensor]:
     """Return the gradient of each example's output in the rows of others.
 
     Args:
-        use: a use in a trace of few examples.
+        use: A use in a trace of few examples.
         layout: Where it holds them.
 
     Returns:

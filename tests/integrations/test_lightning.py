@@ -92,6 +92,19 @@ def test_mistakes_are_told_before_training(options, message):
     assert all(map(torch.equal, before, module.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("subset", "options"),
+    [
+        ("all", {"prior_precision": torch.full((4,), 3.0), "prior_mean": 0.1}),
+        ("last_layer", {"last_layer_name": "body.2"}),
+    ],
+)
+def test_options_may_be_those_of_one_network(subset, options):
+    callback = LaplaceCallback(subset_of_weights=subset, **options)
+    train(Classifier(), callback, loader(60, 0))
+    assert callback.posterior is not None
+
+
 def test_training_does_not_notice_it():
     trained = []
     for callback in (pl.Callback(), LaplaceCallback()):

@@ -52,7 +52,7 @@ def test_mc_columns_are_unbiased(loss_name, reduction):
     exact = outer_products(OutputCurvature(loss).columns(f, y, generator))
     sampler = OutputCurvature(loss, "mc", mc_samples=6_000)
     sampled = outer_products(sampler.columns(f, y, generator))
-    assert torch.allclose(sampled, exact, atol=0.1 * exact.abs().max().item())
+    assert torch.allclose(sampled, exact, atol=0.06 * exact.abs().max().item())
 
 
 @pytest.mark.parametrize("loss_name", LOSSES)
@@ -163,7 +163,7 @@ def test_ignored_examples_have_no_loss_and_no_curvature(index, fisher_type):
     )
     classes = y.clamp(min=0)
     expected = outer_products(plain.columns(f, classes, generator))
-    tolerance = 0.03 if fisher_type == "mc" else 1e-12
+    tolerance = 0.02 if fisher_type == "mc" else 1e-12
     assert torch.allclose(actual[counted], expected[counted], atol=tolerance)
     assert not actual[~counted].any()
     assert torch.equal(curvature.traces(f, y), plain.traces(f, classes) * counted)
@@ -180,7 +180,7 @@ def test_sampled_labels_are_not_smoothed():
     assert torch.allclose(exact[0], hessian)
     sampler = OutputCurvature(loss, "mc", mc_samples=6_000)
     sampled = outer_products(sampler.columns(f, y, generator))
-    assert torch.allclose(sampled, exact, atol=0.03)
+    assert torch.allclose(sampled, exact, atol=0.02)
 
 
 @pytest.mark.parametrize(
