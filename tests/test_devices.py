@@ -16,6 +16,7 @@ from laplace_debiased import (
     curvature_scores,
     directional_derivatives,
 )
+from laplace_debiased.curvature.decomposition import symmetric_eigh
 from tests import zoo
 from tests.cases import batch, network
 from tests.dense import relative_error
@@ -264,3 +265,14 @@ def test_labels_have_the_posterior_of_the_cpu(subset):
     assert_same(*epistemic, 1e-4)
     nll = [la.report(train).posterior.nll for la in found]
     assert nll[0] == pytest.approx(nll[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [31, 64, 512, 600])
+def test_decompositions_in_single_precision_are_as_exact_as_on_the_cpu(size):
+    rows = torch.randn(size // 2, size, dtype=torch.float64)
+    matrix = rows.T @ rows / size
+    values, vectors = symmetric_eigh(matrix.float().to(DEVICE))
+    assert values.dtype == vectors.dtype == torch.float32
+    values, vectors = values.double(), vectors.double()
+    assert_same((vectors * values) @ vectors.T, matrix, 5e-6)
+    assert_same(vectors.T @ vectors, torch.eye(size).double(), 5e-6)

@@ -8,6 +8,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from laplace_debiased.curvature.full_eigh import full_eigh
 from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.curvature.leading import MIN_ROWS, leading_eigh
 from laplace_debiased.rows.inputs import all_finite
@@ -51,19 +52,13 @@ def symmetric_eigh(matrix: Tensor, tolerance: float = 0.0) -> tuple[Tensor, Tens
 
 
 def _eigh(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Decompose a matrix in double precision if its own does not do."""
-    if matrix.dtype.itemsize >= 4:
-        # in single precision it need not converge: some versions raise, others return
-        # NaN
+    """Decompose a matrix, a large one up to the tolerance if that is less work."""
+    if tolerance and len(matrix) >= MIN_ROWS and matrix.dtype.itemsize >= 4:
         with suppress(torch.linalg.LinAlgError):
-            leading = None
-            if tolerance and len(matrix) >= MIN_ROWS:
-                leading = leading_eigh(matrix, tolerance)
-            values, vectors = leading or torch.linalg.eigh(matrix)
-            if all_finite(values) and all_finite(vectors):
-                return values, vectors
-    values, vectors = torch.linalg.eigh(matrix.double())
-    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+            leading = leading_eigh(matrix, tolerance)
+            if leading and all(map(all_finite, leading)):
+                return leading
+    return full_eigh(matrix)
 
 
 def symmetric_eighs(

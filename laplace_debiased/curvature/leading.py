@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from laplace_debiased.curvature.full_eigh import full_eigh
+
 # smaller matrices are decomposed within a second
 MIN_ROWS = 2048
 _BLOCK = 64
@@ -56,7 +58,7 @@ def leading_eigh(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor] | No
         if space.size < next_look:
             continue
         next_look = _GROWTH * space.size
-        values, vectors = torch.linalg.eigh(space.projection())
+        values, vectors = full_eigh(space.projection())
         count, rest = _split(values.double(), trace, size)
         values, vectors = values[-count:], vectors[:, -count:]
         of_rest = (size - count) * rest**2
