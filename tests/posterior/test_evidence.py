@@ -51,7 +51,7 @@ def test_there_need_not_be_a_maximum():
     assert best_prior_precision([[torch.zeros(3)]], 1.0, 1.0) == 0
 
 
-def by_gradient_ascent(la, structure, steps=2000):
+def by_gradient_ascent(la, structure, steps=700):
     """laplace-torch's own way, for long enough."""
     KronLaplace.optimize_prior_precision(
         la, method="marglik", prior_structure=structure, n_steps=steps, lr=0.05
