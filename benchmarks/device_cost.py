@@ -24,6 +24,7 @@ from shared.closeness import DATASET
 from shared.command_line import parse, study_parser
 from shared.data import IMAGES
 from shared.fits import fit
+from shared.internals import POOL_FACTOR
 from shared.passes import OF_FIT, backward, fastest, forward
 from shared.problems import Problem
 from shared.reports import write_report
@@ -35,7 +36,7 @@ from torch.utils.data import TensorDataset
 STUDY = Path(__file__).stem
 FULL_SIZE = "ResNet-18-64"
 NETWORKS = ("MLP", "all-convolutional", "ResNet", "ViT-Little", FULL_SIZE)
-POOL_FACTOR, NUM_IMAGES = 32, 128
+NUM_IMAGES = 128
 MISSING = "-"
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from shared.command_line import add_out, parse
+from shared.internals import POOL_FACTOR
 from shared.networks import wide_resnet
 from shared.processes import in_own_process, peak_megabytes
 from shared.reports import Progress, write_report
@@ -51,7 +52,6 @@ from laplace_debiased import Laplace
 
 STUDY = Path(__file__).stem
 NUM_TOKENS = 128
-POOL_FACTOR = 32
 TIME_LIMIT = 1800.0
 
 

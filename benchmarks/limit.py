@@ -21,7 +21,7 @@ import torch
 from shared.closeness import DATASET, MAGNITUDES
 from shared.command_line import parse, study_parser
 from shared.fits import fit
-from shared.internals import pool_positions
+from shared.internals import POOL_FACTOR, pool_positions
 from shared.passes import OF_FIT, backward, fastest, forward
 from shared.predictions import nlls
 from shared.problems import Problem
@@ -33,7 +33,6 @@ from laplace_debiased import EigenbasisMatrix
 STUDY = Path(__file__).stem
 NETWORKS = ("MLP", "all-convolutional", "ResNet", "ViT-Little")
 ABLATED = ("all-convolutional", "ResNet")
-POOL_FACTOR = 32
 IMAGES, PRIORS = (128, 1), (1.0, 10.0, 100.0)
 
 

@@ -33,6 +33,7 @@ from shared.closeness import (
 )
 from shared.fits import Result, fit, with_curvature
 from shared.internals import (
+    POOL_FACTOR,
     Factors,
     factored_curvature,
     full_data_factors,
@@ -47,7 +48,6 @@ __all__ = ["table"]
 STUDY = Path(__file__).stem
 NETWORKS = ("MLP", "all-convolutional")
 FOLDS = (2, 4, 8)
-POOL_FACTOR = 32  # that of the defaults
 
 
 def same_points(problem: Problem, factors: Factors, **options: Any) -> Result:

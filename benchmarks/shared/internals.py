@@ -24,6 +24,7 @@ from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.posterior import sources
 from laplace_debiased.posterior.calibrating import output_moments as output_moments
 from laplace_debiased.posterior.memory import Scheme, fit_memory
+from laplace_debiased.posterior.settings import POOL_FACTOR as POOL_FACTOR
 from laplace_debiased.predictive.calibration import calibration_of as calibration_of
 from laplace_debiased.predictive.forward_mode import SampledPredictive
 from laplace_debiased.predictive.links import probit_logits as probit_logits

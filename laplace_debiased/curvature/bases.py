@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from laplace_debiased.rows.products import rows_times
+
 
 def rotated(rows: Tensor, basis: Tensor) -> Tensor:
     """Compute coordinates in a basis.
@@ -21,7 +23,7 @@ def rotated(rows: Tensor, basis: Tensor) -> Tensor:
     Returns:
         Their coordinates ``[..., d]``.
     """
-    return rows if basis.ndim == 1 else rows @ basis
+    return rows if basis.ndim == 1 else rows_times(rows, basis)
 
 
 def columns_rotated(matrices: Tensor, basis: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class DirectionalCurvatures:
         self.squared_inputs.add(layer, squared_norms(rows.flatten(2)))
         if is_joint(layer, self._joint):
             rows = with_bias_column(rows)
-        self._inputs.setdefault(layer.name, []).append(rows @ basis)
+        self._inputs.setdefault(layer.name, []).append(rotated(rows, basis))
 
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
         """Add a batch of gradient rows, which carry the square root of the weights."""

@@ -247,8 +247,8 @@ class BlockPosterior:
         for rows, jacobians in jacobians_by_rows(
             gradients, inputs, basis, jacobian_bytes
         ):
-            squares = jacobians.square_()
-            own = [_summed(squares, matrix[count:][rows]) for matrix in weights]
+            squares = jacobians.square_().flatten(2)
+            own = [squares @ matrix[count:][rows].flatten() for matrix in weights]
             terms.append(torch.stack(own, 2))
         if count:
             residual = residuals(gradients, basis)
@@ -266,14 +266,6 @@ class BlockPosterior:
         jacobians = rotated_jacobians(gradients, inputs, basis)
         precisions = self.precisions.reshape(len(self.precisions), -1)
         return jacobians.mul_(precisions.rsqrt())
-
-
-def _summed(squares: Tensor, weights: Tensor) -> Tensor:
-    """Sum squares ``[batch, C, r, d_in]`` by weights ``[r, d_in]``."""
-    if squares.is_cuda:
-        # a product with a vector gives each row to one of its multiprocessors
-        return (squares * weights.reshape(squares.shape[2:])).sum((2, 3))
-    return squares.flatten(2) @ weights.flatten()
 
 
 class Moment(Protocol):

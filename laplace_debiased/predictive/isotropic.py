@@ -20,6 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from laplace_debiased.rows.products import rows_times
+
 # to look for equal rows pays in large matrices alone
 _MIN_ROWS = 256
 
@@ -71,7 +73,7 @@ def residuals(gradients: Tensor, leading: Tensor) -> Tensor:
         Residuals ``[batch, C, S, d_out]``.
     """
     rows = gradients.squeeze(3)
-    return rows - (rows @ leading) @ leading.T
+    return rows - rows_times(rows_times(rows, leading), leading.T)
 
 
 def shares(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from laplace_debiased.rows.one_hot import OneHotRows
+from laplace_debiased.rows.products import rows_times
 
 
 @dataclass(frozen=True)
@@ -172,4 +173,6 @@ class MatrixUse(Use):
             Rows in the basis's dtype; one-hot rows stay what they are.
         """
         rows = self.input_rows(layout, batch_size).to(basis.dtype)
-        return rows if isinstance(rows, OneHotRows) or basis.ndim == 1 else rows @ basis
+        if isinstance(rows, OneHotRows) or basis.ndim == 1:
+            return rows
+        return rows_times(rows, basis)
