@@ -185,6 +185,7 @@ def choose_parameters(la: KronDebiasedLaplace, batch: Any) -> None:
             shape = output_shape(la.model, X)
         y = label_targets(y, la._kind.loss_func())
         check_positions(y, shape, la.class_axis)
+        la.n_outputs = shape[la.class_axis]
     with measuring(la.model):
         candidates = la._find_candidates(X, len(y))
     check_not_replaced(la.model, candidates)

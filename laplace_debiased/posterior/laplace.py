@@ -102,7 +102,7 @@ class KronDebiasedLaplace(KronLaplace):
 
     Has the interface of laplace-torch's ``KronLaplace`` and its keywords. Parameters
     whose uses are not supported stay at their trained values, and a warning lists them
-    when the posterior is fitted.
+    when the posterior is fitted; other backends than curvlinops' refuse some of them.
 
     What differs: GLM predictions need no Jacobians, predictions do not write into the
     model, which runs in eval mode whatever its own, and ``generator`` is honoured
@@ -127,9 +127,10 @@ class KronDebiasedLaplace(KronLaplace):
             :meth:`calibrate` or :meth:`optimize_prior_precision`. A fit drops those of
             parameters that it leaves out.
         prior_mean: Mean of the prior. A number is that of all parameters but those of
-            normalizations, which have their trained values; a vector that of each,
-            such as a fine-tuned network's pretrained ones. A fit drops those of
-            parameters that it leaves out.
+            normalizing layers and other scales of activations, such as layer scales,
+            which have their trained values; a vector that of each, such as a fine-tuned
+            network's pretrained ones. A fit drops those of parameters that it leaves
+            out.
         temperature: Temperature of the likelihood.
         enable_backprop: Whether gradients flow through predictions to the inputs.
         dict_key_x: Key of the inputs in mappings, whose rows are counted; not needed if
@@ -651,7 +652,8 @@ class KronDebiasedLaplace(KronLaplace):
         """Tell what :meth:`fit` would take, before it begins.
 
         The network is run on few examples; the posterior stays as it is. Data that are
-        no dataset with indices are iterated over, as by a fit.
+        no dataset with indices are iterated over, as by a fit. Processes that make a
+        fit together must all call it.
 
         Args:
             train_loader: As in :meth:`fit`.
@@ -687,10 +689,10 @@ class KronDebiasedLaplace(KronLaplace):
         Curvature and loss are averages over all points so far, in which the points of
         a batch lose the share ``1 - decay`` of their weight with each further batch.
         After :meth:`fit`, these are all N. With ``kfac`` magnitudes, without decay, and
-        with as many points for directions in each, batches one by one equal a fit to
-        all of them. With ``ggn``, directions are those of all points so far, along
-        which earlier curvature is known by its eigenvalues in the last directions. A
-        calibration is forgotten, with a warning.
+        with the same share of points for directions in each, batches one by one equal
+        a fit to all of them. With ``ggn``, directions are those of all points so far,
+        along which earlier curvature is known by its eigenvalues in the last
+        directions. A calibration is forgotten, with a warning.
 
         Args:
             batch: A batch ``(X, y)``, or a mapping, whose tensors, lists and tuples
@@ -1233,9 +1235,11 @@ class KronDebiasedLaplace(KronLaplace):
 
         Returns:
             Probabilities, and total, aleatoric and epistemic uncertainty of each
-            example, or of each of its labels. Without random numbers: within 3 % of
-            those of many samples of the outputs, or .02 nats. Outputs of each position
-            are taken as independent, unless moments are by samples.
+            example, or of each of its labels. With exact moments, there are no random
+            numbers: they are within 3 % of those of many samples of the outputs, or .02
+            nats. Outputs of a position, and more than 256 classes, are then taken as
+            independent, which makes ``epistemic`` larger. With moments by samples, they
+            have the samples' error.
 
         Raises:
             AttributeError: If there is no fit yet.
@@ -1269,6 +1273,7 @@ class KronDebiasedLaplace(KronLaplace):
             ValueError: If data are not valid, there are none, or it is a reward model.
         """
         self._check_H_init()
+        calibrating.warn_if_untuned(self)
         return evaluation.report(self, test_loader, foreign_loader, progress_bar)
 
     @thread_restored
@@ -1294,6 +1299,7 @@ class KronDebiasedLaplace(KronLaplace):
             ValueError: If it is no classification, or arguments are not valid.
         """
         self._check_H_init()
+        calibrating.warn_if_untuned(self)
         return conformal.ConformalSets(self, loader, coverage)
 
     @thread_restored
@@ -1317,6 +1323,7 @@ class KronDebiasedLaplace(KronLaplace):
             ValueError: If it is no regression, or arguments are not valid.
         """
         self._check_H_init()
+        calibrating.warn_if_untuned(self)
         return conformal.ConformalIntervals(self, loader, coverage)
 
     @thread_restored

@@ -70,14 +70,16 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         sampling_floor: Share of the uniform distribution in curvature sampling.
         fisher_rank: Number of columns of the output curvature that are kept.
         seed: Makes draw and assignment reproducible.
-        memory_limit: Bytes that a GLM prediction may take for a chunk of examples. None
-            for 1 GiB, or a quarter of a GPU's memory.
+        memory_limit: Bytes that a GLM prediction may take for a chunk of examples,
+            where the last layer is not linear at its output: the closed form takes all
+            at once. None for 1 GiB, or a quarter of a GPU's memory.
         fit_memory_limit: As in
             :class:`~laplace_debiased.posterior.laplace.KronDebiasedLaplace`.
         strict: Whether to refuse parameters whose uses are not supported.
         decomposition_tolerance: How far large factors may be from what is decomposed.
         forward_samples: Number of samples that estimate moments of outputs, where the
-            last layer is not linear at its output; ``"auto"`` or None.
+            last layer is not linear at its output, and variances of a grid search;
+            ``"auto"`` or None.
         class_axis: Axis of the classes, if outputs have positions.
 
     Raises:

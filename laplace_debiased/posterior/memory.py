@@ -373,7 +373,10 @@ def _row_entries(la: KronDebiasedLaplace, folds: Folds) -> int:
     mc_samples = la._asdl_fisher_kwargs.get("mc_samples", 1)
     rank = la.settings.fisher_rank
     curvature = output_curvature(la.backend, mc_samples, rank)
-    columns = curvature.num_columns(la._selection.num_outputs)
+    # columns are of all positions together
+    is_flat = la.class_axis is None
+    num_outputs = la._selection.num_outputs if is_flat else la.n_outputs
+    columns = curvature.num_columns(num_outputs)
     entries = sum(
         own.num_positions * (own.groups * own.d_in + columns * own.d_out)
         for own in la._selection.layers

@@ -43,8 +43,8 @@ def merge(
 
     Args:
         parts: Fitted posteriors, or files from ``la.save``. They must have the same
-            network, parameters, prior, likelihood, backend, magnitudes and folds. None
-            of them is changed.
+            network, parameters, prior, likelihood, backend and magnitudes, and with
+            ``kfac`` the same estimator and number of folds. None of them is changed.
 
     Returns:
         A state for ``load_state_dict``, without calibration; ``torch.save`` makes it a

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.model_state import is_plain, keeping_buffers
 from laplace_debiased.rows.positions import flat_output
 from laplace_debiased.rows.sharing import EAGERLY, everywhere
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Substitution(TorchFunctionMode):

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from heapq import heapify, heapreplace
 from io import BytesIO
 from typing import Any, TypeVar
+from warnings import warn
 
 import torch
 from torch import Tensor, distributed, nn
@@ -210,7 +211,7 @@ class Group(Alone):
         try:
             self._agree(f"{type(error).__name__}: {error}")
         except ProcessError as gone:
-            error.add_note(str(gone))
+            warn(f"No other process was told: {gone}", stacklevel=2)
 
 
 ALONE = Alone()

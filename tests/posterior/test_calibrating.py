@@ -283,6 +283,17 @@ def test_predictions_warn_once_of_a_default_prior_precision(likelihood):
         la(X)
 
 
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_reports_sets_and_intervals_are_predictions(likelihood):
+    data = loader(likelihood=likelihood)
+    sets = "conformal_" + ("intervals" if likelihood == "regression" else "sets")
+    for scored in ("report", sets):
+        la = KronDebiasedLaplace(network("mlp"), likelihood)
+        la.fit(data)
+        with pytest.warns(UserWarning, match="`prior_precision` 1"):
+            getattr(la, scored)(data)
+
+
 def tune(la):
     la.optimize_prior_precision()
 

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from laplace_debiased.posterior import fitting, memory, sources
 from laplace_debiased.posterior.memory import Entries, in_units
+from laplace_debiased.rows.kept import KeptRows
 from tests.cases import batch, network
 from tests.fits import SUBSETS, TWO_BATCH, debiased
 from tests.posterior.test_processes import FITS, data, loader, model_of, same, summary
@@ -143,6 +144,27 @@ def test_what_is_stated_holds_if_all_are_decomposed_at_a_time(tmp_path):
         measured = peak_of(lambda: la.fit(train, checkpoint=tmp_path))
     assert stated[0].decomposed_at_a_time == (11,)
     assert 0.75 * measured < stated[0].peak < 1.25 * measured
+
+
+def test_rows_of_positions_are_those_that_are_kept(monkeypatch):
+    """A column is of all positions together."""
+    kept = []
+    keep = KeptRows.__init__
+
+    def keeps(self, *known):
+        keep(self, *known)
+        kept.append(self)
+
+    monkeypatch.setattr(KeptRows, "__init__", keeps)
+    torch.manual_seed(0)
+    sentences = TensorDataset(torch.randn(24, 20, 4), torch.randint(3, (24, 20)))
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
+    la = debiased(model, magnitudes="ggn", class_axis=-1)
+    stated = la.fit_memory(loader(sentences))
+    la.fit(loader(sentences))
+    rows = sum(own.num_bytes for own in kept)
+    assert rows <= stated.rows < 1.25 * rows
+    assert la.fit_memory(loader(sentences)).rows == stated.rows
 
 
 def test_posteriors_have_the_stated_bytes():
