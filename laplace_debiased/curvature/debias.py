@@ -20,8 +20,9 @@ over them is needed. Directions that only rounding tells apart share one magnitu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Generic, NamedTuple
+from typing import Generic, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from laplace_debiased.curvature.degenerate import (
     eigenspaces,
     with_common_magnitudes,
 )
-from laplace_debiased.curvature.kronecker import Kronecker, Magnitudes
+from laplace_debiased.curvature.kronecker import Kronecker, Magnitudes, Spectrum
 
 Factors = list[Kronecker]
 Directions = list[Kronecker]
@@ -57,6 +58,7 @@ def two_batch(
     factors: Factors,
     measure: Measure[Magnitudes],
     decomposition: Decompose = decompose,
+    pooled_inputs: bool = False,
 ) -> Debiased[Magnitudes]:
     """Measure magnitudes along the eigenvectors of other points.
 
@@ -64,12 +66,15 @@ def two_batch(
         factors: Kronecker factors of the points that give directions.
         measure: Measures the others along directions.
         decomposition: Decomposes factors.
+        pooled_inputs: Whether input covariances are those of a pool, so that they tell
+            how frequent the entries of a table of embeddings are in other points.
 
     Returns:
         Directions and magnitudes.
     """
     directions, own = decomposition(factors)
-    magnitudes = with_common_magnitudes(measure(directions, own), own, directions)
+    found = measure(directions, own)
+    magnitudes = with_common_magnitudes(found, own, directions, pooled_inputs)
     return Debiased(directions, magnitudes, own)
 
 
@@ -218,12 +223,37 @@ def average(
     Returns:
         The averages.
     """
+    return [_mean(own, shares) for own in zip(*estimates, strict=True)]
 
-    def mean(*tensors: Tensor) -> Tensor:
-        weighted = [s * t for s, t in zip(shares, tensors, strict=True)]
-        return sum(weighted[1:], weighted[0]) / sum(shares)
 
-    return [own[0].map(mean, *own[1:]) for own in zip(*estimates, strict=True)]
+def _mean(own: Sequence[Magnitudes], shares: Sequence[float]) -> Magnitudes:
+    """Average those of a layer."""
+
+    def weighted(weights: Sequence[float]) -> Callable[..., Tensor]:
+        def mean(*tensors: Tensor) -> Tensor:
+            parts = [s * t for s, t in zip(weights, tensors, strict=True)]
+            return sum(parts[1:], parts[0]) / sum(weights)
+
+        return mean
+
+    means = own[0].map(weighted(shares), *own[1:])
+    if not isinstance(means, Kronecker) or not any(map(_is_unused, own)):
+        return means
+    used = [s * (not _is_unused(part)) for s, part in zip(shares, own, strict=True)]
+    if not sum(used):
+        return means
+    inputs = own[0].map(weighted(used), *own[1:]).inputs
+    return cast("Magnitudes", replace(means, inputs=inputs))
+
+
+def _is_unused(own: Kronecker | Spectrum) -> bool:
+    """Whether a layer had no rows, so that there is no mean of its inputs.
+
+    Inputs alone do not tell: they may be zeros.
+    """
+    if not isinstance(own, Kronecker) or own.gradients is None or own.inputs is None:
+        return False
+    return not (own.gradients.any() or own.inputs.any())
 
 
 def add_data(own: Factors, new: Factors, share: float) -> Factors:
@@ -239,8 +269,11 @@ def add_data(own: Factors, new: Factors, share: float) -> Factors:
     """
 
     def added(a: Kronecker, b: Kronecker) -> Kronecker:
+        total = a.map(lambda G, H: G + H, b).gradients
+        if _is_unused(a) or _is_unused(b):
+            return Kronecker(total, b.inputs if _is_unused(a) else a.inputs)
         mean = a.map(lambda A, B: share * A + (1 - share) * B, b)
-        return Kronecker(a.map(lambda G, H: G + H, b).gradients, mean.inputs)
+        return Kronecker(total, mean.inputs)
 
     return [added(*pair) for pair in zip(own, new, strict=True)]
 

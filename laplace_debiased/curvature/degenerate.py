@@ -62,6 +62,7 @@ def with_common_magnitudes(
     magnitudes: Sequence[Magnitudes],
     eigenvalues: Sequence[Kronecker],
     directions: Sequence[Kronecker],
+    spread: bool = True,
 ) -> list[Magnitudes]:
     """Average magnitudes over the degenerate subspaces of their directions.
 
@@ -69,17 +70,18 @@ def with_common_magnitudes(
         magnitudes: Magnitudes of each layer, along the eigenvectors of factors.
         eigenvalues: Eigenvalues of these factors.
         directions: The eigenvectors.
+        spread: Whether the eigenvalues of tables of embeddings tell how frequent
+            entries are in the points that were measured, too.
 
     Returns:
         The magnitudes.
     """
-    return [
-        _averaged(*own) for own in zip(magnitudes, eigenvalues, directions, strict=True)
-    ]
+    layers = zip(magnitudes, eigenvalues, directions, strict=True)
+    return [_averaged(*own, spread) for own in layers]
 
 
 def _averaged(
-    own: Magnitudes, eigenvalues: Kronecker, directions: Kronecker
+    own: Magnitudes, eigenvalues: Kronecker, directions: Kronecker, spread: bool
 ) -> Magnitudes:
     groups = eigenvalues.map(_subspaces, directions)
     if isinstance(own, Kronecker):
@@ -91,7 +93,7 @@ def _averaged(
         matrix = mean_over(matrix, rows, 0)
         if directions.inputs.ndim == 1:
             assert eigenvalues.inputs is not None
-            matrix = _spread(matrix, eigenvalues.inputs)
+            matrix = _spread(matrix, eigenvalues.inputs) if spread else matrix
         else:
             matrix = mean_over(matrix, groups.inputs, 1)
     return Spectrum(matrix, None if vector is None else mean_over(vector, rows, 0))

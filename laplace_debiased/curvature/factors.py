@@ -183,11 +183,12 @@ class KroneckerFactors:
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
         """Add a batch of gradient rows, which carry the square root of the weights."""
         rows = rows.to(accumulation_dtype(rows.dtype)).flatten(2)  # [batch, S, d_out]
+        if layer.is_diagonal or not self._expand:
+            rows = rows.sum(1, keepdim=True)
         self.contributions.add(layer, squared_norms(rows))
         if layer.is_diagonal:
-            self._gradients.add(layer.name, rows.sum(1).square().sum(0))
+            self._gradients.add(layer.name, rows.squeeze(1).square().sum(0))
             return
-        rows = rows if self._expand else rows.sum(1, keepdim=True)
         _, positions, size = rows.shape
         if rows.stride(2) != 1 and 2 * positions >= size:
             # those of convolutions, whose positions are neighbours: copying is slower
@@ -197,6 +198,7 @@ class KroneckerFactors:
 
     def per_example(self) -> dict[str, Tensor]:
         """Return what is known of each example, by its name in a sweep's summary."""
+        self._reduce_calls()
         own = {}
         if self.takes_gradients:
             own["contributions"] = self.contributions.matrix()

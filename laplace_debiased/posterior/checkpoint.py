@@ -16,6 +16,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 from uuid import uuid4
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,7 +94,7 @@ def flat(value: dict | list, path: tuple[str, ...] = ()) -> Iterator[tuple[str, 
         path: The keys that lead to them.
 
     Yields:
-        Paths and values.
+        Paths and values, NumPy's numbers as Python's.
     """
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, item in items:
@@ -101,7 +102,16 @@ def flat(value: dict | list, path: tuple[str, ...] = ()) -> Iterator[tuple[str, 
         if _has_dictionaries(item):
             yield from flat(item, own)
         else:
-            yield ".".join(own), item
+            yield ".".join(own), _plain(item)
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers that may be NumPy's, which files must not hold, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    return value
 
 
 def _has_dictionaries(value: Any) -> bool:

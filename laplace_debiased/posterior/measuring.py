@@ -304,11 +304,11 @@ def _ggn(
         return _finite(spectra, source)
 
     measures = [partial(along, k) for k in range(len(folds))]
+    pooled = pool is not None
     if is_cross_fit:
-        pooled = pool is not None
         debiased = cross_fit(factors, measures, shares, pooled, source.decompose)
     else:
-        debiased = two_batch(factors[0], measures[1], source.decompose)
+        debiased = two_batch(factors[0], measures[1], source.decompose, pooled)
     return GGNCurvature(source.layers, *debiased), seen
 
 

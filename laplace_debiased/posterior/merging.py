@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # what differs from part to part; all else must not
 _OF_PART = {"calibration", "example_size", "outputs_size", "loss", "n_data"}
 _GROUPS_OF_PART = ("calibration", "curvature", "sampling_error", "seen")
+# of the example that a layer was found with, which may be a longer one in some parts
+_OF_EXAMPLE = ("num_positions", "num_entries")
 
 
 def merge(
@@ -86,12 +88,14 @@ def merge(
     entries = [checkpoint.nested(saved) for saved in states]
     for saved in entries:
         check_entries(saved)
-    layers = [Layer.from_state_dict(layer) for layer in entries[0]["layers"]]
+    longest = max(entries, key=lambda saved: saved["example_size"])
+    layers = [Layer.from_state_dict(layer) for layer in longest["layers"]]
     estimate, seen = reduce(_added, (_scaled(saved, layers) for saved in entries))
     merged = entries[0] | {
         **state.of_estimate(estimate),
         "loss": estimate.loss,
-        "example_size": max(saved["example_size"] for saved in entries),
+        "layers": longest["layers"],
+        "example_size": longest["example_size"],
         "outputs_size": max(saved["outputs_size"] for saved in entries),
         "n_data": float(seen.weight),
         "seen": dict(vars(seen)),
@@ -118,7 +122,10 @@ def _name_of(part: Any, index: int) -> str:
 def _check_same(first: Mapping[str, Any], other: Mapping[str, Any], names: str) -> None:
     """Refuse parts that differ in what is not measured."""
     for key in sorted(first.keys() | other.keys()):
-        if key in _OF_PART or key.partition(".")[0] in _GROUPS_OF_PART:
+        group, last = key.partition(".")[0], key.rpartition(".")[2]
+        if key in _OF_PART or group in _GROUPS_OF_PART:
+            continue
+        if group == "layers" and last in _OF_EXAMPLE:
             continue
         if not _is_same(first.get(key), other.get(key)):
             values = ""

@@ -29,7 +29,7 @@ from laplace_debiased.rows.inputs import (
 from laplace_debiased.rows.kept import KeptRows
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import OutputCurvature
-from laplace_debiased.rows.positions import class_axis_of
+from laplace_debiased.rows.positions import class_axis_of, num_positions
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
 from laplace_debiased.rows.targets import arranged_targets
@@ -355,7 +355,8 @@ def total_output_curvature(
         seed: Seed for sampled labels.
 
     Returns:
-        The sum ``[outputs, outputs]``, in double precision.
+        The sum over points, and their positions if there are several, ``[outputs,
+        outputs]``, in double precision.
 
     Raises:
         ValueError: If inputs or targets are not valid.
@@ -366,6 +367,8 @@ def total_output_curvature(
     for _, y, output in checked_batches(model, loader, backend):
         output, y = at_least_single(output), at_least_single(y)
         columns = curvature.columns(output, y, generator).double()
-        # [columns, batch, outputs] -> [outputs, outputs]
+        # those of positions are apart: [columns, batch * positions, outputs]
+        columns = columns.reshape(len(columns), len(y) * num_positions(y), -1)
+        # [columns, points, outputs] -> [outputs, outputs]
         total = total + torch.einsum("kni,knj->ij", columns, columns)
     return total

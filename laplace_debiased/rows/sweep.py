@@ -121,11 +121,11 @@ class SweepSummary:
             ValueError: If no target counts.
         """
         first = parts[0]
-        per_example: dict[str, Any] = {
-            name: torch.cat([getattr(own, name) for own in parts])
-            for name in _PER_EXAMPLE
-            if getattr(first, name) is not None
-        }
+        per_example: dict[str, Any] = {}
+        for name in _PER_EXAMPLE:
+            values = [getattr(own, name) for own in parts]
+            known = all(own is not None for own in values)  # some may have no classes
+            per_example[name] = torch.cat(values) if known else None
         whole = replace(
             first,
             num_data=sum(own.num_data for own in parts),

@@ -56,10 +56,11 @@ def classes_of(targets: Sequence[Tensor], loss_func: nn.Module) -> Tensor | None
         The classes ``[examples]``, one label's among them; None if examples have no
         class, or several.
     """
-    last = targets[-1]
-    if not last.is_floating_point():
-        return torch.cat(list(targets)) if last.ndim == 1 else None
-    if not isinstance(loss_func, BCEWithLogitsLoss) or last.shape[1:] != (1,):
+    if not targets[-1].is_floating_point():
+        is_single = all(y.ndim == 1 for y in targets)
+        return torch.cat(list(targets)) if is_single else None
+    is_single = all(y.shape[1:] == (1,) for y in targets)
+    if not isinstance(loss_func, BCEWithLogitsLoss) or not is_single:
         return None
     label = torch.cat(list(targets))[:, 0]
     return label.long() if ((label == 0) | (label == 1)).all() else None

@@ -126,6 +126,20 @@ def test_pooled_inputs_have_the_directions_of_all():
             assert own.inputs is of_all.inputs
 
 
+@pytest.mark.parametrize("own", [0, 1])
+def test_points_that_do_not_use_a_layer_have_no_part_in_its_mean_input(own):
+    used = kronecker_factors()
+    unused = [layer.map(torch.zeros_like) for layer in used]
+    folds = [unused, used] if own else [used, unused]
+    for layer, mean in zip(used, average(folds, [0.3, 0.7]), strict=True):
+        share = 0.7 if own else 0.3
+        torch.testing.assert_close(mean.gradients, share * layer.gradients)
+        if layer.inputs is not None:
+            torch.testing.assert_close(mean.inputs, layer.inputs)
+    for mean in average([unused, unused], [0.3, 0.7]):
+        assert not any(tensor.any() for tensor in mean.tensors())
+
+
 def test_projection_of_singular_factors_is_not_negative():
     vector = torch.randn(6)
     singular = [Kronecker(torch.outer(vector, vector))]

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased.posterior.sampling_error import TRUSTED_FACTOR, SamplingError
 from tests.cases import batch, network
-from tests.fits import SIZE, debiased, loader
+from tests.fits import SIZE, TWO_BATCH, debiased, loader
 
 LAYERS = ["0", "2"]
 
@@ -49,6 +49,24 @@ def test_there_is_no_error_if_all_points_were_seen():
     contributions = torch.rand(50, 2).double()
     error = error_of(contributions, num_data=50, losses=torch.rand(50).double())
     assert error.covariance.abs().max() == 0 and error.loss_variance == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 24}, {"budget": 24, **TWO_BATCH}])
+@pytest.mark.parametrize("batch_size", [7, SIZE])
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_traces_are_those_of_the_curvature(kfac_approx, batch_size, options):
+    la = debiased(
+        network("cnn-stride-padding").double(),
+        asdl_fisher_kwargs={"kfac_approx": kfac_approx},
+        **options,
+    )
+    X, y = batch("cnn-stride-padding", SIZE, dtype=torch.float64)
+    la.fit(DataLoader(TensorDataset(X, y), batch_size))
+    spectra = iter(own.sum() for own in la.H.spectra())
+    traces = [
+        sum(next(spectra) for _ in layer.parameters) for layer in la._selection.layers
+    ]
+    torch.testing.assert_close(la.sampling_error.traces, torch.stack(traces))
 
 
 def test_a_pool_adds_its_own_error():

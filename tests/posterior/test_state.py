@@ -188,3 +188,25 @@ def test_a_temperature_of_any_type_is_saved_as_a_number(number, subset, tmp_path
     assert restored.temperature == 2
     X = train.dataset.tensors[0]
     assert torch.equal(restored(X), la(X))
+
+
+NUMBERS = [
+    {"budget": np.int64(20)},
+    {"budget": 20, "fisher_rank": np.int64(1), "pool_size": np.int64(40)},
+    {"num_folds": np.int64(3), "seed": np.int32(4)},
+    {"estimator": "two_batch", "direction_fraction": np.float64(0.3)},
+    {"class_axis": np.int64(-1)},
+]
+
+
+@pytest.mark.parametrize("settings", NUMBERS, ids=lambda own: ", ".join(own))
+def test_numbers_of_numpy_are_saved_as_numbers(settings, tmp_path):
+    la, restored = (debiased(network("mlp"), **settings) for _ in range(2))
+    la.fit(loader())
+    if settings.keys() != {"class_axis"}:
+        batch = next(iter(loader()))
+        la.partial_fit(batch, num_data=np.int64(100), decay=np.float64(0.9))
+    la.save(tmp_path / "la.pt")
+    restored.load(tmp_path / "la.pt")
+    assert torch.equal(restored.H.to_matrix(), la.H.to_matrix())
+    assert not any(isinstance(own, np.generic) for own in la.state_dict().values())
