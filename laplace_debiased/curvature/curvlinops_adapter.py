@@ -23,7 +23,7 @@ from curvlinops._torch_base import PyTorchLinearOperator as LinearOperator
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.kronecker import Kronecker
-from laplace_debiased.rows.inputs import Batch, on_device
+from laplace_debiased.rows.inputs import Batch, num_examples, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import Loss
 from laplace_debiased.rows.separation import check_no_hidden_uses
@@ -31,6 +31,8 @@ from laplace_debiased.rows.substitution import Substituted
 
 _OPERATORS = {"ggn": GGNLinearOperator, "hessian": HessianLinearOperator}
 CURVATURES = tuple(_OPERATORS)
+# laplace-torch's default of the inputs' key in mappings
+_KEY = "input_ids"
 
 
 def curvature_operator(
@@ -70,6 +72,7 @@ def curvature_operator(
         list(params),
         data,
         check_deterministic=False,
+        batch_size_fn=lambda X: num_examples(X, _KEY),
     )
 
 

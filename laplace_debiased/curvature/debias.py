@@ -228,22 +228,23 @@ def average(
 
 def _mean(own: Sequence[Magnitudes], shares: Sequence[float]) -> Magnitudes:
     """Average those of a layer."""
-
-    def weighted(weights: Sequence[float]) -> Callable[..., Tensor]:
-        def mean(*tensors: Tensor) -> Tensor:
-            parts = [s * t for s, t in zip(weights, tensors, strict=True)]
-            return sum(parts[1:], parts[0]) / sum(weights)
-
-        return mean
-
-    means = own[0].map(weighted(shares), *own[1:])
-    if not isinstance(means, Kronecker) or not any(map(_is_unused, own)):
-        return means
+    mean = own[0].map(_weighted(shares), *own[1:])
     used = [s * (not _is_unused(part)) for s, part in zip(shares, own, strict=True)]
-    if not sum(used):
-        return means
-    inputs = own[0].map(weighted(used), *own[1:]).inputs
-    return cast("Magnitudes", replace(means, inputs=inputs))
+    if all(used) or not any(used):
+        return mean
+    parts = cast("list[Kronecker]", own)
+    inputs = parts[0].map(_weighted(used), *parts[1:]).inputs
+    return cast("Magnitudes", replace(cast("Kronecker", mean), inputs=inputs))
+
+
+def _weighted(weights: Sequence[float]) -> Callable[..., Tensor]:
+    """Return what averages as many tensors."""
+
+    def mean(*tensors: Tensor) -> Tensor:
+        parts = [s * t for s, t in zip(weights, tensors, strict=True)]
+        return sum(parts[1:], parts[0]) / sum(weights)
+
+    return mean
 
 
 def _is_unused(own: Kronecker | Spectrum) -> bool:

@@ -43,9 +43,9 @@ from laplace_debiased.rows.output_curvature import (
     ends_in_link,
     loss_scale,
 )
+from laplace_debiased.rows.positions import standalone
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.selection import find_layers
-from laplace_debiased.rows.sharing import thread_restored
 from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
 
 MAGNITUDES = ("kfac", "ggn")
@@ -105,7 +105,7 @@ class DebiasedKFACLinearOperator(LinearOperator):
         separate_weight_and_bias: Whether weight and bias are blocks of their own.
         direction_weights: A weight for each direction example ``[examples]``, in the
             order of the data. A weight of two counts an example twice.
-        magnitude_weights: A weight for each magnitude example.
+        magnitude_weights: A weight for each magnitude example, in the gradient, too.
         seed: Seed for sampled labels, which differ between the two sources.
         progressbar: Whether to show progress bars (curvlinops' name).
 
@@ -177,7 +177,7 @@ class DebiasedKFACLinearOperator(LinearOperator):
         shapes = [tuple(param.shape) for param in self._params]
         super().__init__(shapes, shapes)
 
-    @thread_restored
+    @standalone
     def compute(self) -> None:
         """Compute eigenvectors and eigenvalues, by one pass over each source.
 
@@ -221,10 +221,7 @@ class DebiasedKFACLinearOperator(LinearOperator):
         return loss_scale(self._loss_func, summary.total_weight)
 
     def _sweep(
-        self,
-        role: str,
-        data: Iterable[Batch],
-        accumulator: Accumulator,
+        self, role: str, data: Iterable[Batch], accumulator: Accumulator
     ) -> SweepSummary:
         source = self._data[role]
         return sweep(
@@ -355,15 +352,18 @@ class DebiasedKFACLinearOperator(LinearOperator):
             )
         return self._with_spectra([[v.reciprocal() for v in own] for own in damped])
 
-    @thread_restored
+    @standalone
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
         """Compute gradient and loss on the magnitude data, as curvlinops does.
+
+        With weights they are those of the quadratic that the operator belongs to.
 
         Returns:
             The gradient in each parameter, and the loss.
         """
+        data, weights = self._data["Magnitudes"], self._weights["Magnitudes"]
         return gradient_and_loss(
-            self._model_func, self._loss_func, self._params, self._data["Magnitudes"]
+            self._model_func, self._loss_func, self._params, data, weights
         )
 
     def state_dict(self) -> dict[str, Any]:

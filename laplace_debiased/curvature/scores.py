@@ -15,12 +15,12 @@ from laplace_debiased.rows.output_curvature import (
     OutputCurvature,
     ends_in_link,
 )
+from laplace_debiased.rows.positions import standalone
 from laplace_debiased.rows.separation import check_outputs
-from laplace_debiased.rows.sharing import thread_restored
 from laplace_debiased.rows.sweep import Nothing, sweep
 
 
-@thread_restored
+@standalone
 def curvature_scores(
     model_func: nn.Module, loss_func: Loss, data: Iterable[Batch]
 ) -> Tensor:
@@ -69,7 +69,7 @@ def curvature_scores(
         backward=False,
     )
     if summary.are_probabilities:
-        warn(ends_in_link(loss_func), stacklevel=3)
+        warn(ends_in_link(loss_func), stacklevel=4)
     assert summary.traces is not None
     return summary.traces
 

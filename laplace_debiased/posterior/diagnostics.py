@@ -59,9 +59,15 @@ def marginal_likelihood_error(la: KronDebiasedLaplace) -> Tensor:
 
     Raises:
         AttributeError: If there is no fit yet.
-        ValueError: If the backend does not tell what each point contributes.
+        ValueError: If the backend does not tell what each point contributes, or the
+            posterior has ``damping``.
     """
     error = known_sampling_error(la)
+    if la.damping:
+        raise ValueError(
+            "With `damping`, there is no standard error of the marginal likelihood: it "
+            "depends on how the error of a layer's scale is shared by its two factors."
+        )
     assert la._selection is not None
     precisions = la.posterior_precision
     gammas = [

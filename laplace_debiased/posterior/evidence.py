@@ -22,11 +22,31 @@ from math import exp, inf, log
 import torch
 from torch import Tensor
 
+from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix, spectrum
 from laplace_debiased.rows.chunks import at_once
 
 _TOLERANCE = 1e-6
 # what fits in a processor's cache, and is few enough to sum in single precision
 _CHUNK_ENTRIES = 2**18
+
+
+def log_det_ratio(precision: EigenbasisMatrix) -> Tensor:
+    """Compute the log determinant of a posterior precision over its prior's.
+
+    In single precision, both are as large as there are parameters, and their difference
+    would be lost in their rounding.
+
+    Args:
+        precision: The posterior precision, without damping.
+
+    Returns:
+        A scalar, summed in double precision.
+    """
+    parts = [
+        (spectrum([own.double() for own in values]) / delta.double()).log1p().sum()
+        for values, delta in zip(precision.eigenvalues, precision.deltas, strict=True)
+    ]
+    return sum(parts[1:], parts[0]).to(precision.deltas)
 
 
 def best_prior_precision(

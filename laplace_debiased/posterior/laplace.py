@@ -46,6 +46,7 @@ from laplace_debiased.posterior import (
     tuning,
     uncertainties,
 )
+from laplace_debiased.posterior.evidence import log_det_ratio
 from laplace_debiased.posterior.identity import check_not_replaced
 from laplace_debiased.posterior.likelihoods import (
     BINARY,
@@ -422,9 +423,10 @@ class KronDebiasedLaplace(KronLaplace):
     @KronLaplace.prior_precision.setter
     def prior_precision(self, prior_precision: float | Tensor) -> None:
         """Change the prior precision: a scalar, or one for each parameter tensor."""
-        self._set_prior_precision(prior_precision)
-        self._forget_calibration()
-        self._is_tuned = True
+        with unchanged_on_failure(self):  # also where the warning is an error
+            self._set_prior_precision(prior_precision)
+            self._forget_calibration()
+            self._is_tuned = True
 
     def _set_prior_precision(self, prior_precision: float | Tensor) -> None:
         """Check and take over a prior precision, of which callers keep their tensor."""
@@ -524,6 +526,13 @@ class KronDebiasedLaplace(KronLaplace):
                 f"{name} is not finite: the prior precision, {self.prior_precision}, "
                 "must be larger, since the data leave some directions open."
             )
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        """Log determinant of the posterior precision over that of the prior."""
+        if self.damping:  # it is spread over factors, and added to no eigenvalue
+            return super().log_det_ratio
+        return log_det_ratio(self.posterior_precision)
 
     @property
     def scatter(self) -> Tensor:
@@ -689,10 +698,11 @@ class KronDebiasedLaplace(KronLaplace):
         Curvature and loss are averages over all points so far, in which the points of
         a batch lose the share ``1 - decay`` of their weight with each further batch.
         After :meth:`fit`, these are all N. With ``kfac`` magnitudes, without decay, and
-        with the same share of points for directions in each, batches one by one equal
-        a fit to all of them. With ``ggn``, directions are those of all points so far,
-        along which earlier curvature is known by its eigenvalues in the last
-        directions. A calibration is forgotten, with a warning.
+        with the same share of points for directions in each, and as many positions in
+        each example, batches one by one equal a fit to all of them. With ``ggn``,
+        directions are those of all points so far, along which earlier curvature is
+        known by its eigenvalues in the last directions. A calibration is forgotten,
+        with a warning.
 
         Args:
             batch: A batch ``(X, y)``, or a mapping, whose tensors, lists and tuples
@@ -1103,7 +1113,8 @@ class KronDebiasedLaplace(KronLaplace):
             progress_bar: Whether to show a progress bar.
             log_prior_prec_base: Base of the grid's logarithms.
             tune_sigma_noise: Whether to maximize the marginal likelihood over
-                ``sigma_noise``, too, in regression.
+                ``sigma_noise``, too, in regression
+                (:mod:`~laplace_debiased.posterior.noise`).
 
         Raises:
             ValueError: If no validation loss is finite, the marginal likelihood has no
@@ -1458,8 +1469,8 @@ class KronDebiasedLaplace(KronLaplace):
 
         Raises:
             AttributeError: If there is no fit yet.
-            ValueError: If the backend does not tell what each point contributes, or the
-                marginal likelihood is not finite.
+            ValueError: If the backend does not tell what each point contributes, the
+                posterior has ``damping``, or the marginal likelihood is not finite.
         """
         error = diagnostics.marginal_likelihood_error(self)
         if error.isnan():  # infinite that of a single point may be

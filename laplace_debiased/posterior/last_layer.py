@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from laplace import KronLLLaplace
@@ -15,6 +15,7 @@ from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
 from laplace_debiased.posterior import predicting, state
 from laplace_debiased.posterior.checkpoint import is_same
 from laplace_debiased.posterior.laplace import KronDebiasedLaplace
@@ -30,8 +31,14 @@ from laplace_debiased.predictive.last_layer import (
     features_of,
     last_layer_covariance,
     last_layer_outputs,
+    last_layer_variances,
 )
-from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.inputs import (
+    Inputs,
+    at_least_single,
+    check_finite_predictions,
+)
+from laplace_debiased.rows.model_state import evaluating
 from laplace_debiased.rows.sharing import thread_restored
 from laplace_debiased.sampling.processes import own_module
 
@@ -78,8 +85,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         strict: Whether to refuse parameters whose uses are not supported.
         decomposition_tolerance: How far large factors may be from what is decomposed.
         forward_samples: Number of samples that estimate moments of outputs, where the
-            last layer is not linear at its output, and variances of a grid search;
-            ``"auto"`` or None.
+            last layer is not linear at its output; ``"auto"`` or None.
         class_axis: Axis of the classes, if outputs have positions.
 
     Raises:
@@ -268,6 +274,21 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             if features is None:
                 return super()._output_moments(X, kind)
             return f_mu, last_layer_covariance(features, self.posterior_precision, kind)
+
+    def _variances_by_prior(
+        self, X: Inputs, prior_precisions: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        self._check_H_init()
+        with evaluating(self.model), torch.set_grad_enabled(self._keeps_graphs):
+            f_mu, features = features_of(
+                self.model, self.fitted_params, self._inputs(X)
+            )
+            if features is None or self.damping:
+                return super()._variances_by_prior(X, prior_precisions)
+            curvature = cast("EigenbasisMatrix", self.H) * self._H_factor
+            variances = last_layer_variances(features, curvature, prior_precisions)
+        check_finite_predictions(f_mu, variances)
+        return at_least_single(f_mu), variances
 
     def _output_changes(self, X: Inputs) -> Iterator[tuple[Tensor, Tensor]] | None:
         if self.n_outputs <= MANY_OUTPUTS:

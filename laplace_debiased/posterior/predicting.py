@@ -112,6 +112,21 @@ def num_samples(la: KronDebiasedLaplace) -> int | None:
     return NUM_SAMPLES if many else None
 
 
+def samples_variances(la: KronDebiasedLaplace) -> bool:
+    """Tell if variances by prior are estimated by samples.
+
+    Args:
+        la: The posterior.
+
+    Returns:
+        Whether they are. False where a last layer may have a closed form, which is
+        known only from a pass: one without may be sampled even so.
+    """
+    if num_samples(la) is None:
+        return False
+    return la._samples_variances or num_targets(la) > la.n_outputs
+
+
 def memory_limit(la: KronDebiasedLaplace) -> int:
     """Return the bytes that a chunk of examples may take."""
     if la.memory_limit is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from math import exp, inf, isfinite, log
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 from warnings import warn
 
@@ -25,7 +25,6 @@ from laplace.utils.enums import (
     PriorStructure,
     TuningMethod,
 )
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 from torch.nn.functional import binary_cross_entropy
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from laplace_debiased.posterior import predicting
 from laplace_debiased.posterior.evidence import best_prior_precision
 from laplace_debiased.posterior.likelihoods import BINARY
+from laplace_debiased.posterior.noise import best_noise
 from laplace_debiased.posterior.settings import check_positive
 from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
 from laplace_debiased.predictive.prior_path import TOLERANCE, PriorInterval
@@ -216,8 +216,8 @@ def maximize_over_noise(
 ) -> None:
     """Set the noise to that with the highest marginal likelihood.
 
-    Each noise has its own best prior precision. The search is between that of the
-    residuals, which no posterior can be below, and a hundred times as much.
+    Each noise has its own best prior precision
+    (:mod:`~laplace_debiased.posterior.noise`).
 
     Args:
         la: The posterior of a regression, whose prior precision and noise are changed.
@@ -229,23 +229,21 @@ def maximize_over_noise(
         ValueError: If there are no residuals, or no prior precision is the best.
     """
     # laplace-torch's loss is half of the sum of squared residuals
-    variance = 2 * float(la.loss) / (la.n_data * predicting.num_targets(la))
+    num_targets = la.n_data * predicting.num_targets(la)
+    variance = 2 * float(la.loss) / (num_targets * la.temperature)
     if not variance > 0:
         raise ValueError(
             "The network fits its training data without residuals: set `sigma_noise`."
         )
 
-    def objective(log_factor: float) -> float:
-        la.sigma_noise = exp(log_factor) * variance**0.5
+    def log_marginal_likelihood(sigma_noise: float) -> float:
+        la.sigma_noise = sigma_noise
         la.prior_precision = maximize_marginal_likelihood(
             la, start, layerwise, max_steps
         )
-        return -la.log_marginal_likelihood().item()
+        return la.log_marginal_likelihood().item()
 
-    found = minimize_scalar(
-        objective, bounds=(0.0, log(100)), method="bounded", options={"xatol": 1e-4}
-    )
-    la.sigma_noise = exp(found.x) * variance**0.5
+    la.sigma_noise = best_noise(log_marginal_likelihood, variance**0.5)
 
 
 def _with_finite_maximum(
@@ -353,7 +351,7 @@ def _losses_from_one_pass(
     """Compute a metric at all prior precisions from one pass over the data."""
     ends = interval.min().item(), interval.max().item()
     # with samples, each node takes a pass for each of them, and has their error
-    is_sampled = predicting.num_samples(la) is not None
+    is_sampled = predicting.samples_variances(la)
     path = PriorInterval(*ends, _SAMPLED_TOLERANCE if is_sampled else TOLERANCE)
     metric.reset()
     metrics, link = [deepcopy(metric) for _ in interval], la._kind.link

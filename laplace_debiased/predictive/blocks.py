@@ -149,10 +149,10 @@ class BlockPosterior:
             squares = rotated(gradients.flatten(2), basis) ** 2  # [batch, C, d_out]
             lengths = inputs.flatten(1) ** 2  # [batch, d_in]
             of_shifts = [
-                squares @ (lengths @ (precisions + shift).reciprocal().T)[:, :, None]
+                _by_output(squares, lengths @ (precisions + shift).reciprocal().T)
                 for shift in shifts
             ]
-            return torch.cat(of_shifts, 2)
+            return torch.stack(of_shifts, 2)
         parts = []
         for block, some, rows in self._parts(gradients, inputs, jacobian_bytes, FEW):
             inverses = [(block.precisions + shift).reciprocal_() for shift in shifts]
@@ -196,20 +196,17 @@ class BlockPosterior:
     ) -> Tensor:
         """Contract Jacobians of rank one, which are never formed."""
         turned = rotated(gradients.flatten(2), self.eigenvectors[0])
-        variances = (inputs.flatten(1) ** 2 @ self._variances.T)[:, None]
-        if len(turned) > 1:
-            if kind == "diagonal":
-                return (variances @ turned.mT**2).squeeze(1)
-            return (turned * variances) @ turned.mT
-        # the same gradients for all examples make one product for many of them
-        (rows,) = turned
+        variances = inputs.flatten(1) ** 2 @ self._variances.T  # [batch, d_out]
         if kind == "diagonal":
-            return variances.squeeze(1) @ rows.T**2
+            return _by_output(turned**2, variances)
+        if len(turned) > 1:
+            return (turned * variances[:, None]) @ turned.mT
+        (rows,) = turned
         covariance = variances.new_empty(len(inputs), len(rows), len(rows))
         size = max(1, some_bytes // (rows.numel() * rows.element_size()))
         for start in range(0, len(inputs), size):
             part = slice(start, start + size)
-            covariance[part] = (rows * variances[part]) @ rows.T
+            covariance[part] = (rows * variances[part, None]) @ rows.T
         return covariance
 
     def _full_covariance(self, gradients: Tensor, inputs: Tensor) -> Tensor:
@@ -338,6 +335,16 @@ class Variances:
     ) -> Tensor:
         """See :meth:`Moment.of_block`."""
         return block.variances(gradients, inputs, self.shifts, jacobian_bytes)
+
+
+def _by_output(squares: Tensor, variances: Tensor) -> Tensor:
+    """Sum variances ``[batch, d_out]``, weighted by squares ``[batch, C, d_out]``.
+
+    Squares ``[1, C, d_out]`` of all examples make one product for many of them.
+    """
+    if len(squares) > 1:
+        return (variances[:, None] @ squares.mT).squeeze(1)
+    return variances @ squares[0].T
 
 
 def block_posteriors(posterior: EigenbasisMatrix) -> list[BlockPosterior]:

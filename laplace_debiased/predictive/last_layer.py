@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
-from laplace_debiased.predictive.blocks import block_posteriors
+from laplace_debiased.predictive.blocks import BlockPosterior, block_posteriors
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.matrix_uses import LinearUse
+from laplace_debiased.rows.one_hot import OneHotRows
 from laplace_debiased.rows.recorder import Recorder
 from laplace_debiased.rows.substitution import run, stand_ins
 from laplace_debiased.rows.uses import Use
@@ -83,16 +84,45 @@ def last_layer_covariance(
         ``[batch, C, C]``, ``[batch, C]`` or ``[batch * C, batch * C]``.
     """
     weight, *bias = block_posteriors(posterior)
-    num_outputs = len(weight.eigenvectors[0])
-    gradients = torch.eye(num_outputs, dtype=features.dtype, device=features.device)
-    # [1, C, S, groups, d_out], [batch, S, groups, d_in]
-    gradients, rows = gradients[None, :, None, None], features[:, None, None]
+    gradients, rows = _rows(features, weight)
     if kind == "joint":
         gradients = gradients.expand(len(features), *gradients.shape[1:])
-    covariance = weight.covariance(gradients, weight.rotate_inputs(rows), kind)
+    covariance = weight.covariance(gradients, rows, kind)
     for block in bias:  # the same for all examples
         covariance += block.covariance(gradients, None, kind)
     return covariance
+
+
+def last_layer_variances(
+    features: Tensor, posterior: EigenbasisMatrix, shifts: Sequence[float]
+) -> Tensor:
+    """Compute the output variances of a linear last layer for several priors.
+
+    Args:
+        features: Input of the last layer ``[batch, d_in]``.
+        posterior: As in :func:`last_layer_covariance`.
+        shifts: Numbers that are added to the posterior precision, K of them.
+
+    Returns:
+        ``[batch, C, K]``.
+    """
+    weight, *bias = block_posteriors(posterior)
+    gradients, rows = _rows(features, weight)
+    variances = weight.variances(gradients, rows, shifts)
+    for block in bias:  # the same for all examples
+        variances += block.variances(gradients, None, shifts)
+    return variances
+
+
+def _rows(
+    features: Tensor, weight: BlockPosterior
+) -> tuple[Tensor, Tensor | OneHotRows]:
+    """Return gradient rows ``[1, C, 1, 1, C]``, and rotated input rows."""
+    num_outputs = len(weight.eigenvectors[0])
+    gradients = torch.eye(num_outputs, dtype=features.dtype, device=features.device)
+    # [1, C, S, groups, d_out], [batch, S, groups, d_in]
+    rows = weight.rotate_inputs(features[:, None, None])
+    return gradients[None, :, None, None], rows
 
 
 def last_layer_outputs(

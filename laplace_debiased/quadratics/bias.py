@@ -27,17 +27,25 @@ from laplace_debiased.curvature.debias import (
 )
 from laplace_debiased.curvature.decomposition import eigenvectors
 from laplace_debiased.curvature.eigenbasis import by_parameter
+from laplace_debiased.curvature.gradient import gradient_and_loss
 from laplace_debiased.curvature.streams import KFACCurvature
 from laplace_debiased.quadratics.cg import cg
 from laplace_debiased.quadratics.derivatives import directional_derivatives
 from laplace_debiased.quadratics.eigenspace import top_eigenspace
 from laplace_debiased.quadratics.gram import gram_eigenspace, gram_is_cheaper
 from laplace_debiased.quadratics.report import BiasReport, Comparison
-from laplace_debiased.rows.inputs import Batch, moved, on_device
+from laplace_debiased.rows.inputs import (
+    Batch,
+    check_finite_inputs,
+    check_targets,
+    moved,
+    on_device,
+)
 from laplace_debiased.rows.model_state import check_repeatable
-from laplace_debiased.rows.output_curvature import Loss, is_counted
+from laplace_debiased.rows.output_curvature import Loss, OutputCurvature, is_counted
+from laplace_debiased.rows.positions import standalone
 from laplace_debiased.rows.selection import check_real, select
-from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere, thread_restored
+from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere
 from laplace_debiased.rows.substitution import run
 from laplace_debiased.sampling.folds import Points, draw_uniformly
 from laplace_debiased.sampling.loaders import loader_over
@@ -46,7 +54,7 @@ DIRECTIONS = {"eigenvectors": "eigenvectors", "cg": "conjugate directions"}
 _NUM_RESAMPLES, _RESAMPLES_AT_ONCE = 1000, 50
 
 
-@thread_restored
+@standalone
 def bias_report(
     model_func: nn.Module,
     loss_func: Loss,
@@ -116,6 +124,7 @@ def bias_report(
     """
     check_real(params)
     check_repeatable(model_func)
+    OutputCurvature(loss_func)  # refuses what is not supported
     _check_kinds(directions, num_directions, curvature, params)
     points = draw_uniformly(loader, num_points, seed)
     needed = (1 + num_batches) * batch_size
@@ -124,7 +133,7 @@ def bias_report(
             f"`num_batches` must be at least 1, and {1 + num_batches} mini-batches of "
             f"{batch_size} points need {needed} points, but there are {len(points)}."
         )
-    own_batch = _batch(points, batch_size, loss_func)
+    own_batch = _batch(points, batch_size, model_func, loss_func, params[0].device)
     quadratic = _Quadratic(model_func, loss_func, params, own_batch, curvature, damping)
     with everywhere(MATH_ATTENTION):
         if directions == "cg":
@@ -173,15 +182,28 @@ def _check_kinds(
         )
 
 
-def _batch(points: Points, batch_size: int, loss_func: Loss) -> Sequence[Batch]:
-    """Read the first mini-batch."""
+def _batch(
+    points: Points,
+    batch_size: int,
+    model: nn.Module,
+    loss_func: Loss,
+    device: torch.device,
+) -> Sequence[Batch]:
+    """Read the first mini-batch, with targets as torch's own losses take them."""
     batches = list(loader_over(points.loader, points.indices[:batch_size]))
     if isinstance(batches[0], Mapping):
         raise TypeError(
             "`loader` must yield pairs (X, y), of which X may be a mapping, but yields "
             f"{type(batches[0]).__name__}."
         )
-    return list(_counted(batches, loss_func))
+    arranged = []
+    for X, y in _counted(batches, loss_func):
+        X, y = on_device(X, device), moved(y, device)
+        check_finite_inputs(X)
+        with torch.no_grad():
+            output = run(model, X)
+        arranged.append((X, check_targets(output, y, loss_func)))
+    return arranged
 
 
 def _counted(batches: Iterable[Batch], loss_func: Loss) -> Iterator[Batch]:
@@ -226,7 +248,6 @@ def _eigenvectors(
     lanczos = {"tol": tol, "seed": seed, "progress_bar": progress_bar}
     if quadratic.curvature == "ggn":
         X, y = batches[0]
-        X = on_device(X, params[0].device)
         selection = select(quadratic.model, params, X, len(y), dense=True)
         loss_func, num_points = quadratic.loss_func, quadratic.num_points
         if gram_is_cheaper(selection, loss_func, params, num_points, count):
@@ -246,38 +267,17 @@ def _eigenvectors(
 def _conjugate_directions(quadratic: _Quadratic, count: int) -> Tensor:
     """Compute unit directions ``[D, K]`` of conjugate gradients on a mini-batch."""
     loss_func, params = quadratic.loss_func, list(quadratic.params)
-    device = params[0].device
-    gradient = torch.zeros((), device=device)
-    for X, y in quadratic.batches:
-        X, y = on_device(X, device), moved(y, device)
-        loss = loss_func(run(quadratic.model, X), y)
-        parts = torch.autograd.grad(
-            loss * _share(loss_func, y, quadratic.batches),
-            params,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        gradient = gradient + torch.cat([part.reshape(-1) for part in parts])
-    scale = _per_example(loss_func, quadratic.batches)
+    gradients, _ = gradient_and_loss(
+        quadratic.model, loss_func, params, quadratic.batches
+    )
+    gradient = torch.cat([part.reshape(-1) for part in gradients])
+    # from the loss of all batches to a mean over examples
+    scale = 1.0 if loss_func.reduction == "mean" else 1 / quadratic.num_points
     damped = _Damped(quadratic.operator(), quadratic.damping, scale)
     result = cg(damped, -scale * gradient, rtol=0.0, max_iterations=count)
     if result.num_iterations == 0:
         raise ValueError("The mini-batch's gradient is zero: it gives no directions.")
     return result.directions / result.directions.norm(dim=0)
-
-
-def _share(loss_func: Loss, y: Tensor, batches: Sequence[Batch]) -> float:
-    """Weight of a batch's loss in the loss of all batches."""
-    if loss_func.reduction == "sum":
-        return 1.0
-    return len(y) / sum(len(other) for _, other in batches)
-
-
-def _per_example(loss_func: Loss, batches: Sequence[Batch]) -> float:
-    """Return the factor from the loss of all batches to a mean over examples."""
-    if loss_func.reduction == "mean":
-        return 1.0
-    return 1 / sum(len(y) for _, y in batches)
 
 
 @dataclass(frozen=True)

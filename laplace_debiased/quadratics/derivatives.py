@@ -53,9 +53,10 @@ from laplace_debiased.rows.output_curvature import (
     is_counted,
     loss_scale,
 )
+from laplace_debiased.rows.positions import standalone
 from laplace_debiased.rows.selection import Selection, check_real, select
 from laplace_debiased.rows.separation import check_no_hidden_uses, check_outputs
-from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere, thread_restored
+from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere
 from laplace_debiased.rows.substitution import (
     Substitution,
     largest_activation,
@@ -99,7 +100,7 @@ class DirectionalDerivatives:
         return self.scale * self.curvatures.sum(0) + self.damping
 
 
-@thread_restored
+@standalone
 def directional_derivatives(
     model_func: nn.Module,
     loss_func: Loss,
@@ -196,7 +197,7 @@ def directional_derivatives(
     if not slopes:
         raise ValueError("The data source is empty: there is nothing to measure.")
     if probabilities:
-        warn(ends_in_link(loss_func), stacklevel=3)
+        warn(ends_in_link(loss_func), stacklevel=4)
     return DirectionalDerivatives(
         torch.cat(slopes),
         torch.cat(curvatures),

@@ -30,8 +30,8 @@ from laplace_debiased.rows.output_curvature import (
     is_counted,
     loss_scale,
 )
+from laplace_debiased.rows.positions import standalone
 from laplace_debiased.rows.selection import Selection, find_layers
-from laplace_debiased.rows.sharing import thread_restored
 from laplace_debiased.rows.targets import label_targets
 
 _MEMORY_LIMIT = 2**32
@@ -117,7 +117,7 @@ def gram_eigenspace(
     return Eigenspace(roots.square(), basis @ turned.T)
 
 
-@thread_restored
+@standalone
 @torch.no_grad()
 def ggn_rows(
     model_func: nn.Module,

@@ -9,10 +9,21 @@ probabilities, know of positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 from torch import Tensor, nn
 
+from laplace_debiased.rows.sharing import thread_restored
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 # where a network keeps which axis of its output has the classes
 _ATTRIBUTE = "_laplace_class_axis"
+# whether networks are run for what is no posterior's
+_is_ignored = ContextVar("_is_ignored", default=False)
 
 
 def set_class_axis(model: nn.Module, axis: int | None) -> None:
@@ -29,8 +40,32 @@ def set_class_axis(model: nn.Module, axis: int | None) -> None:
 
 
 def class_axis_of(model: nn.Module) -> int | None:
-    """Return what :func:`set_class_axis` set."""
-    return getattr(model, _ATTRIBUTE, None)
+    """Return what :func:`set_class_axis` set, unless it is to be ignored."""
+    return None if _is_ignored.get() else getattr(model, _ATTRIBUTE, None)
+
+
+def standalone(
+    function: Callable[Parameters, Result],
+) -> Callable[Parameters, Result]:
+    """Let a function run networks as if no posterior of theirs had a class axis.
+
+    Args:
+        function: The function, which runs them before it returns.
+
+    Returns:
+        The function, which also leaves its thread as it was.
+    """
+
+    @thread_restored
+    @wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        token = _is_ignored.set(True)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _is_ignored.reset(token)
+
+    return run
 
 
 def flat_output(model: nn.Module, output: Tensor) -> Tensor:

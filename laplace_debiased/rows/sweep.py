@@ -239,7 +239,7 @@ def sweep(
             X, y = on_device(X, device), moved(y, device)
             y = arranged_targets(model, y, loss_func)
             check_finite_inputs(X, totals.requirements.add)
-            own = _weights_of_batch(weights, totals.num_data, len(y)).to(dtype)
+            own = weights_of_batch(weights, totals.num_data, len(y)).to(dtype)
             own = moved(own, device) * is_counted(loss_func, y)
             accumulator.start_batch(own)
             own_seed = mixed_seed(seed, (start or 0) + totals.num_data)
@@ -373,7 +373,7 @@ class _Totals:
         )
 
 
-def _weights_of_batch(weights: Tensor | None, start: int, batch_size: int) -> Tensor:
+def weights_of_batch(weights: Tensor | None, start: int, batch_size: int) -> Tensor:
     """Return the weights of the batch that begins with example ``start``."""
     if weights is None:
         return torch.ones(batch_size)

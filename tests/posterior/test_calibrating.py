@@ -165,6 +165,38 @@ def test_a_warning_says_that_a_calibration_is_forgotten(change):
         change(la)
 
 
+def set_another(la):
+    la.prior_precision = 300.0
+
+
+@pytest.mark.parametrize("change", [set_another, heat, add_a_batch, add_data])
+def test_a_warning_that_is_an_error_changes_nothing(change):
+    la = fitted()
+    la._is_tuned = False
+    la._calibration = HALF
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = la(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="is forgotten"):
+            change(la)
+    assert la.calibration is HALF and not la._is_tuned
+    assert la.prior_precision == 3 and la.temperature == 1
+    assert torch.equal(la(X), before)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), torch.ones(3)])
+def test_a_prior_precision_that_is_refused_leaves_the_calibration(value):
+    la = calibrated(HALF)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"prior_precision|Length of prior"):
+            la.prior_precision = value
+    assert la.calibration is HALF
+    assert la.prior_precision == 3
+
+
 def test_a_failed_calibration_leaves_the_last_one():
     la = calibrated(HALF)
     val = [(X, Y), (X, Y + 100)]

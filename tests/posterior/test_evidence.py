@@ -6,7 +6,8 @@ import torch
 from laplace import KronLaplace
 from laplace.utils.enums import PriorStructure
 
-from laplace_debiased.posterior.evidence import best_prior_precision
+from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
+from laplace_debiased.posterior.evidence import best_prior_precision, log_det_ratio
 from tests.cases import network
 from tests.fits import SUBSETS, debiased, loader
 
@@ -44,6 +45,26 @@ def test_chunks_change_nothing(monkeypatch):
     expected = best_prior_precision(blocks, 1.0, 1.0)
     monkeypatch.setattr("laplace_debiased.posterior.evidence._CHUNK_ENTRIES", 7)
     assert best_prior_precision(blocks, 1.0, 1.0) == pytest.approx(expected)
+
+
+def test_log_determinants_of_many_parameters_do_not_cancel():
+    """In single precision, each of the two has errors of whole units."""
+    values = torch.rand(2000, 1500).double() ** 40
+    vectors = [torch.empty(len(values), 0), torch.empty(values.shape[1], 0)]
+    curvature = EigenbasisMatrix([vectors], [[values.float()]])
+    for delta in (0.3, 100.0):
+        found = log_det_ratio(curvature + torch.tensor(delta))
+        expected = (values.float().double() / torch.tensor(delta)).log1p().sum()
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("damping", [False, True])
+def test_the_log_determinants_ratio_is_their_difference(damping):
+    la = debiased(network("mlp"), damping=damping, prior_precision=3.0)
+    la.fit(loader())
+    difference = la.log_det_posterior_precision - la.log_det_prior_precision
+    torch.testing.assert_close(la.log_det_ratio, difference, rtol=1e-4, atol=0)
 
 
 def test_there_need_not_be_a_maximum():

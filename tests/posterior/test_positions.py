@@ -8,6 +8,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from laplace_debiased import (
+    DebiasedKFACLinearOperator,
+    curvature_scores,
+    directional_derivatives,
+)
 from laplace_debiased.predictive.links import probit_probabilities
 from laplace_debiased.rows.output_curvature import (
     OutputCurvature,
@@ -384,3 +389,34 @@ def test_sampled_uncertainty_is_that_of_dependent_outputs(limit):
         assert torch.allclose(own.flatten(), other, rtol=0.03, atol=0.02)
     la.forward_samples = None  # independent, as exact covariances are too many
     assert (la.uncertainty(X).epistemic > found.epistemic).double().mean() > 0.8
+
+
+def test_what_is_no_posteriors_ignores_its_class_axis():
+    model, data = Tagger(), [tokens()]
+    loss, params = nn.CrossEntropyLoss(), list(model.parameters())
+    functions = {
+        "operator": lambda: DebiasedKFACLinearOperator(
+            model, loss, params, data, data
+        ).compute(),
+        "gradient": lambda: DebiasedKFACLinearOperator(
+            model, loss, params, data, data
+        ).gradient_and_loss(),
+        "scores": lambda: curvature_scores(model, loss, data),
+        "derivatives": lambda: directional_derivatives(
+            model, loss, params, data, torch.eye(sum(p.numel() for p in params))[:, :1]
+        ),
+    }
+
+    def messages():
+        found = {}
+        for name, function in functions.items():
+            with pytest.raises((ValueError, RuntimeError)) as caught:
+                function()
+            found[name] = str(caught.value)
+        return found
+
+    before = messages()
+    la = debiased(model, class_axis=-1)
+    la.fit(DataLoader(TensorDataset(*data[0]), 6))
+    assert messages() == before
+    assert la(data[0][0]).shape == (SIZE, 2, CLASSES)
