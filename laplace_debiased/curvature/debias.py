@@ -20,9 +20,9 @@ over them is needed. Directions that only rounding tells apart share one magnitu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Generic, NamedTuple, cast
+from typing import Generic, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ Directions = list[Kronecker]
 Measure = Callable[[Directions, list[Kronecker]], list[Magnitudes]]
 
 
-class Debiased(NamedTuple, Generic[Magnitudes]):
+@dataclass(frozen=True, eq=False)
+class Debiased(Generic[Magnitudes]):
     """What debiasing gives, layer by layer.
 
     Args:
@@ -161,7 +162,11 @@ def kfac_cross_fit(
     outer = kfac_cross_fit(gradients, shares, False, decomposition)
     first, measure = average(inputs[:-1], shares[:-1]), partial(project, inputs[-1])
     inner = two_batch(first, measure, decomposition)
-    return Debiased(*(joined(*pair) for pair in zip(outer, inner, strict=True)))
+    return Debiased(
+        joined(outer.directions, inner.directions),
+        joined(outer.magnitudes, inner.magnitudes),
+        joined(outer.own, inner.own),
+    )
 
 
 def project(

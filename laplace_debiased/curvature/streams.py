@@ -127,7 +127,11 @@ class KFACCurvature:
             self._debiased(end - size, end, decomposition)
             for size, end in zip(sizes, ends, strict=True)
         ]
-        return Debiased(*map(_joined, zip(*found, strict=True)))
+        return Debiased(
+            _joined([own.directions for own in found]),
+            _joined([own.magnitudes for own in found]),
+            _joined([own.own for own in found]),
+        )
 
     def _debiased(
         self, start: int, end: int, decomposition: Decompose

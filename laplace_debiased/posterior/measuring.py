@@ -309,7 +309,8 @@ def _ggn(
         debiased = cross_fit(factors, measures, shares, pooled, source.decompose)
     else:
         debiased = two_batch(factors[0], measures[1], source.decompose, pooled)
-    return GGNCurvature(source.layers, *debiased), seen
+    found = debiased.directions, debiased.magnitudes, debiased.own
+    return GGNCurvature(source.layers, *found), seen
 
 
 def _factors(
