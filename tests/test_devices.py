@@ -218,7 +218,8 @@ def waits(function):
     """How often a call waits for the GPU."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True, action="always") as caught:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             function()
     finally:
         torch.cuda.set_sync_debug_mode("default")

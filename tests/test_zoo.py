@@ -87,7 +87,8 @@ def identities(model):
 
 def fit(model, X, y, **options):
     la = debiased(model, **options)
-    with warnings.catch_warnings(record=True, action="always") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         la.fit(loader(X, y))
     messages = [str(w.message) for w in caught]
     return la, next((m for m in messages if "stay at their trained" in m), "")

@@ -598,7 +598,8 @@ def _top_1_mixture_of_tokens():
 
 
 def _hooked_weight_norm():
-    with warnings.catch_warnings(action="ignore"):  # torch has a newer one
+    with warnings.catch_warnings():  # torch has a newer one
+        warnings.simplefilter("ignore")
         return nn.Sequential(nn.utils.weight_norm(_layer()), nn.Tanh(), _head())
 
 
@@ -704,7 +705,8 @@ def _compiled_function():
 
 
 def _scripted_function():
-    with warnings.catch_warnings(action="ignore"):  # torch has a newer one
+    with warnings.catch_warnings():  # torch has a newer one
+        warnings.simplefilter("ignore")
         function = torch.jit.script(_script)
     return Model(
         lambda self, x: self.head(function(x, self.body.weight, self.body.bias)),
@@ -901,7 +903,8 @@ def _mixing_tokens():
 
 
 def _scripted():
-    with warnings.catch_warnings(action="ignore"):  # torch has a newer one
+    with warnings.catch_warnings():  # torch has a newer one
+        warnings.simplefilter("ignore")
         return nn.Sequential(torch.jit.script(_layer()), _head())
 
 

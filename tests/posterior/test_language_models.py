@@ -77,7 +77,8 @@ def batch(shifted):
 
 def fit(model, data, **options):
     la = debiased(model, class_axis=-1, **options)
-    with warnings.catch_warnings(record=True, action="always") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         la.fit([data])
     return la, [str(w.message) for w in caught if "targets are" in str(w.message)]
 

@@ -251,7 +251,8 @@ def test_many_outputs_are_sampled(count, sampled):
     model, X, train = many_outputs(count)
     la = debiased(model, fisher_rank=5)
     la.fit(train)
-    with warnings.catch_warnings(record=True, action="always") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         p = la(X)
         la(X)
     messages = [w for w in caught if "estimated by 64 samples" in str(w.message)]
