@@ -28,7 +28,7 @@ from laplace_debiased.predictive.report import (
 )
 from laplace_debiased.predictive.scores import risk_coverage
 from laplace_debiased.predictive.uncertainty import Uncertainty, entropy
-from laplace_debiased.rows.inputs import check_targets
+from laplace_debiased.rows.inputs import check_targets, num_examples
 from laplace_debiased.rows.output_curvature import is_counted
 from laplace_debiased.rows.targets import targets_of_points
 
@@ -77,16 +77,15 @@ def predictions(
         )
     parts, targets = [], []
     for batch in tqdm(loader, disable=not progress_bar, desc="[Predictions]"):
-        if not with_targets and isinstance(batch, Tensor | MutableMapping):
-            parts.append(_on_cpu(uncertainty_of_points(la, batch)))
+        if not with_targets:
+            X = batch[0] if isinstance(batch, list | tuple) and batch else batch
+            if num_examples(X, la.dict_key_x):
+                parts.append(_on_cpu(uncertainty_of_points(la, X)))
             continue
         X, y = inputs_and_targets(batch, la.backend)
         if not len(y):
             continue
         found = uncertainty_of_points(la, X)
-        if not with_targets:
-            parts.append(_on_cpu(found))
-            continue
         loss = loss_of(la.backend)
         y = targets_of_points(la.model, y, loss, found.mean)
         y = check_targets(found.mean, y, loss)

@@ -64,6 +64,8 @@ def identity(
     """
     model, settings = la.model, vars(la.settings)
     backend = (la._backend_cls.__name__, la._backend_kwargs, la._asdl_fisher_kwargs)
+    of_model = {id(param): name for name, param in model.named_parameters()}
+    own = (la._key, [of_model[id(param)] for param in la.fitted_params])
     options = (settings, backend, str(la.likelihood), la.class_axis, *progress[1:])
     named = (dict(model.named_parameters()), dict(model.named_buffers()))
     fitted = [name for name, own in named[0].items() if own.requires_grad]
@@ -72,6 +74,7 @@ def identity(
         "data": digest([folds.num_data, folds.explicit, *points]),
         "model": digest([str(model), *named, fitted]),
         "settings": digest(options),
+        "parameters": digest(own),
         "earlier posterior": digest(la.state_dict() if progress[0].weight else None),
     }
 

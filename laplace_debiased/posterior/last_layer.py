@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from laplace import KronLLLaplace
 from laplace.curvature import CurvatureInterface
-from laplace.utils import select_rows
 from laplace.utils.enums import Likelihood
 from laplace.utils.feature_extractor import FeatureExtractor, FeatureReduction
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from laplace_debiased.predictive.last_layer import (
     last_layer_outputs,
     last_layer_variances,
 )
+from laplace_debiased.rows.batches import select_rows
 from laplace_debiased.rows.inputs import (
     Inputs,
     at_least_single,

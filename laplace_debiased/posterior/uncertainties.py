@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from laplace.utils import select_rows
 from laplace.utils.enums import Likelihood
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from laplace_debiased.predictive.uncertainty import (
     entropies,
     entropies_of_root,
 )
+from laplace_debiased.rows.batches import select_rows
 from laplace_debiased.rows.inputs import (
     Inputs,
     at_least_single,

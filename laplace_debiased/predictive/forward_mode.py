@@ -23,12 +23,12 @@ from collections.abc import Iterator, Sequence
 from math import sqrt
 
 import torch
-from laplace.utils import select_rows
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
 from laplace_debiased.predictive.blocks import Covariance
+from laplace_debiased.rows.batches import select_rows
 from laplace_debiased.rows.chunks import at_once
 from laplace_debiased.rows.inputs import Inputs, at_least_single
 from laplace_debiased.rows.seeds import mixed_seed

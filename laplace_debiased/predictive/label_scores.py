@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error
 
 from laplace_debiased.predictive.scores import (
-    NUM_BINS,
     auroc,
+    calibration_error,
     foreign_auroc,
     risk_coverage,
 )
@@ -75,13 +74,13 @@ def label_scores(
     of_labels = list(zip(p.T.contiguous(), y.T.contiguous(), strict=True))
     found = [auroc(own, labels == 1) for own, labels in of_labels]
     areas = [area for area in found if area is not None]
-    errors = [_calibration_error(*own) for own in of_labels]
+    errors = [calibration_error(*own) for own in of_labels]
     return LabelScores(
         accuracy=right.double().mean().item(),
         exact_match=right.all(1).double().mean().item(),
         nll=-likelihood.log().mean().item(),
         brier=(p - y).square().mean().item(),
-        ece=_calibration_error(p.flatten(), y.flatten()),
+        ece=calibration_error(p.flatten(), y.flatten()),
         labelwise_ece=sum(errors) / len(errors),
         auroc=sum(areas) / len(areas) if areas else None,
         aurc=risk_coverage(confidence(p).flatten(), ~right.flatten()).mean().item(),
@@ -99,7 +98,3 @@ def told_right(probabilities: Tensor, y: Tensor) -> Tensor:
 def confidence(probabilities: Tensor) -> Tensor:
     """Return the probability of what is more probable, 0 or 1."""
     return torch.maximum(probabilities, 1 - probabilities)
-
-
-def _calibration_error(probabilities: Tensor, y: Tensor) -> float:
-    return binary_calibration_error(probabilities, y.long(), NUM_BINS).item()

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import MutableMapping, Sequence
 
 import torch
-from laplace.utils import select_rows
 from torch import Tensor, nn
 
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
@@ -21,6 +20,7 @@ from laplace_debiased.predictive.blocks import (
     Variances,
     block_posteriors,
 )
+from laplace_debiased.rows.batches import select_rows
 from laplace_debiased.rows.chunks import at_once
 from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.layers import Layer

@@ -7,10 +7,11 @@ from torch import Tensor
 from torchmetrics.functional.classification import (
     binary_auroc,
     binary_calibration_error,
-    multiclass_calibration_error,
 )
 
 NUM_BINS = 15
+# torchmetrics has one more bin for what is one, but in single precision
+_LAST_BIN = 1 - torch.finfo(torch.float32).eps / 2
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float | None:
@@ -104,10 +105,22 @@ def calibration_errors(probabilities: Tensor, y: Tensor) -> tuple[float, float]:
     Returns:
         That of the most probable class, and the mean of those of each class.
     """
-    count = probabilities.shape[1]
-    top = multiclass_calibration_error(probabilities, y, count, NUM_BINS)
+    confidence, predicted = probabilities.max(1)
     classes = [
-        binary_calibration_error(p, (y == k).long(), NUM_BINS)
-        for k, p in enumerate(probabilities.T.contiguous())
+        calibration_error(p, y == k) for k, p in enumerate(probabilities.T.contiguous())
     ]
-    return top.item(), torch.stack(classes).mean().item()
+    return calibration_error(confidence, predicted == y), sum(classes) / len(classes)
+
+
+def calibration_error(probabilities: Tensor, happened: Tensor) -> float:
+    """Compute the expected calibration error, in 15 bins of equal width.
+
+    Args:
+        probabilities: Probabilities ``[points]``.
+        happened: Whether that came true which they are of ``[points]``.
+
+    Returns:
+        The error.
+    """
+    p = probabilities.double().clamp(max=_LAST_BIN)
+    return binary_calibration_error(p, happened.long(), NUM_BINS).item()

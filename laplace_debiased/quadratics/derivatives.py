@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from warnings import warn
 
 import torch
-from laplace.utils import select_rows
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 from tqdm import tqdm
 
 from laplace_debiased.curvature.curvlinops_adapter import CURVATURES
-from laplace_debiased.rows.batches import with_examples
+from laplace_debiased.rows.batches import select_rows, with_examples
 from laplace_debiased.rows.inputs import (
     Batch,
     Inputs,

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from laplace.utils import select_rows
 from torch import Tensor, nn
 
 from laplace_debiased.quadratics.eigenspace import Eigenspace, lanczos
-from laplace_debiased.rows.batches import with_examples
+from laplace_debiased.rows.batches import select_rows, with_examples
 from laplace_debiased.rows.inputs import Batch, at_least_single, moved, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.linearization import (

@@ -374,6 +374,8 @@ class DebiasedCG(Optimizer):
 
     def _adapt_damping(self, actual: float, predicted: float) -> None:
         """Trust the quadratic more if it predicted the loss well, less if not."""
+        if actual == predicted == 0:  # no step
+            return
         group = self.param_groups[0]
         ratio = actual / predicted if predicted < 0 else float("-inf")
         if ratio > 0.75:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from laplace.utils import select_rows
 from torch import Tensor, nn
 
+from laplace_debiased.rows.batches import of_class, select_rows
 from laplace_debiased.rows.inputs import Inputs, at_least_single
 from laplace_debiased.rows.substitution import Substitution, run, stand_ins
 from laplace_debiased.rows.tape import Tape
@@ -116,7 +116,7 @@ def some_examples(
         return then(rows)
 
     if isinstance(X, MutableMapping):
-        return {key: chosen(X[key]) for key in X}
+        return of_class(X, {key: chosen(X[key]) for key in X})
     return chosen(X)
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-from laplace.utils import select_rows
 from torch import Generator, Tensor, nn
 from torch.nn import MSELoss
 from tqdm import tqdm
 
+from laplace_debiased.rows.batches import select_rows
 from laplace_debiased.rows.inputs import (
     Batch,
     Requirements,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from laplace_debiased.sampling.loaders import (
     base_indices,
@@ -234,8 +234,21 @@ def draw_uniformly(
     points = loader_indices(loader, name, group).unique()
     generator = torch.Generator().manual_seed(int(seed))
     order = points[torch.randperm(len(points), generator=generator)]
+    order = _copies_together(loader.dataset, order)
     num_points = len(points) if num_points is None else min(num_points, len(points))
     return Points(loader, order, num_data, num_points, draw_seed, name)
+
+
+def _copies_together(dataset: Dataset, order: Tensor) -> Tensor:
+    """Put what a subset has several times beside its first copy, for the same fold."""
+    _, points = base_indices(dataset, order)
+    distinct, number = points.unique(return_inverse=True)
+    if len(distinct) == len(order):
+        return order
+    places = torch.arange(len(order))
+    first = places.new_zeros(len(distinct))
+    first = first.scatter_reduce_(0, number, places, "amin", include_self=False)
+    return order[first[number].argsort(stable=True)]
 
 
 def fold_sizes(num_points: int, shares: Sequence[float]) -> list[int]:

@@ -8,7 +8,8 @@ equal shapes are neighbours, and a new batch begins where the shapes change.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -76,11 +77,14 @@ class _Batch:
         leaves: Its values, with the keys that lead there.
         size: Number of points.
         is_mapping: Whether it is a mapping; else a pair.
+        kinds: Empty mappings of the classes of those that it has, where they are no
+            dictionaries, with the keys that lead there.
     """
 
     leaves: dict[Keys, Any]
     size: int
     is_mapping: bool
+    kinds: dict[Keys, MutableMapping] = field(default_factory=dict)
 
     @classmethod
     def read(cls, batch: Any, target_key: str, name: str) -> _Batch:
@@ -124,7 +128,7 @@ class _Batch:
                 f"`{name}` yields inputs of shape {tuple(inputs.shape)} with {size} "
                 "targets: both must have a row for each point."
             )
-        return cls(leaves, size, is_mapping)
+        return cls(leaves, size, is_mapping, dict(_kinds(batch)))
 
     def shared(self) -> set[Keys]:
         """Return the keys of what has no row for each point."""
@@ -146,7 +150,7 @@ class _Batch:
                 leaves[path] = constants[key]
             elif isinstance(value, Tensor):
                 leaves[path] = value.clone()
-        return _Batch(leaves, self.size, self.is_mapping)
+        return _Batch(leaves, self.size, self.is_mapping, self.kinds)
 
     def point(self, row: int, shared: set[Keys]) -> _Batch:
         """Copy one of the points, and refer to what is shared."""
@@ -155,7 +159,7 @@ class _Batch:
             path: value if path in shared else select_rows(value, index, self.size)
             for path, value in self.leaves.items()
         }
-        return _Batch(leaves, 1, self.is_mapping)
+        return _Batch(leaves, 1, self.is_mapping, self.kinds)
 
 
 class PointsInMemory(Dataset):
@@ -197,6 +201,7 @@ class PointsInMemory(Dataset):
         read = (batch.copy(constants) for batch in read)
         kept = list(read) if num_kept is None else self._drawn(read, num_kept, seed)
         self._is_mapping = bool(kept) and kept[0].is_mapping
+        self._classes = kept[0].kinds if kept else {}
         self._batches = [batch.leaves for batch in kept]
         self._sizes = [batch.size for batch in kept]
         layouts = [self._layout(leaves) for leaves in self._batches]
@@ -282,7 +287,7 @@ class PointsInMemory(Dataset):
                     for k, rows in runs
                 ]
             )
-        batch = _nested(joined)
+        batch = _nested(joined, self._classes)
         return batch if self._is_mapping else tuple(batch.values())
 
 
@@ -300,13 +305,27 @@ def _leaves(entries: MutableMapping, path: Keys = ()) -> Iterator[tuple[Keys, An
             yield (*path, key), value
 
 
-def _nested(leaves: dict[Keys, Any]) -> dict:
-    """Undo :func:`_leaves`."""
-    entries: dict = {}
+def _kinds(value: Any, path: Keys = ()) -> Iterator[tuple[Keys, MutableMapping]]:
+    """Yield empty mappings of the classes that are no dictionaries."""
+    is_mapping = isinstance(value, MutableMapping)
+    if is_mapping and type(value) is not dict:
+        kind = copy(value)
+        kind.clear()
+        yield path, kind
+    for key, own in value.items() if is_mapping else enumerate(value):
+        if isinstance(own, MutableMapping):
+            yield from _kinds(own, (*path, key))
+
+
+def _nested(leaves: dict[Keys, Any], kinds: dict[Keys, MutableMapping]) -> Any:
+    """Undo :func:`_leaves`, with mappings of the same classes."""
+    entries: MutableMapping = copy(kinds.get((), {}))
     for (*path, last), value in leaves.items():
         inner = entries
-        for key in path:
-            inner = inner.setdefault(key, {})
+        for depth, key in enumerate(path, 1):
+            if key not in inner:
+                inner[key] = copy(kinds.get(tuple(path[:depth]), {}))
+            inner = inner[key]
         inner[last] = value
     return entries
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping, Sequence, Sized
 from statistics import median_high
-from typing import Any
+from typing import Any, cast
 
 import torch
 from laplace.utils import training_indices
@@ -14,6 +14,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    SequentialSampler,
     Subset,
     TensorDataset,
     default_collate,
@@ -70,6 +71,8 @@ def counted(
         ValueError: If there are no points, they cannot be counted, or are more than the
             length of the dataset, or there are several processes and no indices.
     """
+    # accelerate's loaders yield what those do that they were made of
+    loader = getattr(loader, "base_dataloader", loader)
     dataset = getattr(loader, "dataset", None)
     size = len(dataset) if isinstance(dataset, Sized) else None
     if size == 0:
@@ -109,13 +112,25 @@ def loader_indices(loader: DataLoader, name: str, group: Alone = ALONE) -> Tenso
     Raises:
         ValueError: If there are none.
     """
-    own = training_indices(loader) if len(loader) else torch.arange(0)
+    own = _yielded(loader)
     all_indices = group.gathered(own.sort()[0])
     if not any(len(indices) for indices in all_indices):
         raise ValueError(f"`{name}` is empty: it yields no batch.")
     if all(torch.equal(indices, all_indices[0]) for indices in all_indices):
         return all_indices[0]
     return torch.cat(all_indices).unique()
+
+
+def _yielded(loader: DataLoader) -> Tensor:
+    """Return the dataset indices that a loader yields, in any order."""
+    sampler, size = loader.sampler, len(cast("Sized", loader.dataset))
+    is_sized = isinstance(sampler, Sized)
+    is_part = isinstance(sampler, SequentialSampler) and len(sampler) != size
+    if is_sized and not is_part:
+        return training_indices(loader) if len(loader) else torch.arange(0)
+    # laplace-torch asks for the length, and takes all points if they are in order
+    batches = cast("Iterable[list[int]]", loader.batch_sampler)
+    return torch.tensor([int(index) for own in batches for index in own]).long()
 
 
 def loader_over(

@@ -86,6 +86,15 @@ def test_reports_say_what_they_are_of(tmp_path):
     assert len(without.plot().axes) == 3
 
 
+def test_foreign_inputs_may_be_given_in_any_form():
+    la = fitted()
+    own = DataLoader(TensorDataset(FOREIGN), 30)
+    pairs = [(FOREIGN[:0], None), (FOREIGN, ["a name"] * len(FOREIGN))]
+    expected = la.report(judged(), foreign_loader=[FOREIGN]).posterior.foreign
+    for foreign in (own, pairs):
+        assert la.report(judged(), foreign_loader=foreign).posterior.foreign == expected
+
+
 def test_what_cannot_be_told_is_none():
     la = fitted()
     right = la(X).argmax(1)

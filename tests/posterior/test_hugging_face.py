@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from tests.dense import relative_error
-from tests.fits import debiased, posterior
+from tests.fits import SUBSETS, debiased, posterior
 from tests.networks import NUM_CLASSES, RAW, Logits, network
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*stay at their trained values")
@@ -246,3 +246,45 @@ def test_several_labels_of_a_text():
 
 def without(batches):
     return [{k: v for k, v in own.items() if k != "labels"} for own in batches]
+
+
+class Whole(nn.Module):
+    """Takes a batch as laplace-torch's networks do, by the attributes of its class."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+    def forward(self, batch):
+        tokens = batch.to("cpu").input_ids
+        return self.head(self.table(tokens).mean(1).tanh())
+
+
+def encoded(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(9, (count, 5), generator=generator)
+    y = torch.randint(3, (count,), generator=generator)
+    return BatchEncoding({"input_ids": tokens, "labels": y})
+
+
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("budget", [None, 16])
+def test_batches_keep_their_class(subset, budget):
+    batches, model = [encoded(15, seed) for seed in range(2)], Whole()
+    la = debiased(model, subset=subset, budget=budget, memory_limit=2000)
+    la.fit(batches)
+    la.calibrate(batches)
+    plain = nn.Sequential(model.table, Pooled(), model.head)
+    other = debiased(plain, subset=subset, budget=budget)
+    other.fit([(own["input_ids"], own["labels"]) for own in batches])
+    assert torch.allclose(la.H.to_matrix(), other.H.to_matrix(), rtol=1e-4, atol=1e-6)
+    found = la.uncertainty(encoded(4))
+    assert found.probabilities.shape == (4, 3)
+    if subset == "all":
+        la.partial_fit(encoded(9))
+
+
+class Pooled(nn.Module):
+    def forward(self, x):
+        return x.mean(1).tanh()

@@ -135,6 +135,7 @@ def test_stages_can_be_read_without_trust(tmp_path):
             "data",
             "model",
             "settings",
+            "parameters",
             "earlier posterior",
         }
 
@@ -195,3 +196,17 @@ def test_damaged_stages_are_refused(tmp_path):
     files.write({"other": 1}, last)
     with pytest.raises(ValueError, match="is no stage of a fit"):
         fitted("all points", tmp_path)
+
+
+def test_a_checkpoint_is_of_its_parameters(tmp_path):
+    """Two layers of equal shapes may each be the last one."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)]
+    model = torch.nn.Sequential(*layers)
+    data = DataLoader(TensorDataset(torch.randn(30, 4), torch.randint(8, (30,))), 10)
+    debiased(model, subset="last_layer", last_layer_name="1").fit(
+        data, checkpoint=tmp_path
+    )
+    other = debiased(model, subset="last_layer", last_layer_name="2")
+    with pytest.raises(ValueError, match="a fit with other parameters"):
+        other.fit(data, checkpoint=tmp_path)

@@ -3,9 +3,15 @@ from itertools import permutations
 
 import pytest
 import torch
+from netcal.metrics import ECE
 
 from laplace_debiased.predictive import scores
-from laplace_debiased.predictive.scores import auroc, risk_coverage
+from laplace_debiased.predictive.label_scores import label_scores
+from laplace_debiased.predictive.scores import (
+    auroc,
+    calibration_errors,
+    risk_coverage,
+)
 
 
 def test_auroc_counts_pairs_also_of_scores_that_saturate_a_sigmoid():
@@ -69,3 +75,13 @@ def test_scores_of_probabilities_are_those_of_their_definitions(count):
 
 def test_impossible_targets_have_a_finite_likelihood():
     assert scores.nll(torch.eye(2), torch.tensor([1, 1])) == pytest.approx(87.3365 / 2)
+
+
+@pytest.mark.parametrize("certain", [1.0, 1 - 1e-9])
+def test_certain_predictions_are_in_the_last_bin(certain):
+    p = torch.tensor([[certain, 1 - certain]] * 50 + [[0.95, 0.05]] * 50).double()
+    y = torch.tensor([0] * 45 + [1] * 5 + [0] * 50)
+    assert calibration_errors(p, y)[0] == pytest.approx(0.025, abs=1e-6)
+    assert ECE(15).measure(p.numpy(), y.numpy()) == pytest.approx(0.025, abs=1e-6)
+    labels = label_scores(p[:, :1], (y == 0)[:, None], (y, None), None)
+    assert labels.ece == pytest.approx(0.025, abs=1e-6)

@@ -150,6 +150,14 @@ def test_damping_adapts_to_how_well_the_quadratic_predicts(lr, factor):
     assert optimizer.param_groups[0]["damping"] == pytest.approx(0.01 * factor)
 
 
+def test_damping_stays_where_there_is_no_step():
+    model, (X, y) = network("mlp"), batch("mlp", SIZE)
+    optimizer = DebiasedCG(model.parameters(), damping=1.0, lr=0.0, adapt_damping=True)
+    for _ in range(3):
+        optimizer.step(closure_over(model, X, y))
+    assert optimizer.param_groups[0]["damping"] == 1.0
+
+
 def test_damping_adapts_to_the_quadratic_before_the_step(monkeypatch):
     """The Jacobian of convolutions depends on the parameters, which a step changes."""
     model, data = network("cnn-stride-padding"), batch("cnn-stride-padding", SIZE)

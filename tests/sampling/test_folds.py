@@ -6,6 +6,8 @@ from torch import nn
 from torch.utils.data import (
     DataLoader,
     RandomSampler,
+    Sampler,
+    SequentialSampler,
     Subset,
     SubsetRandomSampler,
     TensorDataset,
@@ -111,6 +113,38 @@ class Stream:
     def __iter__(self):
         for X, y in DataLoader(self.dataset, batch_size=6):
             yield {"x": X, "y": y, "note": "n"} if self.mapping else (X, y)
+
+
+@pytest.mark.parametrize("budget", [None, 15])
+def test_copies_of_a_point_share_a_fold(dataset, budget):
+    """A subset may have a point several times, such as those of a rare class."""
+    repeated = Subset(dataset, [*range(SIZE), *range(SIZE // 2)])
+    shared = 0
+    for seed in range(10):
+        points = draw_uniformly(DataLoader(repeated, 10), budget, seed)
+        first, other = (
+            torch.as_tensor(repeated.indices)[fold.loader.dataset.indices]
+            for fold in points.split([0.5, 0.5]).folds
+        )
+        assert abs(len(first) - len(other)) <= 1
+        shared += int(torch.isin(first, other).any())
+    assert shared < 10  # the one on the border of two folds, in some draws
+
+
+class Fifteen(Sampler):
+    """Does not tell how many points it yields."""
+
+    def __iter__(self):
+        return iter(range(15))
+
+
+@pytest.mark.parametrize("sampler", [SequentialSampler(range(15)), Fifteen()])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_samplers_may_visit_a_part_in_order(dataset, sampler, drop_last):
+    loader = DataLoader(dataset, 4, sampler=sampler, drop_last=drop_last)
+    points = draw_uniformly(loader, None, 0)
+    assert points.num_data == SIZE
+    assert sorted(points.order.tolist()) == list(range(12 if drop_last else 15))
 
 
 def test_other_iterables_are_read_into_memory(dataset):
