@@ -233,5 +233,6 @@ class LinearizedPredictive:
 def _example_size(X: Inputs, batch_size: int) -> int:
     """Return the number of entries in the input of an example."""
     values = X.values() if isinstance(X, MutableMapping) else [X]
-    rows = [v for v in values if isinstance(v, Tensor) and len(v) == batch_size]
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    rows = [v for v in tensors if v.shape[:1] == (batch_size,)]
     return sum(value[0].numel() for value in rows)

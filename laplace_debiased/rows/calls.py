@@ -153,7 +153,7 @@ class Tracer:
             outputs = [item.shape for item in new]
             self.events.append(Event(name_of(func), sizes, outputs, sources))
         if any(id(item) in self._data for item in tensors):
-            changed = [item for item in tensors[:1] if _writes(func, output, item)]
+            changed = [item for item in tensors[:1] if writes(func, output, item)]
             self._data |= {id(item): item for item in [*new, *changed]}
         elif sources:
             number = len(self.events) - 1
@@ -161,8 +161,17 @@ class Tracer:
         return output
 
 
-def _writes(func: Callable, output: Any, first: Tensor) -> bool:
-    """Whether a function changed its first argument in place."""
+def writes(func: Callable, output: Any, first: Any) -> bool:
+    """Tell if a function changed its first argument in place.
+
+    Args:
+        func: The function.
+        output: What it returned.
+        first: Its first argument.
+
+    Returns:
+        Whether it did.
+    """
     return output is first or name_of(func) == "__setitem__"
 
 
@@ -203,7 +212,14 @@ def find_calls(
 
 
 def _call(few: Event, more: Event, counts: tuple[int, int]) -> Call | None:
-    """Compare a call with some examples with that with more; None if they differ."""
+    """Compare a call with some examples with that with more.
+
+    Returns:
+        How it treats examples; None if the calls differ, or a tensor has no entries,
+        which does not tell whose further ones would be.
+    """
+    if any(0 in size for size in _sizes(few)):
+        return None
     try:
         inputs, outputs = (
             tuple(_axis(a, b, counts) for a, b in zip(*own, strict=True))
@@ -218,6 +234,11 @@ def _call(few: Event, more: Event, counts: tuple[int, int]) -> Call | None:
         for item, axis in zip(few.inputs, inputs, strict=True)
     )
     return Call(few.function, inputs, outputs, singles)
+
+
+def _sizes(event: Event) -> list[torch.Size]:
+    given = [item for item in event.inputs if isinstance(item, torch.Size)]
+    return given + event.outputs
 
 
 def _axis(few: Any, more: Any, counts: tuple[int, int]) -> int | None:

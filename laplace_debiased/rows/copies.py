@@ -24,6 +24,7 @@ from laplace_debiased.rows.calls import (
     name_of,
     new_tensors,
     with_leaves,
+    writes,
 )
 from laplace_debiased.rows.layers import Layer
 
@@ -119,12 +120,9 @@ class Copies:
         call = self._next_call(names)
         if call is None or call.function != name_of(func):
             output = func(*args, **kwargs)
-            if new_tensors(output, given):
-                raise ValueError(
-                    f"Parameter {min(names)!r} is used by `{name_of(func)}`, which it "
-                    "was not when the layer was found: it must be used by the same "
-                    "functions whatever the examples."
-                )
+            is_used = torch.is_grad_enabled() and writes(func, output, given[0])
+            if is_used or new_tensors(output, given):
+                raise ValueError(used_otherwise("parameter", min(names), name_of(func)))
             return output
         run = self._of_parameters if call.is_of_parameters else self._of_examples
         output, is_new = run(call, func, [args, kwargs], given, tracked)
@@ -247,6 +245,14 @@ class Copies:
         return own
 
 
+def used_otherwise(kind: str, name: str, function: str) -> str:
+    """Say that a function takes a parameter for some examples alone."""
+    return (
+        f"The {kind} {name!r} is used by `{function}`, which it was not when the layer "
+        "was found: it must be used by the same functions whatever the examples."
+    )
+
+
 def _check_single(tensor: Tensor, axis: int, batch_size: int, name: str) -> None:
     """Refuse several entries of an example, if it is not known whose they are."""
     if tensor.shape[axis] > batch_size > 1:
@@ -260,6 +266,13 @@ def _check_single(tensor: Tensor, axis: int, batch_size: int, name: str) -> None
 
 def _split(tensor: Tensor, axis: int, batch_size: int) -> Tensor:
     """Bring examples to the front, and leave an axis of each one's entries behind."""
+    if tensor.ndim <= axis or tensor.shape[axis] % batch_size:
+        raise ValueError(
+            f"A parameter is used with a tensor of shape {tuple(tensor.shape)} for a "
+            f"batch of {batch_size}, of which axis {axis} has no whole number of "
+            "entries for each example: it must be used by the same functions whatever "
+            "the examples."
+        )
     front = tensor.movedim(axis, 0).unflatten(0, (batch_size, -1))
     return front.movedim(1, axis + 1)
 

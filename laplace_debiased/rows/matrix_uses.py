@@ -55,8 +55,9 @@ class LinearUse(MatrixUse):
 def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> LinearUse | None:
-    """Describe a call of ``F.linear``; None if its weight is a vector."""
-    if weight.ndim != 2:
+    """Describe a call of ``F.linear``; None if weight or bias have another shape."""
+    is_shared = bias is not None and bias.numel() != weight.shape[0]
+    if weight.ndim != 2 or is_shared or input.layout != torch.strided:
         return None
     original = _transposed_original(weight)
     if original is None:
@@ -66,7 +67,8 @@ def linear(
 
 def product(input: Tensor, other: Tensor) -> LinearUse | None:
     """Describe a call of ``torch.matmul``; None if it is no product by a matrix."""
-    if not (isinstance(other, Tensor) and other.ndim == 2):
+    is_matrix = isinstance(other, Tensor) and other.ndim == 2
+    if not is_matrix or input.layout != torch.strided:
         return None
     original = _transposed_original(other)
     if original is None:

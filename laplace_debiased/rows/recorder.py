@@ -47,6 +47,13 @@ _OPENED: dict[Callable, Callable] = {
 }
 
 
+# functions that take the kind of a tensor alone
+_OF_KINDS = {
+    *(f"new_{name}" for name in ("zeros", "ones", "full", "empty")),
+    *(f"{name}_like" for name in ("zeros", "ones", "full", "empty", "rand", "randn")),
+}
+
+
 def embedding(
     input: Tensor,
     weight: Tensor,
@@ -112,7 +119,7 @@ class Recorder(Substitution):
         use = USES[func](*args, **kwargs) if func in USES else None
         if use is not None and self._is_recorded(use):
             return self._on_use(use, output)
-        if self._on_other is not None:
+        if self._on_other is not None and name_of(func) not in _OF_KINDS:
             taken, name = list(self._taken([args, kwargs])), name_of(func)
             is_use = name == "__setitem__" or any(map(self._is_new, _tensors(output)))
             if taken and is_use:
@@ -164,11 +171,12 @@ def probed(output: Tensor) -> tuple[Tensor, Tensor]:
         output: The output of a function.
 
     Returns:
-        The zeros, which have no gradient where gradients are disabled, and a tensor
-        equal to the output.
+        The zeros, which have no gradient where gradients are disabled or the output is
+        of integers, and a tensor equal to the output.
     """
     zeros = output.new_zeros(()).expand(output.shape)
-    if not torch.is_grad_enabled():
+    has_gradient = output.is_floating_point() or output.is_complex()
+    if not (torch.is_grad_enabled() and has_gradient):
         return zeros, output
     zeros.requires_grad_()
     return zeros, output + zeros

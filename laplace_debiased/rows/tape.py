@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from laplace_debiased.rows.copies import Copies
+from laplace_debiased.rows.copies import Copies, used_otherwise
 from laplace_debiased.rows.layers import Layer, Rows
 from laplace_debiased.rows.one_hot import OneHotRows
 from laplace_debiased.rows.recorder import Recorder, probed
@@ -188,8 +188,9 @@ def record_rows(
         The tape to ask for gradient rows once the forward pass is done.
 
     Raises:
-        ValueError: If a layer mixes examples, or runs on an input whose axis of
-            examples has no whole number of entries for each.
+        ValueError: If a layer mixes examples, runs on an input whose axis of examples
+            has no whole number of entries for each, or a parameter is used by another
+            function than when it was found.
     """
     values = stand_ins(model)
     of_parameter = {
@@ -232,8 +233,23 @@ def record_rows(
         tape.add(_Record(kept, probe, layout, own))
         return shifted
 
-    with Recorder(values, on_use, call=copies if copies.layers else None):
+    call = copies if copies.layers else None
+    with Recorder(values, on_use, _refusing(of_parameter), call):
         yield tape
+
+
+def _refusing(
+    of_parameter: Mapping[int, Layer],
+) -> Callable[[list[Tensor], str], None]:
+    """Return what refuses functions that a layer's rows do not tell of."""
+
+    def on_other(taken: list[Tensor], name: str) -> None:
+        for parameter in taken:
+            layer = of_parameter.get(id(parameter))
+            if layer is not None:
+                raise ValueError(used_otherwise("layer", layer.name, name))
+
+    return on_other
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
