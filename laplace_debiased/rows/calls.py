@@ -16,6 +16,8 @@ from torch import Tensor
 
 # marks a number among the arguments that grows with the number of examples
 NUMBER = -1
+_OPERATORS = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")
+_IN_PLACE = {f"__i{name}__" for name in (*_OPERATORS, "and", "or", "xor")}
 Axes = tuple[int | None, ...]
 
 
@@ -94,6 +96,21 @@ def name_of(function: Callable) -> str:
     return getattr(function, "__name__", str(function))
 
 
+def is_in_place(function: Callable) -> bool:
+    """Tell by its name if a function changes its first argument.
+
+    Args:
+        function: The function, such as ``add_``, ``__iadd__`` or ``__setitem__``.
+
+    Returns:
+        Whether it does.
+    """
+    name = name_of(function)
+    if name.startswith("__"):
+        return name == "__setitem__" or name in _IN_PLACE
+    return name.endswith("_")
+
+
 @dataclass(frozen=True, eq=False)
 class Event:
     """A call that was seen.
@@ -153,7 +170,7 @@ class Tracer:
             outputs = [item.shape for item in new]
             self.events.append(Event(name_of(func), sizes, outputs, sources))
         if any(id(item) in self._data for item in tensors):
-            changed = [item for item in tensors[:1] if writes(func, output, item)]
+            changed = [item for item in tensors[:1] if _writes(func, output, item)]
             self._data |= {id(item): item for item in [*new, *changed]}
         elif sources:
             number = len(self.events) - 1
@@ -161,17 +178,8 @@ class Tracer:
         return output
 
 
-def writes(func: Callable, output: Any, first: Any) -> bool:
-    """Tell if a function changed its first argument in place.
-
-    Args:
-        func: The function.
-        output: What it returned.
-        first: Its first argument.
-
-    Returns:
-        Whether it did.
-    """
+def _writes(func: Callable, output: Any, first: Tensor) -> bool:
+    """Whether a function changed its first argument in place."""
     return output is first or name_of(func) == "__setitem__"
 
 

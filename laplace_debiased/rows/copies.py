@@ -20,11 +20,11 @@ from torch import Tensor
 from laplace_debiased.rows.calls import (
     NUMBER,
     Call,
+    is_in_place,
     leaves,
     name_of,
     new_tensors,
     with_leaves,
-    writes,
 )
 from laplace_debiased.rows.layers import Layer
 
@@ -120,8 +120,8 @@ class Copies:
         call = self._next_call(names)
         if call is None or call.function != name_of(func):
             output = func(*args, **kwargs)
-            is_used = torch.is_grad_enabled() and writes(func, output, given[0])
-            if is_used or new_tensors(output, given):
+            is_written = torch.is_grad_enabled() and is_in_place(func)
+            if is_written or new_tensors(output, given):
                 raise ValueError(used_otherwise("parameter", min(names), name_of(func)))
             return output
         run = self._of_parameters if call.is_of_parameters else self._of_examples

@@ -56,7 +56,8 @@ def find_layouts(
 def _layout(use: TracedUse, more: torch.Size, count: int) -> Layout | str:
     """Find out where the examples are in a call, by its size with more of them."""
     sizes = use.use.input.shape
-    if 0 in sizes:  # further entries may be those of any example
+    if any(sizes[axis] == 0 for axis in use.use.axes):
+        # further entries may be those of any example
         return _ROUTED
     if sizes == more:
         return _SHARED
