@@ -47,6 +47,7 @@ _OPENED: dict[Callable, Callable] = {
 }
 
 
+_ROUTING = {"sort", "argsort", "topk", "nonzero", "masked_select", "unique"}
 # functions that take the kind of a tensor alone
 _OF_KINDS = {
     *(f"new_{name}" for name in ("zeros", "ones", "full", "empty")),
@@ -77,6 +78,10 @@ class Recorder(Substitution):
         on_other: Called with the stand-ins that another function takes, be it a part of
             them, and its name; None if it does not matter.
         call: Calls a function with positional and keyword arguments.
+
+    Attributes:
+        routes: Whether a function was called that orders or chooses rows by what they
+            are, so that the next batch may have them elsewhere.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Recorder(Substitution):
         super().__init__(values)
         self._stand_ins = {id(value): value for value in values.values()}
         self._on_use, self._on_other, self._call = on_use, on_other, call
+        self.routes = False
 
     def __torch_function__(
         self,
@@ -112,6 +118,7 @@ class Recorder(Substitution):
         self, func: Callable, plain: Callable, args: tuple, kwargs: dict[str, Any]
     ) -> Any:
         """Call what stands for a function of torch, and tell of it."""
+        self.routes = self.routes or _routes(name_of(func), args)
         if self._call is None:
             output = plain(*args, **kwargs)
         else:
@@ -151,6 +158,13 @@ class Recorder(Substitution):
             for own in (tensor, tensor._base):
                 if id(own) in self._stand_ins:
                     yield self._stand_ins[id(own)]
+
+
+def _routes(name: str, args: tuple) -> bool:
+    """Whether a function orders or chooses rows by values, as by a mask."""
+    if name != "__getitem__":
+        return name in _ROUTING
+    return any(own.dtype == torch.bool and own.ndim for own in _tensors(args[1:]))
 
 
 def _tensors(item: Any) -> Iterator[Tensor]:

@@ -55,6 +55,7 @@ class Tape:
         num_calls: Number of calls of each layer so far, by its name.
         num_entries: Number of entries for an example on the axes of examples of these
             calls.
+        recorder: What sees the pass.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Tape:
         self._records: list[_Record] = []
         self.num_calls: Counter[str] = Counter()
         self.num_entries: Counter[str] = Counter()
+        self.recorder: Recorder | None = None
 
     def add(self, record: _Record) -> None:
         """Add a use."""
@@ -86,8 +88,17 @@ class Tape:
         return cast("Rows", rows.to(dtype))
 
     def runs_as_found(self, layers: Sequence[Layer]) -> bool:
-        """Whether each layer has as many entries as when it was found."""
-        return all(self.num_entries[own.name] == own.num_entries for own in layers)
+        """Whether each layer has its entries where it had them when it was found.
+
+        That is so if they are as many, and nothing chose or ordered them by values.
+        """
+        is_same = all(self.num_entries[own.name] == own.num_entries for own in layers)
+        return is_same and not self.routes
+
+    @property
+    def routes(self) -> bool:
+        """Whether the pass chose or ordered rows by what they are."""
+        return self.recorder is not None and self.recorder.routes
 
     def gradient_rows(
         self,
@@ -234,7 +245,8 @@ def record_rows(
         return shifted
 
     call = copies if copies.layers else None
-    with Recorder(values, on_use, _refusing(of_parameter), call):
+    tape.recorder = Recorder(values, on_use, _refusing(of_parameter), call)
+    with tape.recorder:
         yield tape
 
 

@@ -166,3 +166,43 @@ def test_the_kind_of_a_weight_is_no_use_of_it():
     la = debiased(Padded().double())
     la.fit(loader(inputs(SIZE, 4)))
     assert set(la.parameter_kinds.values()) == {"kronecker"}
+
+
+class Unpadded(nn.Module):
+    """Applies a layer to the tokens that are no padding, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        is_token = x[..., 0] != 0
+        hidden = x.new_zeros(*x.shape[:2], 5)
+        hidden[is_token] = self.layer(x[is_token]).tanh()
+        return self.head(hidden.sum(1))
+
+
+def of_lengths(*lengths):
+    X = inputs(len(lengths), max(lengths), 4)
+    for own, length in zip(X, lengths, strict=True):
+        own[length:] = 0
+    return X
+
+
+def test_rows_that_are_chosen_by_value_are_checked_in_each_pass():
+    """They may be as many as before, and those of others."""
+    la = debiased(Unpadded().double(), prior_precision=2.0)
+    X = torch.cat([of_lengths(*[2] * 16), of_lengths(*[2] * 16)])
+    la.fit(loader(X))
+    _, variance = la._glm_predictive_distribution(X[:4])
+    jacobian = torch.func.jacrev(
+        lambda p: torch.func.functional_call(la.model, p, (X[:4],))
+    )(dict(la.model.named_parameters()))
+    J = torch.cat([own.flatten(2) for own in jacobian.values()], 2)
+    P = la.posterior_precision.to_matrix()
+    torch.testing.assert_close(variance, J @ torch.linalg.solve(P, J.mT))
+    uneven = of_lengths(3, 1, 2, 2)
+    with pytest.raises(ValueError, match="output depends on rows of others"):
+        la.uncertainty(uneven)
+    with pytest.raises(ValueError, match="output depends on rows of others"):
+        la.fit([(X, torch.zeros(32).long()), (uneven, torch.zeros(4).long())])
