@@ -55,7 +55,7 @@ class Tape:
         num_calls: Number of calls of each layer so far, by its name.
         num_entries: Number of entries for an example on the axes of examples of these
             calls.
-        recorder: What sees the pass.
+        routes: Whether the pass ordered or chose rows by what they are.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Tape:
         self._records: list[_Record] = []
         self.num_calls: Counter[str] = Counter()
         self.num_entries: Counter[str] = Counter()
-        self.recorder: Recorder | None = None
+        self.routes = False
 
     def add(self, record: _Record) -> None:
         """Add a use."""
@@ -94,11 +94,6 @@ class Tape:
         """
         is_same = all(self.num_entries[own.name] == own.num_entries for own in layers)
         return is_same and not self.routes
-
-    @property
-    def routes(self) -> bool:
-        """Whether the pass chose or ordered rows by what they are."""
-        return self.recorder is not None and self.recorder.routes
 
     def gradient_rows(
         self,
@@ -245,9 +240,11 @@ def record_rows(
         return shifted
 
     call = copies if copies.layers else None
-    tape.recorder = Recorder(values, on_use, _refusing(of_parameter), call)
-    with tape.recorder:
+    recorder = Recorder(values, on_use, _refusing(of_parameter), call)
+    with recorder:
         yield tape
+    # the recorder itself refers to the tape, and would keep its activations
+    tape.routes = recorder.routes
 
 
 def _refusing(
