@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased.posterior import tuning
-from tests.fits import debiased
+from tests.fits import debiased, searched
 
 OUTPUTS, SIZE = 300, 12
 GRID = {"log_prior_prec_min": -2, "log_prior_prec_max": 2, "grid_size": 5}
@@ -31,26 +30,6 @@ def fitted(*after, **options):
     la = debiased(model, subset="last_layer", **options)
     la.fit(loader)
     return la, X, loader
-
-
-def searched(la, loader, monkeypatch):
-    """Search a grid, and return its losses and the numbers of nodes."""
-    nodes, losses = [], []
-    own, choose = la._variances_by_prior, tuning._losses_from_one_pass
-
-    def counting(X, priors):
-        nodes.append(len(priors))
-        return own(X, priors)
-
-    def keeping(*args):
-        losses.append(choose(*args))
-        return losses[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(la, "_variances_by_prior", counting)
-        patch.setattr(tuning, "_losses_from_one_pass", keeping)
-        la.optimize_prior_precision(method="gridsearch", val_loader=loader, **GRID)
-    return torch.tensor(losses[0]), set(nodes)
 
 
 @pytest.mark.parametrize("forward_samples", ["auto", 8, None])
@@ -78,7 +57,7 @@ def test_a_grid_search_has_the_exact_losses(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "The best prior precision")
-        losses, nodes = searched(la, loader, monkeypatch)
+        losses, nodes = searched(la, loader, monkeypatch, **GRID)
     expected = []
     _, y = loader.dataset.tensors
     for prior in torch.logspace(-2, 2, 5):
@@ -86,7 +65,7 @@ def test_a_grid_search_has_the_exact_losses(monkeypatch):
         expected.append(nn.functional.nll_loss(la(X).log(), y))
     assert torch.allclose(losses.double(), torch.stack(expected), rtol=1e-4)
     la.forward_samples = None
-    assert searched(la, loader, monkeypatch)[1] == nodes
+    assert searched(la, loader, monkeypatch, **GRID)[1] == nodes
 
 
 @pytest.mark.filterwarnings("ignore:The best prior precision")
@@ -98,9 +77,11 @@ def test_what_is_not_linear_at_the_output_is_sampled(monkeypatch):
     _, exact = la._variances_by_prior(X, [1.0])
     relative = variances / exact - 1
     assert 0.01 < relative.square().mean().sqrt() < 0.2
-    losses, _ = searched(la, loader, monkeypatch)
+    losses, _ = searched(la, loader, monkeypatch, **GRID)
     la.forward_samples = 64
-    assert torch.allclose(searched(la, loader, monkeypatch)[0], losses, rtol=0.02)
+    assert torch.allclose(
+        searched(la, loader, monkeypatch, **GRID)[0], losses, rtol=0.02
+    )
 
 
 def test_with_damping_each_prior_needs_its_own_pass():

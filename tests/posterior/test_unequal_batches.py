@@ -70,6 +70,7 @@ def test_batches_that_do_not_use_a_layer_leave_its_curvature(magnitudes, later):
         for la in (stream, whole)
     )
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=0)
+    # of a stream, those of each batch are added: products of factors are not additive
     told = stream.sampling_error.traces / stream.n_data
     torch.testing.assert_close(told, actual.view(3, 2).sum(1), rtol=0.05, atol=0)
 
@@ -84,6 +85,7 @@ def test_posteriors_of_sequences_of_any_length_merge():
         la.load_state_dict(merge(order))
         assert la.n_data == 40
         assert la._selection.layers[0].num_positions == 12
+        # G adds up, and A is averaged: traces are not additive
         trace = sum(own.H.to_matrix().trace() for own in parts)
         assert la.H.to_matrix().trace() == pytest.approx(trace.item(), rel=0.3)
 
