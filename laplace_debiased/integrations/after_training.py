@@ -36,19 +36,12 @@ class AfterTraining:
     path: str | os.PathLike[str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(
-        self, network: nn.Module, train: DataLoader, val: DataLoader | None
-    ) -> KronDebiasedLaplace:
+    def fit(self, network: nn.Module, train: DataLoader) -> KronDebiasedLaplace:
         """Fit a posterior.
-
-        Probabilities are calibrated by the validation data if there are any. Otherwise,
-        the marginal likelihood chooses the prior precision, and with regression the
-        noise, too.
 
         Args:
             network: The trained network.
             train: Yields the data that it was trained on.
-            val: Yields validation data; None if there are none.
 
         Returns:
             The posterior.
@@ -56,13 +49,25 @@ class AfterTraining:
         kinds = self.likelihood, self.subset_of_weights, "kron_debiased"
         la = cast("KronDebiasedLaplace", Laplace(network, *kinds, **self.options))
         la.fit(train)
+        return la
+
+    def tune(self, la: KronDebiasedLaplace, val: DataLoader | None) -> None:
+        """Choose a posterior's prior precision, and what else is to be chosen.
+
+        Probabilities are calibrated by the validation data if there are any. Otherwise,
+        the marginal likelihood chooses the prior precision, and with regression the
+        noise, too.
+
+        Args:
+            la: The posterior.
+            val: Yields validation data; None if there are none.
+        """
         if self.likelihood == "regression":
             la.optimize_prior_precision(tune_sigma_noise=True)
         elif val is None:
             la.optimize_prior_precision()
         else:
             la.calibrate(val)
-        return la
 
     def check(self) -> None:
         """Refuse what no network could have, before any training.

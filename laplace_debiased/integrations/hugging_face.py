@@ -54,7 +54,7 @@ class LaplaceCallback(TrainerCallback):
         **options: Any,
     ):
         self._val_loader = val_loader
-        self._fit = AfterTraining(likelihood, subset_of_weights, path, options)
+        self._after = AfterTraining(likelihood, subset_of_weights, path, options)
         self.posterior: KronDebiasedLaplace | None = None
         self._evaluated: DataLoader | None = None
 
@@ -73,7 +73,7 @@ class LaplaceCallback(TrainerCallback):
             control: Its control.
             **kwargs: What else the trainer passes.
         """
-        self._fit.check()
+        self._after.check()
         self._evaluated = None
 
     def on_evaluate(
@@ -116,5 +116,7 @@ class LaplaceCallback(TrainerCallback):
         """
         assert model is not None and train_dataloader is not None
         val = self._evaluated if self._val_loader is None else self._val_loader
-        self.posterior = self._fit(model, train_dataloader, val)
-        self._fit.save(self.posterior)
+        # kept even if it cannot be tuned
+        self.posterior = self._after.fit(model, train_dataloader)
+        self._after.tune(self.posterior, val)
+        self._after.save(self.posterior)

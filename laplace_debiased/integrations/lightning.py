@@ -60,7 +60,7 @@ class LaplaceCallback(Callback):
         **options: Any,
     ):
         self._network, self._val_loader = network, val_loader
-        self._fit = AfterTraining(likelihood, subset_of_weights, path, options)
+        self._after = AfterTraining(likelihood, subset_of_weights, path, options)
         self.posterior: KronDebiasedLaplace | None = None
 
     def on_fit_start(
@@ -79,7 +79,7 @@ class LaplaceCallback(Callback):
             TypeError: If there is no such keyword, or it has a wrong type.
             ValueError: If likelihood, subset or a keyword are not valid.
         """
-        self._fit.check()
+        self._after.check()
         pl_module.get_submodule(self._network or "")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,11 +101,13 @@ class LaplaceCallback(Callback):
         assert train is not None
         precision = trainer.precision_plugin
         val = None if val is None else _converted(val, precision)
-        self.posterior = self._fit(network, _converted(train, precision), val)
+        # kept even if it cannot be tuned
+        self.posterior = self._after.fit(network, _converted(train, precision))
+        self._after.tune(self.posterior, val)
         _warn_of_better_weights(trainer)
         # a trial run writes no checkpoints
         if not getattr(trainer, "fast_dev_run", False):
-            self._fit.save(self.posterior)
+            self._after.save(self.posterior)
 
 
 def _warn_of_better_weights(trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -78,6 +79,18 @@ def test_data_predicted_before_training_do_not_calibrate(tmp_path, before):
     getattr(trainer, before)(points(24, 1))
     trainer.train()
     assert callback.posterior is not None and callback.posterior.calibration is None
+
+
+def test_a_posterior_that_cannot_be_calibrated_is_not_lost(tmp_path):
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    callback = LaplaceCallback(budget=16, val_loader=DataLoader([], 4))
+    data = points(40, 0)
+    trainer = Trainer(network(), arguments, train_dataset=data, callbacks=[callback])
+    with pytest.raises(ValueError, match="no data"):
+        trainer.train()
+    assert callback.posterior.n_data == 40
 
 
 def test_mistakes_are_told_before_training(tmp_path):

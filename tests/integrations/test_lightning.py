@@ -41,6 +41,9 @@ def loader(size, seed):
     return DataLoader(TensorDataset(X, X[:, :3].argmax(1)), 16, shuffle=True)
 
 
+NO_DATA = DataLoader([], 4)
+
+
 def train(module, callback, *loaders, **options):
     trainer = pl.Trainer(
         **options,
@@ -122,6 +125,13 @@ def test_folders_are_made_but_not_by_a_trial_run(tmp_path):
     assert callback.posterior is not None and not path.exists()
     train(Classifier(), callback, loader(60, 0))
     assert path.exists()
+
+
+def test_a_posterior_that_cannot_be_calibrated_is_not_lost():
+    module, callback = Classifier(), LaplaceCallback(budget=16, val_loader=NO_DATA)
+    with pytest.raises(ValueError, match="no data"):
+        train(module, callback, loader(60, 0))
+    assert callback.posterior.n_data == 60
 
 
 def test_a_posterior_that_cannot_be_saved_is_not_lost(tmp_path):
