@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased import Laplace
-from laplace_debiased.posterior import tuning
+from laplace_debiased.posterior import grid_search
 from laplace_debiased.sampling.folds import draw_uniformly
 from tests.cases import batch
 
@@ -33,7 +33,7 @@ def two_roles(train, fraction=0.5, budget=None, seed=0):
 def searched(la, val, monkeypatch, **grid):
     """Search a grid in one pass: its losses, and the number of nodes by batch."""
     nodes, losses = [], []
-    own, choose = la._variances_by_prior, tuning._losses_from_one_pass
+    own, choose = la._variances_by_prior, grid_search._losses_from_one_pass
 
     def counting(X, priors):
         nodes.append(len(priors))
@@ -45,7 +45,7 @@ def searched(la, val, monkeypatch, **grid):
 
     with monkeypatch.context() as patch:
         patch.setattr(la, "_variances_by_prior", counting)
-        patch.setattr(tuning, "_losses_from_one_pass", keeping)
+        patch.setattr(grid_search, "_losses_from_one_pass", keeping)
         la.optimize_prior_precision(method="gridsearch", val_loader=val, **grid)
     return torch.tensor(losses[0]), nodes
 

@@ -144,6 +144,10 @@ def test_all_that_follows_a_fit_gives_what_the_cpu_gives(subset, workers, tmp_pa
         la.save(tmp_path / device.type)
         other = debiased(network("resnet"), subset=subset)
         other.load(tmp_path / device.type)
+        on_cpu = torch.load(tmp_path / device.type, "cpu", weights_only=True)
+        moved = debiased(network("resnet").to(device), subset=subset)
+        moved.load_state_dict(on_cpu)
+        assert torch.equal(moved(Z.to(device)), la(Z.to(device)))
         found.append(
             {
                 "temperature": torch.tensor(chosen.temperature, device=device),

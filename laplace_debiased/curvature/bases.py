@@ -44,11 +44,6 @@ def inverse(basis: Tensor) -> Tensor:
     return basis if basis.ndim == 1 else basis.T
 
 
-def squared(basis: Tensor) -> Tensor:
-    """Square the entries of a basis; those of the unit vectors stay what they are."""
-    return basis**2
-
-
 def composed(eigenvalues: Tensor, basis: Tensor) -> Tensor:
     r"""Compute :math:`U \mathrm{diag}(\lambda) U^\top`, a vector if it is diagonal."""
     return eigenvalues if basis.ndim == 1 else (basis * eigenvalues) @ basis.T

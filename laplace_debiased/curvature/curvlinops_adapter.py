@@ -22,7 +22,9 @@ from curvlinops import GGNLinearOperator, HessianLinearOperator
 from curvlinops._torch_base import PyTorchLinearOperator as LinearOperator
 from torch import Tensor, nn
 
+from laplace_debiased.curvature.eigenbasis import from_eigenbasis, to_eigenbasis
 from laplace_debiased.curvature.kronecker import Kronecker
+from laplace_debiased.rows.checks import check_choice
 from laplace_debiased.rows.inputs import Batch, num_examples, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.output_curvature import Loss
@@ -57,10 +59,7 @@ def curvature_operator(
     Raises:
         ValueError: If the curvature is not known, or parameters cannot be replaced.
     """
-    if curvature not in _OPERATORS:
-        raise ValueError(
-            f"`curvature` must be one of {list(_OPERATORS)}, got {curvature!r}."
-        )
+    check_choice("curvature", curvature, _OPERATORS)
     for X, y in data:
         X = on_device(X, params[0].device)
         check_no_hidden_uses(model_func, params, X, len(y))
@@ -120,7 +119,8 @@ class EigenbasisLinearOperator(LinearOperator):
                 for position, part in zip(positions, parts, strict=True)
             ]
             matrix = torch.cat(columns, dim=-1)
-            matrix = _turned(_turned(matrix, vectors) * values, vectors, back=True)
+            basis = vectors.tensors()[: values.ndim]
+            matrix = from_eigenbasis(to_eigenbasis(matrix, basis) * values, basis)
             columns = list(matrix.split([c.shape[-1] for c in columns], dim=-1))
             for position, part, column in zip(positions, parts, columns, strict=True):
                 if position == layer.matrix:
@@ -152,15 +152,3 @@ def block_positions(layer: Layer, joint: bool) -> list[tuple[int, ...]]:
     if joint:
         return [layer.parameters]
     return [(position,) for position in layer.parameters]
-
-
-def _turned(block: Tensor, vectors: Kronecker, back: bool = False) -> Tensor:
-    """Rotate ``[columns, d_out(, d_in)]`` into the eigenbasis, or back."""
-    outer, inner = vectors.gradients, vectors.inputs
-    assert outer is not None
-    if block.ndim == 2:
-        return block @ (outer.T if back else outer)
-    assert inner is not None
-    if back:
-        return outer @ block @ inner.T
-    return outer.T @ block @ inner

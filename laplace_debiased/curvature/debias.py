@@ -58,17 +58,17 @@ class Debiased(Generic[Magnitudes]):
 def two_batch(
     factors: Factors,
     measure: Measure[Magnitudes],
-    decomposition: Decompose = decompose,
     pooled_inputs: bool = False,
+    decomposition: Decompose = decompose,
 ) -> Debiased[Magnitudes]:
     """Measure magnitudes along the eigenvectors of other points.
 
     Args:
         factors: Kronecker factors of the points that give directions.
         measure: Measures the others along directions.
-        decomposition: Decomposes factors.
         pooled_inputs: Whether input covariances are those of a pool, so that they tell
             how frequent the entries of a table of embeddings are in other points.
+        decomposition: Decomposes factors.
 
     Returns:
         Directions and magnitudes.
@@ -161,7 +161,7 @@ def kfac_cross_fit(
     inputs = [[Kronecker(None, own.inputs) for own in fold] for fold in folds]
     outer = kfac_cross_fit(gradients, shares, False, decomposition)
     first, measure = average(inputs[:-1], shares[:-1]), partial(project, inputs[-1])
-    inner = two_batch(first, measure, decomposition)
+    inner = two_batch(first, measure, decomposition=decomposition)
     return Debiased(
         joined(outer.directions, inner.directions),
         joined(outer.magnitudes, inner.magnitudes),

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from laplace_debiased.curvature.kronecker import Kronecker
 from laplace_debiased.curvature.symmetric_products import Sums
+from laplace_debiased.rows.checks import check_choice
 from laplace_debiased.rows.layers import Layer, join_positions
 from laplace_debiased.rows.one_hot import OneHotRows
 
 # curvlinops' names of what is done with rows of several positions
-EXPAND, REDUCE = APPROXIMATIONS = ("expand", "reduce")
+EXPAND = "expand"
+APPROXIMATIONS = (EXPAND, "reduce")
 
 # adds tensors of several processes, and may change them
 Totals = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -31,21 +33,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def with_bias_column(rows: Tensor) -> Tensor:
     """Append a one to each row: the bias as a weight of a constant input."""
     return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
-
-
-def check_approximation(kfac_approx: str) -> None:
-    """Refuse an unknown approximation.
-
-    Args:
-        kfac_approx: The approximation.
-
-    Raises:
-        ValueError: If it is neither ``"expand"`` nor ``"reduce"``.
-    """
-    if kfac_approx not in APPROXIMATIONS:
-        raise ValueError(
-            f"`kfac_approx` must be 'expand' or 'reduce', got {kfac_approx!r}."
-        )
 
 
 class Contributions:
@@ -116,7 +103,7 @@ class KroneckerFactors:
         takes_inputs: bool = True,
         takes_gradients: bool = True,
     ):
-        check_approximation(kfac_approx)
+        check_choice("kfac_approx", kfac_approx, APPROXIMATIONS)
         self.takes_inputs, self.takes_gradients = takes_inputs, takes_gradients
         self._layers, self._expand, self._joint = layers, kfac_approx == EXPAND, joint
         self._dtype = accumulation_dtype(params[0].dtype) if layers else torch.float32
@@ -158,27 +145,29 @@ class KroneckerFactors:
         self._calls.clear()
 
     def _add_covariance(self, layer: Layer, rows: Tensor) -> None:
-        counted = self._weights > 0  # the others have no part in the mean
-        self.squared_inputs.add(layer, counted * squared_norms(rows))
-        self.num_rows.add(layer, counted * rows.shape[1])
+        weights = self._weights.to(rows.dtype)
+        self._count(layer, squared_norms(rows), rows.shape[1], weights)
         if is_joint(layer, self._joint):
             rows = with_bias_column(rows)
-        weights = self._weights.to(rows.dtype)
         weighted = (rows * weights[:, None, None].sqrt()).flatten(0, 1)
         self._inputs.add_outer_products(layer.name, weighted)
-        total = self._row_weights.get(layer.name, 0.0)
-        self._row_weights[layer.name] = total + rows.shape[1] * weights.sum()
 
     def _add_counts(self, layer: Layer, rows: OneHotRows) -> None:
         """Add one-hot rows, whose covariance is diagonal, each as a row of its own."""
-        counted = self._weights > 0
         lengths = rows.squared_lengths()  # number of rows that are not padding
-        self.squared_inputs.add(layer, counted * lengths)
-        self.num_rows.add(layer, counted * rows.shape[1])
         weights = self._weights.to(lengths.dtype)
+        self._count(layer, lengths, rows.shape[1], weights)
         self._inputs.add(layer.name, rows.covariance(weights))
+
+    def _count(
+        self, layer: Layer, squares: Tensor, num_rows: int, weights: Tensor
+    ) -> None:
+        """Count the rows of each example, and add up their squares ``[batch]``."""
+        counted = weights > 0  # the others have no part in the mean
+        self.squared_inputs.add(layer, counted * squares)
+        self.num_rows.add(layer, counted * num_rows)
         total = self._row_weights.get(layer.name, 0.0)
-        self._row_weights[layer.name] = total + rows.shape[1] * weights.sum()
+        self._row_weights[layer.name] = total + num_rows * weights.sum()
 
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
         """Add a batch of gradient rows, which carry the square root of the weights."""
@@ -215,12 +204,12 @@ class KroneckerFactors:
         """
         self._reduce_calls()
         if self.takes_gradients:
-            shapes = {own.name: _gradient_shape(own) for own in self._layers}
+            shapes = {own.name: own.gradient_shape for own in self._layers}
             self._add_up(self._gradients.tensors(), shapes, totals)
         if not self.takes_inputs:
             return
         shapes = {
-            own.name: _input_shape(own, self._joint)
+            own.name: own.input_shape(is_joint(own, self._joint))
             for own in self._layers
             if own.has_inputs
         }
@@ -275,7 +264,7 @@ class KroneckerFactors:
         sums = self._gradients.tensors()
         if layer.name in sums:
             return sums[layer.name].to(self._dtype)
-        return self._zeros(layer, _gradient_shape(layer))
+        return self._zeros(layer, layer.gradient_shape)
 
     def _input_covariance(self, layer: Layer) -> Tensor:
         sums = self._inputs.tensors()
@@ -283,22 +272,12 @@ class KroneckerFactors:
             total = self._row_weights[layer.name]
             mean = sums[layer.name] / (total if total > 0 else 1.0)
             return mean.to(self._dtype)
-        return self._zeros(layer, _input_shape(layer, self._joint))
+        return self._zeros(layer, layer.input_shape(is_joint(layer, self._joint)))
 
     def _zeros(self, layer: Layer, shape: list[int]) -> Tensor:
         """The covariance of a layer that these examples do not use."""
         device = self._devices[layer.name]
         return torch.zeros(shape, dtype=self._dtype, device=device)
-
-
-def _gradient_shape(layer: Layer) -> list[int]:
-    """Shape of a layer's gradient covariance, or of its diagonal."""
-    return (1 if layer.is_diagonal else 2) * [layer.d_out]
-
-
-def _input_shape(layer: Layer, joint: bool) -> list[int]:
-    """Shape of a layer's input covariance, or of its diagonal."""
-    return (1 if layer.is_embedding else 2) * [layer.d_in + is_joint(layer, joint)]
 
 
 def squared_norms(rows: Tensor) -> Tensor:

@@ -35,6 +35,10 @@ class _Tensors:
             }
         )
 
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """Return the tensors by their names."""
+        return dict(vars(self))
+
     def tensors(self) -> list[Tensor]:
         """Return the tensors that are not missing."""
         values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
-from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +24,16 @@ from laplace_debiased.curvature.debias import (
 )
 from laplace_debiased.curvature.directional import DirectionalCurvatures
 from laplace_debiased.curvature.factors import (
+    APPROXIMATIONS,
     EXPAND,
     KroneckerFactors,
-    check_approximation,
     is_joint,
 )
 from laplace_debiased.curvature.gradient import gradient_and_loss
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
+from laplace_debiased.curvature.streams import CURVATURE_TYPES
 from laplace_debiased.rows.batches import with_examples
+from laplace_debiased.rows.checks import check_choice
 from laplace_debiased.rows.inputs import Batch, on_device
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.model_state import check_repeatable, unchanged_on_failure
@@ -47,23 +48,7 @@ from laplace_debiased.rows.positions import standalone
 from laplace_debiased.rows.seeds import mixed_seed
 from laplace_debiased.rows.selection import find_layers
 from laplace_debiased.rows.sweep import Accumulator, SweepSummary, sweep
-
-MAGNITUDES = ("kfac", "ggn")
-
-
-def check_magnitudes(magnitudes: str) -> None:
-    """Refuse an unknown kind of magnitudes.
-
-    Args:
-        magnitudes: The kind.
-
-    Raises:
-        ValueError: If it is not known.
-    """
-    if magnitudes not in MAGNITUDES:
-        raise ValueError(
-            f"`magnitudes` must be one of {list(MAGNITUDES)}, got {magnitudes!r}."
-        )
+from laplace_debiased.rows.user_warnings import warn_user
 
 
 class DebiasedKFACLinearOperator(LinearOperator):
@@ -156,13 +141,15 @@ class DebiasedKFACLinearOperator(LinearOperator):
         seed: int = 2147483647,
         progressbar: bool = False,
     ):
-        check_magnitudes(magnitudes)
-        check_approximation(kfac_approx)
+        check_choice("magnitudes", magnitudes, CURVATURE_TYPES)
+        check_choice("kfac_approx", kfac_approx, APPROXIMATIONS)
         self._output_curvature = OutputCurvature(
             loss_func, fisher_type, mc_samples, fisher_rank
         )
         self._model_func, self._loss_func = model_func, loss_func
         self._params = list(params)
+        if not self._params:
+            raise ValueError("`params` is empty: there is nothing to act on.")
         self._magnitudes, self._kfac_approx = magnitudes, kfac_approx
         self._joint = not separate_weight_and_bias
         self._data = {"Directions": direction_data, "Magnitudes": magnitude_data}
@@ -217,7 +204,7 @@ class DebiasedKFACLinearOperator(LinearOperator):
     def _scale(self, summary: SweepSummary) -> float:
         """Factor from sums over the magnitude data to the loss."""
         if summary.are_probabilities:
-            warn(ends_in_link(self._loss_func), stacklevel=2)
+            warn_user(ends_in_link(self._loss_func))
         return loss_scale(self._loss_func, summary.total_weight)
 
     def _sweep(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from laplace_debiased.curvature.debias import Debiased
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
+from laplace_debiased.rows.checks import plain_text
 from laplace_debiased.rows.layers import Layer
 
 if TYPE_CHECKING:
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
 
 # of saved operators; those of version 0.1 before had none, and 2 not the shapes
 FORMAT = 3
+_OF_LAYERS = ("directions", "magnitudes", "own")
 
 
 def state_dict(operator: DebiasedKFACLinearOperator) -> dict[str, Any]:
@@ -30,9 +35,9 @@ def state_dict(operator: DebiasedKFACLinearOperator) -> dict[str, Any]:
         "settings": _settings(operator),
         "shapes": _shapes(operator),
         "layers": [layer.state_dict() for layer in operator._layers],
-        "directions": [dict(vars(own)) for own in computed.directions],
-        "magnitudes": [dict(vars(own)) for own in computed.magnitudes],
-        "own": [dict(vars(own)) for own in computed.own],
+        "directions": [own.state_dict() for own in computed.directions],
+        "magnitudes": [own.state_dict() for own in computed.magnitudes],
+        "own": [own.state_dict() for own in computed.own],
     }
 
 
@@ -44,13 +49,16 @@ def load(operator: DebiasedKFACLinearOperator, saved: dict[str, Any]) -> None:
         saved: From :func:`state_dict`.
 
     Raises:
-        ValueError: If format, settings or shapes differ.
+        ValueError: If format, settings or shapes differ, or entries are missing.
     """
     if saved.get("format") != FORMAT:
         raise ValueError(
             f"`state_dict` has format {saved.get('format')}, this version "
             f"reads format {FORMAT}: compute the operator again."
         )
+    missing = {"settings", "shapes", "layers", *_OF_LAYERS} - saved.keys()
+    if missing:
+        raise ValueError(f"`state_dict` lacks {sorted(missing)}.")
     settings = _settings(operator)
     if saved["settings"] != settings:
         raise ValueError(
@@ -63,11 +71,15 @@ def load(operator: DebiasedKFACLinearOperator, saved: dict[str, Any]) -> None:
             f"has {_shapes(operator)}."
         )
     layers = [Layer.from_state_dict(own) for own in saved["layers"]]
+    counts = {name: len(saved[name]) for name in _OF_LAYERS}
+    if set(counts.values()) != {len(layers)}:
+        raise ValueError(f"`state_dict` has {counts}, but {len(layers)} layers.")
     kind = Kronecker if operator._magnitudes == "kfac" else Spectrum
+    there = partial(Tensor.to, device=operator.device)
     operator._debiased = Debiased(
-        [Kronecker(**own) for own in saved["directions"]],
-        [kind(**own) for own in saved["magnitudes"]],
-        [Kronecker(**own) for own in saved["own"]],
+        [Kronecker(**own).map(there) for own in saved["directions"]],
+        [kind(**own).map(there) for own in saved["magnitudes"]],
+        [Kronecker(**own).map(there) for own in saved["own"]],
     )
     operator._layers, operator._product = layers, None
 
@@ -84,15 +96,10 @@ def _settings(operator: DebiasedKFACLinearOperator) -> dict[str, Any]:
         "label_smoothing": getattr(operator._loss_func, "label_smoothing", 0.0),
         "ignore_index": getattr(operator._loss_func, "ignore_index", None),
         "magnitudes": operator._magnitudes,
-        "fisher_type": _plain(curvature.fisher_type),
+        "fisher_type": plain_text(curvature.fisher_type),
         "mc_samples": curvature.mc_samples,
         "fisher_rank": curvature.fisher_rank,
-        "kfac_approx": _plain(operator._kfac_approx),
+        "kfac_approx": plain_text(operator._kfac_approx),
         "separate_weight_and_bias": not operator._joint,
         "seed": operator._seed,
     }
-
-
-def _plain(value: str) -> str:
-    """Return the string that a member of curvlinops' enumerations stands for."""
-    return str(getattr(value, "value", value))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from warnings import warn
 
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from laplace_debiased.rows.output_curvature import (
 from laplace_debiased.rows.positions import standalone
 from laplace_debiased.rows.separation import check_outputs
 from laplace_debiased.rows.sweep import Nothing, sweep
+from laplace_debiased.rows.user_warnings import warn_user
 
 
 @standalone
@@ -69,7 +69,7 @@ def curvature_scores(
         backward=False,
     )
     if summary.are_probabilities:
-        warn(ends_in_link(loss_func), stacklevel=4)
+        warn_user(ends_in_link(loss_func))
     assert summary.traces is not None
     return summary.traces
 

@@ -141,7 +141,8 @@ class KFACCurvature:
         if self.cross_fit:
             return kfac_cross_fit(folds, self.shares, self.pooled_inputs, decomposition)
         directions, magnitudes = folds
-        return two_batch(directions, partial(project, magnitudes), decomposition)
+        measure = partial(project, magnitudes)
+        return two_batch(directions, measure, decomposition=decomposition)
 
     def decompose(
         self,
@@ -172,7 +173,7 @@ class KFACCurvature:
     def state_dict(self) -> dict[str, Any]:
         """Return what the curvature is built from, but for the layers."""
         return {
-            "folds": [_plain(fold) for fold in self.folds],
+            "folds": [[own.state_dict() for own in fold] for fold in self.folds],
             "shares": list(self.shares),
             "cross_fit": self.cross_fit,
             "pooled_inputs": self.pooled_inputs,
@@ -306,9 +307,9 @@ class GGNCurvature:
     def state_dict(self) -> dict[str, Any]:
         """Return what the curvature is built from, but for the layers."""
         return {
-            "directions": _plain(self.directions),
-            "spectra": _plain(self.spectra),
-            "factor_eigenvalues": _plain(self.factor_eigenvalues),
+            "directions": [own.state_dict() for own in self.directions],
+            "spectra": [own.state_dict() for own in self.spectra],
+            "factor_eigenvalues": [own.state_dict() for own in self.factor_eigenvalues],
         }
 
     @classmethod
@@ -345,7 +346,3 @@ def _along(values: Spectrum, overlaps: Kronecker) -> Spectrum:
         assert inner is not None
         matrix = rotated(columns_rotated(matrix, outer), inner)  # [d_out, d_in]
     return Spectrum(matrix, None if vector is None else rotated(vector, outer))
-
-
-def _plain(layers: Sequence[Kronecker] | Sequence[Spectrum]) -> list[dict[str, Any]]:
-    return [dict(vars(own)) for own in layers]

@@ -120,7 +120,7 @@ class BackendSource:
         return factors, summary
 
     def part(self, layers: Sequence[Layer], index: int) -> BackendSource:
-        """Not supported: `fit_memory` is refused with this backend."""
+        """Not supported: `fit_memory_limit` is refused with this backend."""
         raise NotImplementedError
 
     def gradients(self, fold: Fold, seed: int) -> tuple[Factors, SweepSummary]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from warnings import warn
 
 import torch
 from laplace.utils.enums import Likelihood
@@ -12,19 +11,22 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from laplace_debiased.posterior.predicting import check_rows
-from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
+from laplace_debiased.posterior.upstream import (
+    counted_targets,
+    inputs_and_targets,
+    loss_of,
+)
 from laplace_debiased.predictive.calibration import Calibration, calibration_of
+from laplace_debiased.rows.checks import plain_text
 from laplace_debiased.rows.digests import digest
 from laplace_debiased.rows.inputs import (
     Inputs,
     at_least_single,
     check_finite_predictions,
-    check_targets,
 )
 from laplace_debiased.rows.model_state import evaluating
-from laplace_debiased.rows.output_curvature import is_counted
 from laplace_debiased.rows.positions import points
-from laplace_debiased.rows.targets import targets_of_points
+from laplace_debiased.rows.user_warnings import warn_user
 from laplace_debiased.sampling.loaders import different
 from laplace_debiased.sampling.processes import present_group
 
@@ -57,8 +59,8 @@ def calibrate(
     link = la._kind.link
     if link is None or not la._kind.is_classification:
         raise ValueError(
-            f"`calibrate` is for classification, not {str(la.likelihood)!r}: for "
-            "regression, use `optimize_prior_precision(tune_sigma_noise=True)`."
+            f"`calibrate` is for classification, not {plain_text(la.likelihood)!r}: "
+            "for regression, use `optimize_prior_precision(tune_sigma_noise=True)`."
         )
     loss, group = loss_of(la.backend), present_group()
     parts: list[tuple[Tensor, ...]] = []
@@ -66,12 +68,8 @@ def calibrate(
     for batch in tqdm(val_loader, disable=not progress_bar, desc="[Calibration]"):
         X, y = inputs_and_targets(batch, la.backend)
         data.append(digest([X, y]) if group.size > 1 else "")
-        if la.likelihood == Likelihood.CLASSIFICATION and y.is_floating_point():
-            raise ValueError("Validation targets must be class indices.")
         mean, variance = output_moments(la, X)
-        y = targets_of_points(la.model, y, loss, mean)
-        y = check_targets(mean, y, loss)
-        counted = is_counted(loss, y)
+        y, counted = counted_targets(la.model, loss, y, mean)
         parts.append((mean[counted], variance[counted], y[counted]))
     gathered = group.gathered(parts, la._device)
     # processes with the same data count as one
@@ -126,8 +124,7 @@ def warn_if_untuned(la: KronDebiasedLaplace) -> None:
         "`optimize_prior_precision()"
     )
     values = " and ".join(f"`{name}` 1" for name in untuned)
-    warn(
+    warn_user(
         f"Predictions use the default {values}, which may be far from what fits the "
-        f"data: call `{remedy}` after `fit`, or set it.",
-        stacklevel=4,
+        f"data: call `{remedy}` after `fit`, or set it."
     )

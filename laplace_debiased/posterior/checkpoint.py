@@ -86,6 +86,19 @@ def read(path: str | os.PathLike[str], device: torch.device) -> dict[str, Any]:
     return saved
 
 
+def on_device(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move a flat state's tensors.
+
+    Args:
+        state: The state.
+        device: Where they are needed.
+
+    Returns:
+        The state, with its tensors there.
+    """
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
 def flat(value: dict | list, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
     """Yield what nested dictionaries hold, and lists of them, with the paths to it.
 
@@ -182,7 +195,8 @@ def check_type(kind: Any, value: Any, name: str, bounded: bool = True) -> None:
     elif isinstance(value, Tensor | float):
         number = torch.as_tensor(value)
         if not (number.isfinite() if bounded else ~number.isnan()).all():
-            raise ValueError(f"`state_dict` has numbers that are none as {name}.")
+            kinds = "NaN or infinite" if bounded else "NaN"
+            raise ValueError(f"`state_dict` has {kinds} entries as {name}.")
 
 
 def _check_fields(kind: Any, value: Any, name: str, bounded: bool) -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from laplace_debiased.posterior.evaluation import predictions
 from laplace_debiased.predictive.conformal import conformal_threshold
 from laplace_debiased.predictive.uncertainty import Uncertainty
+from laplace_debiased.rows.checks import plain_text
 from laplace_debiased.rows.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class Conformal(ABC):
         """Score the data."""
         if la.likelihood != self.likelihood:
             raise ValueError(
-                f"This is for {self.likelihood.value}, not {str(la.likelihood)!r}."
+                f"This is for {self.likelihood.value}, not "
+                f"{plain_text(la.likelihood)!r}."
             )
         if la.class_axis is not None:
             raise ValueError(

@@ -113,7 +113,7 @@ def decomposition_error(la: KronDebiasedLaplace) -> float:
     """
     la._check_H_init()
     if la.damping:
-        raise ValueError("With `damping`, there is no bound.")
+        raise ValueError("With `damping`, there is no bound: fit without.")
     precisions = la.posterior_precision
     squares = gamma = 0.0
     for vectors, values, delta in zip(
@@ -153,7 +153,7 @@ def bias_report(
     if train_loader is not None:
         settings = replace(la.settings, magnitudes="kfac")
         with unchanged_on_failure(la):
-            seen = replace(Seen(), weight=la._seen.weight)  # layers are known
+            seen = Seen(weight=la._seen.weight)  # layers are known
             folds = assign(la, train_loader, magnitude_loader, seen)
         with measuring(la.model):
             estimate = measure(source(la), folds, settings, settings.seed)

@@ -12,7 +12,11 @@ from tqdm import tqdm
 
 from laplace_debiased.posterior.likelihoods import BINARY
 from laplace_debiased.posterior.uncertainties import uncertainty_of_points
-from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
+from laplace_debiased.posterior.upstream import (
+    counted_targets,
+    inputs_and_targets,
+    loss_of,
+)
 from laplace_debiased.predictive.label_scores import (
     confidence,
     label_scores,
@@ -28,9 +32,7 @@ from laplace_debiased.predictive.report import (
 )
 from laplace_debiased.predictive.scores import risk_coverage
 from laplace_debiased.predictive.uncertainty import Uncertainty, entropy
-from laplace_debiased.rows.inputs import check_targets, num_examples
-from laplace_debiased.rows.output_curvature import is_counted
-from laplace_debiased.rows.targets import targets_of_points
+from laplace_debiased.rows.inputs import num_examples
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
@@ -86,14 +88,9 @@ def predictions(
         if not len(y):
             continue
         found = uncertainty_of_points(la, X)
-        loss = loss_of(la.backend)
-        y = targets_of_points(la.model, y, loss, found.mean)
-        y = check_targets(found.mean, y, loss)
-        if la.likelihood == Likelihood.CLASSIFICATION and y.is_floating_point():
-            raise ValueError("Targets must be class indices.")
+        y, counted = counted_targets(la.model, loss_of(la.backend), y, found.mean)
         if la.likelihood == BINARY and not ((y == 0) | (y == 1)).all():
             raise ValueError("Labels must be 0 or 1 to be predicted.")
-        counted = is_counted(loss, y)
         parts.append(_on_cpu(found, counted))
         targets.append(y[counted].cpu())
     if not sum(len(part.mean) for part in parts):

@@ -15,7 +15,6 @@ from copy import copy
 from math import pi
 from pathlib import Path
 from typing import Any, cast
-from warnings import warn
 
 import torch
 from laplace import KronLaplace
@@ -40,6 +39,7 @@ from laplace_debiased.posterior import (
     diagnostics,
     evaluation,
     fitting,
+    grid_search,
     memory,
     predicting,
     state,
@@ -52,19 +52,14 @@ from laplace_debiased.posterior.likelihoods import (
     BINARY,
     Kind,
     backend_of_labels,
-    check_backend,
+    check_knows_labels,
     check_link,
     kind_of,
 )
 from laplace_debiased.posterior.measuring import Estimate
 from laplace_debiased.posterior.memory import FitMemory
 from laplace_debiased.posterior.sampling_error import SamplingError
-from laplace_debiased.posterior.settings import (
-    DECOMPOSITION_TOLERANCE,
-    Settings,
-    check_integer,
-    check_positive,
-)
+from laplace_debiased.posterior.settings import DECOMPOSITION_TOLERANCE, Settings
 from laplace_debiased.posterior.upstream import without_link_reminder
 from laplace_debiased.predictive.blocks import Covariance
 from laplace_debiased.predictive.calibration import TOLERANCE, Calibration
@@ -74,6 +69,7 @@ from laplace_debiased.predictive.samples import sampled_outputs
 from laplace_debiased.predictive.uncertainty import Uncertainty
 from laplace_debiased.quadratics.bias import BiasReport
 from laplace_debiased.rows.arguments import without_targets
+from laplace_debiased.rows.checks import check_between, check_integer, check_positive
 from laplace_debiased.rows.inputs import (
     Inputs,
     all_finite,
@@ -88,6 +84,7 @@ from laplace_debiased.rows.positions import set_class_axis
 from laplace_debiased.rows.selection import Selection
 from laplace_debiased.rows.sharing import thread_restored
 from laplace_debiased.rows.substitution import run
+from laplace_debiased.rows.user_warnings import warn_user
 from laplace_debiased.sampling.loaders import loader_of_batch
 from laplace_debiased.sampling.processes import own_module, present_group
 
@@ -322,7 +319,7 @@ class KronDebiasedLaplace(KronLaplace):
     def _check_settings(self, likelihood: Likelihood | str) -> None:
         """Refuse settings that do not go with laplace-torch's, or the likelihood."""
         self.likelihood = likelihood
-        check_backend(likelihood, self._backend_cls)
+        check_knows_labels(likelihood, self._backend_cls)
         self.settings.check_damping(self.damping)
         fitting.check_backend(self)
         # those with an own forward pass are not known before it is run
@@ -445,7 +442,7 @@ class KronDebiasedLaplace(KronLaplace):
     def _forget_calibration(self) -> None:
         """Forget the calibration of what has been changed, and say so."""
         if self._calibration is not None:
-            warn(FORGOTTEN, stacklevel=3)
+            warn_user(FORGOTTEN)
         self._calibration = None
 
     # a property in laplace-torch's base class, which declares it as an attribute, too
@@ -651,7 +648,7 @@ class KronDebiasedLaplace(KronLaplace):
                 group=group,
             )
             for message in fitting.messages(self, seen, folds.explicit):
-                warn(message, stacklevel=3)
+                warn_user(message)
             self.model.eval()
 
     @thread_restored
@@ -724,8 +721,7 @@ class KronDebiasedLaplace(KronLaplace):
         seen, group = self._seen, present_group()
         key = self.dict_key_y
         with unchanged_on_failure(self, *self.model.modules()), group.together():
-            if not 0 < decay <= 1:
-                raise ValueError(f"`decay` must lie in (0, 1], got {decay}.")
+            check_between("decay", decay, "(0, 1]")
             if num_data is not None:
                 check_integer("num_data", num_data, 1)
             loader = loader_of_batch(batch, "batch", key, group)
@@ -738,7 +734,7 @@ class KronDebiasedLaplace(KronLaplace):
             folds = fitting.assign(self, loader, magnitude_loader, seen, True, group)
             fitting.update(self, folds, seen, decay, num_data, group=group)
             for message in fitting.messages(self, seen, explicit=True):
-                warn(message, stacklevel=3)
+                warn_user(message)
 
     def _find_candidates(self, X: Inputs, batch_size: int) -> list[Tensor]:
         """Return the parameters that the posterior could be over."""
@@ -917,16 +913,25 @@ class KronDebiasedLaplace(KronLaplace):
         Returns:
             The mean ``[batch, C]``, and the variances ``[batch, C, K]``.
         """
+        self._check_H_init()
         if self.damping:
             raise ValueError("With `damping`, each prior precision needs its own pass.")
+        curvature = cast("EigenbasisMatrix", self.H) * self._H_factor
         with evaluating(self.model):
-            X = self._inputs(X)
-            curvature = cast("EigenbasisMatrix", self.H) * self._H_factor
-            f_mu, variances = self._predictive(curvature).variances(
-                X, num_examples(X, self.dict_key_x), prior_precisions
+            f_mu, variances = self._output_variances(
+                self._inputs(X), curvature, prior_precisions
             )
         check_finite_predictions(f_mu, variances)
         return at_least_single(f_mu), variances
+
+    def _output_variances(
+        self, X: Inputs, curvature: EigenbasisMatrix, prior_precisions: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """Do so for prepared inputs, by the scaled curvature."""
+        predictive = self._predictive(curvature)
+        return predictive.variances(
+            X, num_examples(X, self.dict_key_x), prior_precisions
+        )
 
     def _predictive(self, posterior: EigenbasisMatrix) -> predicting.Predictive:
         """Return the linearized network's predictive with a posterior precision."""
@@ -937,7 +942,7 @@ class KronDebiasedLaplace(KronLaplace):
             if self.forward_samples == predicting.AUTO:
                 assert self._selection is not None
                 message = predicting.are_sampled(count, self._selection.num_outputs)
-                warn(message, stacklevel=3)
+                warn_user(message)
         return predicting.predictive(self, posterior)
 
     def _glm_forward_call(
@@ -1073,7 +1078,7 @@ class KronDebiasedLaplace(KronLaplace):
         init_prior_prec: float | Tensor = 1.0,
         prior_structure: PriorStructure | str = PriorStructure.SCALAR,
         val_loader: DataLoader | None = None,
-        loss: tuning.Loss | None = None,
+        loss: grid_search.Loss | None = None,
         log_prior_prec_min: float = -4,
         log_prior_prec_max: float = 4,
         grid_size: int = 100,
@@ -1088,12 +1093,12 @@ class KronDebiasedLaplace(KronLaplace):
         """Tune the prior precision as laplace-torch does, and keep the model's mode.
 
         A grid search judges each prior precision for itself, and regressions by the
-        Gaussian negative log likelihood (:mod:`~laplace_debiased.posterior.tuning`); a
-        choice at the end of the grid warns. With the probit approximation, or one
-        output, and a metric as the loss, it takes one pass over the data for all of
-        them. The marginal likelihood is maximized by Newton's method
-        (:mod:`~laplace_debiased.posterior.evidence`), except with ``damping``. If
-        anything fails, the prior precision stays as it was.
+        Gaussian negative log likelihood
+        (:mod:`~laplace_debiased.posterior.grid_search`); a choice at the end of the
+        grid warns. With the probit approximation, or one output, and a metric as the
+        loss, it takes one pass over the data for all of them. The marginal likelihood
+        is maximized by Newton's method (:mod:`~laplace_debiased.posterior.evidence`),
+        except with ``damping``. If anything fails, the prior precision stays as it was.
 
         Args:
             pred_type: As in ``KronLaplace.optimize_prior_precision``, like all others.
@@ -1120,15 +1125,14 @@ class KronDebiasedLaplace(KronLaplace):
             ValueError: If no validation loss is finite, the marginal likelihood has no
                 maximum that is, or ``sigma_noise`` cannot be tuned.
         """
-        if prior_structure not in [own.value for own in PriorStructure]:
-            raise ValueError(f"Invalid prior structure {prior_structure}.")
+        tuning.check_prior_structure(prior_structure)
         if tune_sigma_noise:
             tuning.check_noise_can_be_tuned(self, method, prior_structure)
-        loss = tuning.default_loss(self) if loss is None else loss
+        loss = grid_search.default_loss(self) if loss is None else loss
         climbs = method == TuningMethod.MARGLIK and not self.damping
         if climbs and prior_structure != PriorStructure.DIAG:
             if val_loader is not None:
-                warn("The marginal likelihood takes no `val_loader`.", stacklevel=3)
+                warn_user(tuning.NEEDS_NO_VALIDATION)
             is_layerwise = prior_structure == PriorStructure.LAYERWISE
             self._climb((init_prior_prec, is_layerwise, n_steps), tune_sigma_noise)
             if verbose:
@@ -1173,7 +1177,7 @@ class KronDebiasedLaplace(KronLaplace):
     # the base class declares functions of one argument, and gives them two or three
     def _gridsearch(  # type: ignore[override]
         self,
-        loss: tuning.Loss,
+        loss: grid_search.Loss,
         interval: Tensor,
         val_loader: DataLoader,
         pred_type: PredType | str,
@@ -1181,7 +1185,7 @@ class KronDebiasedLaplace(KronLaplace):
         n_samples: int = 100,
         progress_bar: bool = False,
     ) -> Tensor:
-        return tuning.grid_search(
+        return grid_search.grid_search(
             self,
             loss,
             interval,
@@ -1367,7 +1371,7 @@ class KronDebiasedLaplace(KronLaplace):
         with unchanged_on_failure(self, *self.model.modules()):
             self._load(state_dict)
             if not state.is_at_parameters(self):
-                warn(state.OTHER_PARAMETERS, stacklevel=3)
+                warn_user(state.OTHER_PARAMETERS)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted posterior to a file, whole or not at all.
@@ -1455,8 +1459,7 @@ class KronDebiasedLaplace(KronLaplace):
             ValueError: If the level is out of range, or the backend does not tell what
                 each point contributes.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"`level` must lie in (0, 1), got {level}.")
+        check_between("level", level, "(0, 1)")
         return diagnostics.known_sampling_error(self).intervals(level)
 
     def log_marginal_likelihood_standard_error(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from laplace import KronLLLaplace
@@ -35,10 +35,7 @@ from laplace_debiased.predictive.last_layer import (
 from laplace_debiased.rows.batches import select_rows
 from laplace_debiased.rows.inputs import (
     Inputs,
-    at_least_single,
-    check_finite_predictions,
 )
-from laplace_debiased.rows.model_state import evaluating
 from laplace_debiased.rows.sharing import thread_restored
 from laplace_debiased.sampling.processes import own_module
 
@@ -153,7 +150,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         forward_samples: int | str | None = predicting.AUTO,
         class_axis: int | None = None,
     ):
-        limits = (memory_limit, fit_memory_limit), strict, forward_samples, class_axis
+        ours = (memory_limit, fit_memory_limit), strict, forward_samples, class_axis
         self._configure(
             Settings(
                 magnitudes=magnitudes,
@@ -168,7 +165,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
                 seed=seed,
                 decomposition_tolerance=decomposition_tolerance,
             ),
-            *limits,
+            *ours,
         )
         network = own_module(model), kind_of(likelihood).known
         prior = sigma_noise, prior_precision, prior_mean, temperature, enable_backprop
@@ -248,7 +245,6 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             with torch.no_grad():
                 self.model.find_last_layer(select_rows(X, torch.arange(1), batch_size))
         self._free_last_layer()
-        self._candidates = list(self._last_layer.parameters())
         return self._candidates
 
     def _free_last_layer(self) -> None:
@@ -267,6 +263,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             if id(param) in others:
                 own = nn.Parameter(param.detach().clone(), param.requires_grad)
                 setattr(layer, key, own)
+        self._candidates = list(layer.parameters())
 
     def _output_moments(self, X: Inputs, kind: str) -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(self._keeps_graphs):
@@ -275,20 +272,14 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
                 return super()._output_moments(X, kind)
             return f_mu, last_layer_covariance(features, self.posterior_precision, kind)
 
-    def _variances_by_prior(
-        self, X: Inputs, prior_precisions: Sequence[float]
+    def _output_variances(
+        self, X: Inputs, curvature: EigenbasisMatrix, prior_precisions: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
-        self._check_H_init()
-        with evaluating(self.model), torch.set_grad_enabled(self._keeps_graphs):
-            f_mu, features = features_of(
-                self.model, self.fitted_params, self._inputs(X)
-            )
-            if features is None or self.damping:
-                return super()._variances_by_prior(X, prior_precisions)
-            curvature = cast("EigenbasisMatrix", self.H) * self._H_factor
-            variances = last_layer_variances(features, curvature, prior_precisions)
-        check_finite_predictions(f_mu, variances)
-        return at_least_single(f_mu), variances
+        with torch.set_grad_enabled(self._keeps_graphs):
+            f_mu, features = features_of(self.model, self.fitted_params, X)
+            if features is None:
+                return super()._output_variances(X, curvature, prior_precisions)
+            return f_mu, last_layer_variances(features, curvature, prior_precisions)
 
     def _output_changes(self, X: Inputs) -> Iterator[tuple[Tensor, Tensor]] | None:
         if self.n_outputs <= MANY_OUTPUTS:
@@ -355,5 +346,4 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
                 f"{self.model._last_layer_name!r}."
             )
         self._free_last_layer()
-        self._candidates = list(self._last_layer.parameters())
         state.load(self, state_dict)

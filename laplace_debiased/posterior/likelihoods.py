@@ -11,6 +11,7 @@ from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 
 from laplace_debiased.posterior.upstream import is_curvlinops
 from laplace_debiased.predictive.links import SIGMOID, SOFTMAX, Link
+from laplace_debiased.rows.checks import plain_text
 from laplace_debiased.rows.output_curvature import Loss
 
 # of one logit, or of one for each of several labels that do not exclude each other
@@ -63,7 +64,7 @@ def kind_of(likelihood: str) -> Kind:
         ValueError: If there is no such likelihood.
     """
     if likelihood not in _KINDS:
-        names = [str(getattr(own, "value", own)) for own in _KINDS]
+        names = [plain_text(own) for own in _KINDS]
         raise ValueError(
             f"Invalid likelihood type {likelihood}: it must be one of {names}."
         )
@@ -90,7 +91,7 @@ def backend_of_labels(la: BaseLaplace) -> CurvatureInterface:
     return backend
 
 
-def check_backend(likelihood: str, backend: type[CurvatureInterface]) -> None:
+def check_knows_labels(likelihood: str, backend: type[CurvatureInterface]) -> None:
     """Refuse labels with a backend that knows the curvature of a softmax alone.
 
     Args:
@@ -120,7 +121,7 @@ def check_link(likelihood: str, link_approx: str) -> None:
     bridges = LinkApprox.BRIDGE, LinkApprox.BRIDGE_NORM
     if likelihood == BINARY and link_approx in bridges:
         raise ValueError(
-            f"`link_approx={str(getattr(link_approx, 'value', link_approx))!r}` is the "
+            f"`link_approx={plain_text(link_approx)!r}` is the "
             "Dirichlet distribution of classes that exclude each other: labels have "
             "'probit' and 'mc'."
         )

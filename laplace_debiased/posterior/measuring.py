@@ -211,7 +211,7 @@ def _of_all_layers(
         used = parts[0].used if parts else None
         parts.append(_of_layers(own, folds, settings, seed, before, used))
     first, curvatures = parts[0], [own.curvature for own in parts]
-    joined: Any = type(first.curvature)  # that of all parts
+    kind: Any = type(first.curvature)  # that of all parts
     seen, surveys = (
         [SweepSummary.of_layers(own) for own in zip(*summaries, strict=True)]
         for summaries in (
@@ -219,7 +219,7 @@ def _of_all_layers(
             [own.surveys or [] for own in parts],
         )
     )
-    curvature = joined.of_layers(curvatures)
+    curvature = kind.of_layers(curvatures)
     return _Measured(curvature, first.used, seen, surveys or None)
 
 
@@ -304,11 +304,11 @@ def _ggn(
         return _finite(spectra, source)
 
     measures = [partial(along, k) for k in range(len(folds))]
-    pooled = pool is not None
+    how = pool is not None, source.decompose
     if is_cross_fit:
-        debiased = cross_fit(factors, measures, shares, pooled, source.decompose)
+        debiased = cross_fit(factors, measures, shares, *how)
     else:
-        debiased = two_batch(factors[0], measures[1], source.decompose, pooled)
+        debiased = two_batch(factors[0], measures[1], *how)
     found = debiased.directions, debiased.magnitudes, debiased.own
     return GGNCurvature(source.layers, *found), seen
 

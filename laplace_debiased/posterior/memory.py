@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
@@ -19,8 +20,8 @@ from torch import Tensor
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
 from laplace_debiased.posterior.checkpoint import flat
 from laplace_debiased.posterior.predicting import memory_limit
-from laplace_debiased.posterior.settings import check_integer
 from laplace_debiased.posterior.upstream import is_curvlinops, output_curvature
+from laplace_debiased.rows.checks import check_integer
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.sampling.folds import Folds
 from laplace_debiased.sampling.processes import ALONE, Alone
@@ -52,8 +53,8 @@ class Entries(NamedTuple):
     @classmethod
     def of(cls, layers: Sequence[Layer]) -> Entries:
         """Count the entries of some layers."""
-        outer = [own.d_out ** (1 if own.is_diagonal else 2) for own in layers]
-        inner = [own.d_in ** (1 if own.is_embedding else 2) for own in layers]
+        outer = [prod(own.gradient_shape) for own in layers]
+        inner = [prod(own.input_shape()) for own in layers]
         spectra = sum(
             own.d_out * (own.d_in + (own.vector is not None)) for own in layers
         )

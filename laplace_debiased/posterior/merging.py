@@ -78,10 +78,7 @@ def merge(
         raise ValueError("There are no posteriors to merge.")
     states = [_state_of(part) for part in parts]
     device = next(v.device for v in states[0].values() if isinstance(v, Tensor))
-    states = [
-        {k: v.to(device) if isinstance(v, Tensor) else v for k, v in own.items()}
-        for own in states
-    ]
+    states = [checkpoint.on_device(own, device) for own in states]
     names = [_name_of(part, k) for k, part in enumerate(parts)]
     for own, name in zip(states, names, strict=True):
         _check_same(states[0], own, f"{names[0]} and {name}")

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import exp, log
-from warnings import warn
 
 from scipy.optimize import minimize_scalar
+
+from laplace_debiased.rows.user_warnings import warn_user
 
 _STEP, _MOST_STEPS = log(10), 20
 _TOLERANCE = 1e-4
@@ -46,11 +47,10 @@ def best_noise(
     steps = len(costs) - 1
     if costs[-1] < costs[-2]:
         noise = lowest * exp(_STEP * steps)
-        warn(
+        warn_user(
             f"The marginal likelihood still grows at the noise {noise:.3g}, "
             f"{_MOST_STEPS} powers of ten above that of the residuals, and the search "
-            "ends there: set `sigma_noise`.",
-            stacklevel=2,
+            "ends there: set `sigma_noise`."
         )
         return noise
     bounds = _STEP * max(0, steps - 2), _STEP * steps

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
-from warnings import warn
 
 import torch
 from laplace.utils.enums import Likelihood, LinkApprox
 from torch import Tensor
 
 from laplace_debiased.curvature.eigenbasis import EigenbasisMatrix
-from laplace_debiased.posterior.settings import check_integer
 from laplace_debiased.predictive.forward_mode import (
     MANY_OUTPUTS,
     NUM_SAMPLES,
@@ -20,10 +18,12 @@ from laplace_debiased.predictive.forward_mode import (
     relative_error,
 )
 from laplace_debiased.predictive.moments import LinearizedPredictive
+from laplace_debiased.rows.checks import check_integer
 from laplace_debiased.rows.inputs import NEED_EXAMPLES, Inputs
 from laplace_debiased.rows.model_state import evaluating
 from laplace_debiased.rows.positions import points, restored
 from laplace_debiased.rows.substitution import output_shape
+from laplace_debiased.rows.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
@@ -86,7 +86,7 @@ class SampledIfPossible:
 
 
 def _warn_of(error: ForwardModeError) -> None:
-    warn(f"{error} For now, there is one for each output.", stacklevel=6)
+    warn_user(f"{error} For now, there is one for each output.")
 
 
 def check_forward_samples(value: int | str | None) -> None:

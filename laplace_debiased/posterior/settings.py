@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
-import torch
 from laplace.curvature import CurvatureInterface
-from torch import Tensor
 
-from laplace_debiased.curvature.operator import check_magnitudes
+from laplace_debiased.curvature.streams import CURVATURE_TYPES
 from laplace_debiased.posterior.upstream import is_curvlinops, is_empirical
+from laplace_debiased.rows.checks import check_between, check_choice, check_integer
 from laplace_debiased.sampling.folds import Folds
 
 MIN_BUDGET = 8
@@ -40,8 +38,8 @@ class Settings:
             (0, 1], which bounds the weights.
         estimator: ``"two_batch"`` or ``"cross_fit"``.
         num_folds: Number of folds of ``"cross_fit"``.
-        fisher_rank: Number of backward passes for each point, but for one, if the
-            exact ones are more; None for those.
+        fisher_rank: Number of columns of the output curvature's square root that are
+            kept for each point, which takes one backward pass more; None for all.
         seed: Seed of the assignment, and of sampled labels.
         decomposition_tolerance: How far a factor of thousands of rows may be, as a
             share of its norm, from what is decomposed, which is isotropic but for its
@@ -65,29 +63,23 @@ class Settings:
     decomposition_tolerance: float = DECOMPOSITION_TOLERANCE
 
     def __post_init__(self):
-        check_magnitudes(self.magnitudes)
+        check_choice("magnitudes", self.magnitudes, CURVATURE_TYPES)
         if self.sampling is not None:
-            _check_choice("sampling", self.sampling, SAMPLING_CHOICES)
-        _check_choice("estimator", self.estimator, ESTIMATOR_CHOICES)
+            check_choice("sampling", self.sampling, SAMPLING_CHOICES)
+        check_choice("estimator", self.estimator, ESTIMATOR_CHOICES)
         if self.direction_fraction != "auto":
-            _check_fraction("direction_fraction", self.direction_fraction)
+            _check_fraction(self.direction_fraction)
         if self.budget is not None:
             check_integer("budget", self.budget, MIN_BUDGET)
         if self.pool_size is not None:
             check_integer("pool_size", self.pool_size, MIN_BUDGET)
-        if not 0 < self.sampling_floor <= 1:
-            raise ValueError(
-                f"`sampling_floor` must lie in (0, 1], got {self.sampling_floor}."
-            )
+        check_between("sampling_floor", self.sampling_floor, "(0, 1]")
         check_integer("num_folds", self.num_folds, 2)
         if self.fisher_rank is not None:
             check_integer("fisher_rank", self.fisher_rank, 1)
         check_integer("seed", self.seed)
-        if not 0 <= self.decomposition_tolerance < 1:
-            raise ValueError(
-                "`decomposition_tolerance` must lie in [0, 1), got "
-                f"{self.decomposition_tolerance}."
-            )
+        tolerance = self.decomposition_tolerance
+        check_between("decomposition_tolerance", tolerance, "[0, 1)")
         if self.budget is not None and self.num_folds > self.budget:
             raise ValueError(
                 f"`num_folds` must be at most `budget`, got {self.num_folds} folds for "
@@ -204,53 +196,14 @@ class Settings:
         """
         if self.cross_fit:
             return [1 / self.num_folds] * self.num_folds
-        fraction = best if self.finds_share else self.direction_fraction
-        assert isinstance(fraction, float)
-        return [fraction, 1 - fraction]
+        share = best if self.finds_share else self.direction_fraction
+        assert share is not None
+        return [float(share), 1 - float(share)]
 
 
-def _check_fraction(name: str, value: Any) -> None:
-    if not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a float or 'auto', got {value!r}.")
-    if not 0 < value < 1:
-        raise ValueError(
-            f"`{name}` must lie strictly between 0 and 1, or be 'auto', got {value}."
+def _check_fraction(value: Any) -> None:
+    if isinstance(value, str):
+        raise TypeError(
+            f"`direction_fraction` must be a number or 'auto', got {value!r}."
         )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
-
-
-def check_integer(name: str, value: Any, smallest: int | None = None) -> None:
-    """Refuse what is no integer, or too small a one.
-
-    Args:
-        name: The argument's name.
-        value: Its value. NumPy's integers are integers, too; booleans are not meant.
-        smallest: The smallest value allowed.
-
-    Raises:
-        TypeError: If it is no integer.
-        ValueError: If it is too small.
-    """
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"`{name}` must be an int, got {value!r}.")
-    if smallest is not None and value < smallest:
-        raise ValueError(f"`{name}` must be at least {smallest}, got {value}.")
-
-
-def check_positive(name: str, value: float | Tensor) -> None:
-    """Refuse numbers that are not finite and above zero.
-
-    Args:
-        name: The argument's name.
-        value: Its value.
-
-    Raises:
-        ValueError: If one is not.
-    """
-    values = torch.as_tensor(value)
-    if not (values.isfinite() & (values > 0)).all():
-        raise ValueError(f"`{name}` must be finite and above zero, got {value}.")
+    check_between("direction_fraction", value, "(0, 1)")

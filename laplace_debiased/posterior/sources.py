@@ -99,7 +99,7 @@ class Source(Protocol):
 
         Args:
             fold: The points.
-            seed: Seed for sampled labels.
+            seed: Seed of the positions that are taken.
 
         Returns:
             As :meth:`factors`, without gradient covariances.

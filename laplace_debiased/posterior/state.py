@@ -18,13 +18,14 @@ from torch import Tensor
 from laplace_debiased.curvature.decomposition import decompose
 from laplace_debiased.curvature.factors import EXPAND
 from laplace_debiased.curvature.streams import CURVATURE_TYPES
-from laplace_debiased.posterior.checkpoint import flat, is_same, nested
+from laplace_debiased.posterior.checkpoint import flat, is_same, nested, on_device
 from laplace_debiased.posterior.fitting import Seen, set_params
 from laplace_debiased.posterior.identity import check_not_replaced
 from laplace_debiased.posterior.measuring import Estimate
 from laplace_debiased.posterior.sampling_error import SamplingError
 from laplace_debiased.posterior.state_checks import UPSTREAM, check
 from laplace_debiased.predictive.calibration import Calibration
+from laplace_debiased.rows.checks import plain_text
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.selection import Selection
 
@@ -105,8 +106,8 @@ def _plain(value: Any) -> Any:
     """Return a tensor without its graph, and a number or a name of a basic type."""
     if isinstance(value, Tensor):
         return value.detach()
-    if isinstance(value, str):  # laplace-torch's names may be members of enumerations
-        return str(getattr(value, "value", value))
+    if isinstance(value, str):
+        return plain_text(value)
     return float(value) if isinstance(value, float) else value
 
 
@@ -117,7 +118,7 @@ def _configuration(la: KronDebiasedLaplace) -> dict[str, Any]:
         "magnitudes": la.settings.magnitudes,
         "damping": la.damping,
         "backend": la._backend_cls.__name__,
-        "approximation": str(la._asdl_fisher_kwargs.get("kfac_approx", EXPAND)),
+        "approximation": plain_text(la._asdl_fisher_kwargs.get("kfac_approx", EXPAND)),
         "likelihood": _plain(la.likelihood),
         "candidates": _names(la, la._candidates),
         "class_axis": la.class_axis,
@@ -142,7 +143,7 @@ def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
     """
     check_origin(la, saved)
     names = saved.keys()
-    saved = nested(saved)
+    saved = nested(on_device(saved, la._device))
     check(la, _configuration(la), saved)
     named = dict(la.model.named_parameters())
     set_params(la, [named[name] for name in saved["parameters"]])
@@ -158,10 +159,11 @@ def load(la: KronDebiasedLaplace, saved: dict[str, Any]) -> None:
     la.H = la._estimate.curvature.decompose(la.damping, decomposition, one_by_one)
     calibration = saved["calibration"]
     la._calibration = calibration and Calibration(**calibration)
-    differing = la.state_dict().keys() ^ names
-    if differing:
+    known = la.state_dict().keys()
+    if known != names:
         raise ValueError(
-            f"`state_dict` lacks {sorted(differing)}, or they are unknown."
+            f"`state_dict` lacks {sorted(known - names)}, and has unknown entries "
+            f"{sorted(names - known)}."
         )
 
 

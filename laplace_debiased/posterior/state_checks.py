@@ -212,7 +212,7 @@ def _check_layers(
             f"`state_dict` has {name} of {len(own)} layers, not {len(layers)}."
         )
     for layer, tensors in zip(layers, own, strict=True):
-        for key, shape in _shapes(layer, name).items():
+        for key, shape in _shapes(Layer.from_state_dict(layer), name).items():
             place, tensor = f"{name} of layer {layer['name']!r} ({key})", tensors[key]
             if (tensor is None) != (shape is None):
                 raise ValueError(f"`state_dict` must not have {tensor} as {place}.")
@@ -220,22 +220,18 @@ def _check_layers(
                 check_tensor(tensor, place, shape, dtype)
 
 
-def _shapes(layer: dict[str, Any], name: str) -> dict[str, list[int] | None]:
+def _shapes(layer: Layer, name: str) -> dict[str, list[int] | None]:
     """Return the shapes of what there is of a layer; None for what there is not."""
-    d_out, d_in = layer["d_out"], layer["d_in"]
-    has_matrix, has_vector = layer["matrix"] is not None, layer["vector"] is not None
+    has_matrix, has_vector = layer.matrix is not None, layer.vector is not None
     if name == "curvature.spectra":
-        matrix, vector = [d_out, d_in], [d_out]
         return {
-            "matrix": matrix if has_matrix else None,
-            "vector": vector if has_vector else None,
+            "matrix": [layer.d_out, layer.d_in] if has_matrix else None,
+            "vector": [layer.d_out] if has_vector else None,
         }
     sides = 1 if name == "curvature.factor_eigenvalues" else 2
-    of_inputs = 1 if layer["is_embedding"] else sides
-    of_gradients = 1 if layer["is_diagonal"] else sides
     return {
-        "gradients": of_gradients * [d_out],
-        "inputs": of_inputs * [d_in] if has_matrix else None,
+        "gradients": layer.gradient_shape[:sides],
+        "inputs": layer.input_shape()[:sides] if has_matrix else None,
     }
 
 

@@ -1,142 +1,31 @@
-"""Prior precisions chosen by marginal likelihood, or by validation data.
+"""Prior precisions and noise chosen by marginal likelihood.
 
-laplace-torch climbs the marginal likelihood by a hundred steps of gradient ascent;
-Newton's method takes few (:mod:`~laplace_debiased.posterior.evidence`). Its grid search
-never resets its running metric, so that the scores of all earlier grid points add to
-the present one, and judges regression by squared error, which no prior precision
-changes.
+laplace-torch climbs it by a hundred steps of gradient ascent; Newton's method takes few
+(:mod:`~laplace_debiased.posterior.evidence`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from copy import deepcopy
-from math import inf, isfinite
-from typing import TYPE_CHECKING, Any
-from warnings import warn
+from math import inf
+from typing import TYPE_CHECKING
 
 import torch
-import torchmetrics
-from laplace.utils import validate
-from laplace.utils.enums import (
-    Likelihood,
-    LinkApprox,
-    PredType,
-    PriorStructure,
-    TuningMethod,
-)
+from laplace.utils.enums import Likelihood, PriorStructure, TuningMethod
 from torch import Tensor
-from torch.distributions import MultivariateNormal
-from torch.nn.functional import binary_cross_entropy
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from laplace_debiased.posterior import predicting
 from laplace_debiased.posterior.evidence import best_prior_precision
-from laplace_debiased.posterior.likelihoods import BINARY
 from laplace_debiased.posterior.noise import best_noise
-from laplace_debiased.posterior.settings import check_positive
-from laplace_debiased.posterior.upstream import inputs_and_targets, loss_of
-from laplace_debiased.predictive.prior_path import TOLERANCE, PriorInterval
-from laplace_debiased.rows.output_curvature import is_counted
-from laplace_debiased.rows.positions import points
-from laplace_debiased.rows.targets import targets_of_points
+from laplace_debiased.rows.checks import check_positive
+from laplace_debiased.rows.user_warnings import warn_user
 
 if TYPE_CHECKING:
     from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 
-Loss = torchmetrics.Metric | Callable[..., Tensor]
-# of variances between the nodes of a path, where those at the nodes are by samples
-_SAMPLED_TOLERANCE = 1e-2
-
-
-class _MeanNLL(torchmetrics.Metric):
-    """Mean of negative logarithms, in double precision."""
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        zero = torch.zeros((), dtype=torch.float64)
-        for name in ("total", "count"):
-            self.add_state(name, zero, dist_reduce_fx="sum")
-
-    def compute(self) -> Tensor:
-        """Return the mean over all that was added."""
-        return self.total / self.count
-
-
-class GaussianNLL(_MeanNLL):
-    """Mean negative log density of targets in a regression.
-
-    The predictive distribution is a Gaussian, whose covariance is that of the network's
-    output and the noise.
-
-    Args:
-        noise_variance: Variance of the noise in each output, a scalar.
-    """
-
-    def __init__(self, noise_variance: Tensor):
-        super().__init__()
-        self.noise_variance = noise_variance.detach().double()
-
-    def update(self, mean: Tensor, covariance: Tensor, y: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            mean: Mean of the outputs ``[batch, outputs]``.
-            covariance: Their covariance ``[batch, outputs, outputs]``, or variance
-                ``[batch, outputs]``, without noise.
-            y: Targets ``[batch, outputs]``, or ``[batch]`` of one output.
-
-        Raises:
-            ValueError: If the targets have another shape.
-        """
-        y = y[:, None] if y.shape == mean.shape[:1] and mean.shape[1] == 1 else y
-        if y.shape != mean.shape:
-            raise ValueError(
-                f"Targets must have the outputs' shape {tuple(mean.shape)}, got "
-                f"{tuple(y.shape)}."
-            )
-        mean, covariance = mean.double(), covariance.double()
-        if covariance.ndim == 2:
-            covariance = torch.diag_embed(covariance)
-        noise = self.noise_variance * torch.eye(mean.shape[1]).to(mean)
-        density = MultivariateNormal(mean, covariance + noise)
-        self.total = self.total - density.log_prob(y.double()).sum()
-        self.count = self.count + len(y)
-
-
-class LabelNLL(_MeanNLL):
-    """Mean negative log likelihood of a label, in nats."""
-
-    def update(self, probabilities: Tensor, y: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            probabilities: Probabilities of the labels ``[batch, labels]``.
-            y: Labels, of the same shape, or ``[batch]`` if there is one.
-        """
-        p = probabilities.double()
-        y = y.to(p).reshape(p.shape)
-        # torch's logarithm of a probability is at least -100
-        self.total = self.total + binary_cross_entropy(p, y, reduction="sum")
-        self.count = self.count + y.numel()
-
-
-def default_loss(la: KronDebiasedLaplace) -> Loss | None:
-    """Return what validation predictions are judged by, unless users say so.
-
-    Args:
-        la: The posterior.
-
-    Returns:
-        The loss; None where laplace-torch's own is right.
-    """
-    if la.likelihood == Likelihood.REGRESSION:
-        return GaussianNLL(la.sigma_noise**2)
-    return LabelNLL() if la.likelihood == BINARY else None
+NEEDS_NO_VALIDATION = (
+    "The marginal likelihood takes no `val_loader`: pass `method='gridsearch'`, or "
+    "call `calibrate(val_loader)`."
+)
 
 
 @torch.no_grad()
@@ -186,6 +75,23 @@ def maximize_marginal_likelihood(
         for group, own in zip(groups, starts, strict=True)
     ]
     return torch.tensor(_with_finite_maximum(la, found, starts), dtype=torch.float64)
+
+
+def check_prior_structure(prior_structure: PriorStructure | str) -> None:
+    """Refuse an unknown structure.
+
+    Args:
+        prior_structure: Its name.
+
+    Raises:
+        ValueError: If there is none of this name.
+    """
+    structures = [own.value for own in PriorStructure]
+    if prior_structure not in structures:
+        raise ValueError(
+            f"Invalid prior structure {prior_structure}: it must be one of "
+            f"{structures}."
+        )
 
 
 def check_noise_can_be_tuned(
@@ -261,135 +167,9 @@ def _with_finite_maximum(
     names = {id(param): name for name, param in la.model.named_parameters()}
     params = la.fitted_params
     left = ", ".join(names.get(id(params[k]), str(k)) for k in without)
-    warn(
+    warn_user(
         f"The marginal likelihood has no maximum in the prior precisions of {left}, "
-        "which stay as they were: there is no curvature, or the parameters are at the "
-        "prior's mean.",
-        stacklevel=2,
+        "which are set to `init_prior_prec`: there is no curvature, or the parameters "
+        "are at the prior's mean."
     )
     return [own if 0 < own < inf else s for own, s in zip(found, starts, strict=True)]
-
-
-def grid_search(
-    la: KronDebiasedLaplace,
-    loss: Loss,
-    interval: Tensor,
-    val_loader: DataLoader,
-    progress_bar: bool = False,
-    **predictive: Any,
-) -> Tensor:
-    """Find the prior precision with the smallest loss on validation data.
-
-    Args:
-        la: The posterior, whose prior precision changes.
-        loss: A metric, or a function of predictions and targets.
-        interval: The prior precisions, in ascending order.
-        val_loader: Yields validation data.
-        progress_bar: Whether to show a progress bar.
-        **predictive: How to predict, as laplace-torch's ``validate`` takes it.
-
-    Returns:
-        The best of them, a scalar. If it is the first or the last, a warning says so.
-
-    Raises:
-        ValueError: If no prior precision has a finite loss, or outputs have positions
-            and predictions are neither by moments nor judged by a metric.
-    """
-    if _is_known_from_one_pass(la, loss, **predictive):
-        assert isinstance(loss, torchmetrics.Metric)
-        losses = _losses_from_one_pass(la, loss, interval, val_loader, progress_bar)
-    else:
-        if la.class_axis is not None:
-            raise ValueError(
-                "Of outputs with positions, a grid search judges probabilities by "
-                "`pred_type='glm'`, `link_approx='probit'` and a metric as the loss."
-            )
-        losses = []
-        for prior_precision in tqdm(
-            interval, disable=not progress_bar, desc="[Grid search]"
-        ):
-            la.prior_precision = prior_precision
-            losses.append(_loss(la, loss, val_loader, predictive))
-    losses = [own if isfinite(own) else inf for own in losses]
-    best = min(range(len(losses)), key=losses.__getitem__)
-    if not isfinite(losses[best]):
-        raise ValueError("The validation loss is not finite for any prior precision.")
-    if len(losses) > 1 and best in (0, len(losses) - 1):
-        bound = "log_prior_prec_max" if best else "log_prior_prec_min"
-        warn(
-            f"The best prior precision, {interval[best].item():.3g}, is at the end of "
-            f"the grid: extend it by `{bound}`.",
-            stacklevel=2,
-        )
-    return interval[best]
-
-
-def _is_known_from_one_pass(
-    la: KronDebiasedLaplace,
-    loss: Loss,
-    pred_type: PredType | str,
-    link_approx: LinkApprox | str,
-    **_: Any,
-) -> bool:
-    """Whether predictions follow from means and variances, whatever the prior."""
-    if la.damping or pred_type != PredType.GLM:
-        return False
-    if not isinstance(loss, torchmetrics.Metric):  # needs all predictions at once
-        return False
-    if la._kind.link is None:
-        return la.n_outputs == 1
-    return link_approx == LinkApprox.PROBIT
-
-
-def _losses_from_one_pass(
-    la: KronDebiasedLaplace,
-    metric: torchmetrics.Metric,
-    interval: Tensor,
-    val_loader: DataLoader,
-    progress_bar: bool,
-) -> list[float]:
-    """Compute a metric at all prior precisions from one pass over the data."""
-    ends = interval.min().item(), interval.max().item()
-    # with samples, each node takes a pass for each of them, and has their error
-    is_sampled = predicting.samples_variances(la)
-    path = PriorInterval(*ends, _SAMPLED_TOLERANCE if is_sampled else TOLERANCE)
-    metric.reset()
-    metrics, link = [deepcopy(metric) for _ in interval], la._kind.link
-    for batch in tqdm(val_loader, disable=not progress_bar, desc="[Grid search]"):
-        X, y = inputs_and_targets(batch, la.backend)
-        if not len(y):
-            continue
-        mean, at_nodes = la._variances_by_prior(X, path.nodes)
-        if la.class_axis is not None:
-            mean = points(mean, la.n_outputs)
-            at_nodes = at_nodes.reshape(*mean.shape, -1)
-        loss = loss_of(la.backend)
-        # metrics may take labels as integers alone
-        y = targets_of_points(la.model, y, loss, mean).to(y.dtype)
-        counted = is_counted(loss, y)
-        mean, at_nodes, y = mean[counted], at_nodes[counted], y[counted]
-        variances = path.at(at_nodes, interval.to(mean))  # [batch, C, grid]
-        for own, variance in zip(metrics, variances.unbind(2), strict=True):
-            if link is not None:
-                own.update(link.probit(mean, variance), y)
-                continue
-            try:
-                own.update(mean, variance[:, :, None], y)
-            except TypeError:  # one of mean and targets, such as the squared error
-                own.update(mean, y)
-    return [own.compute().sum().item() for own in metrics]
-
-
-def _loss(
-    la: KronDebiasedLaplace,
-    loss: Loss,
-    val_loader: DataLoader,
-    predictive: dict[str, Any],
-) -> float:
-    """Compute the loss at the present prior precision."""
-    if isinstance(loss, torchmetrics.Metric):
-        loss.reset()
-    try:
-        return validate(la, val_loader, loss, dict_key_y=la.dict_key_y, **predictive)
-    except torch.linalg.LinAlgError:  # the covariance is singular
-        return inf

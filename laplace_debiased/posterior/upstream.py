@@ -18,13 +18,16 @@ from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
 
 from laplace_debiased.rows.arguments import by_keywords, without_targets
-from laplace_debiased.rows.inputs import Batch, Inputs, moved, on_device
+from laplace_debiased.rows.checks import plain_text
+from laplace_debiased.rows.inputs import Batch, Inputs, check_targets, moved, on_device
 from laplace_debiased.rows.output_curvature import (
     EMPIRICAL,
     TYPE_2,
     Loss,
     OutputCurvature,
+    is_counted,
 )
+from laplace_debiased.rows.targets import targets_of_points
 
 
 def is_curvlinops(backend: type[CurvatureInterface]) -> bool:
@@ -81,9 +84,8 @@ def output_curvature(
         if is_empirical(type(backend))
         else getattr(backend, "_kron_fisher_type", TYPE_2)
     )
-    # curvlinops' enumeration, or a string
-    fisher_type = getattr(fisher_type, "value", fisher_type)
-    return OutputCurvature(loss_of(backend), fisher_type, mc_samples, fisher_rank)
+    kind = plain_text(fisher_type)
+    return OutputCurvature(loss_of(backend), kind, mc_samples, fisher_rank)
 
 
 def split_batch(batch: Any, key: str) -> tuple[Inputs, Any]:
@@ -134,6 +136,32 @@ def inputs_and_targets(batch: Any, backend: CurvatureInterface) -> Batch:
     device = next(backend.model.parameters()).device
     X = without_targets(backend.model, X, key)
     return on_device(X, device), moved(y, device)
+
+
+def counted_targets(
+    model: nn.Module, loss: Loss, y: Tensor, mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Arrange and check the targets of predictions.
+
+    Args:
+        model: The network.
+        loss: The loss.
+        y: The targets of a batch.
+        mean: Means of its outputs ``[points, outputs]``.
+
+    Returns:
+        A target for each point, and whether the loss counts it ``[points]``.
+
+    Raises:
+        ValueError: If targets are not valid, or probabilities of classes.
+    """
+    y = check_targets(mean, targets_of_points(model, y, loss, mean), loss)
+    if isinstance(loss, nn.CrossEntropyLoss) and y.is_floating_point():
+        raise ValueError(
+            f"Targets must be class indices, got {y.dtype}: of probabilities, pass "
+            "`y.argmax(1)`."
+        )
+    return y, is_counted(loss, y)
 
 
 class PicklableExtractor(FeatureExtractor):

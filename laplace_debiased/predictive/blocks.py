@@ -29,7 +29,6 @@ from laplace_debiased.predictive.isotropic import num_equal, pays, residuals, sh
 from laplace_debiased.rows.layers import Layer
 from laplace_debiased.rows.one_hot import OneHotRows
 
-KINDS = ("full", "diagonal", "joint")
 # what fits into a processor's cache
 JACOBIAN_BYTES = 2**22
 # examples that a layer's precisions are read for at once

@@ -41,6 +41,7 @@ SCALES = (0.0, *np.logspace(-3, 0, 13).tolist())
 # temperature, both before any data were seen
 _PRIOR_POINTS = 50
 _PRIOR_SPREAD = 0.1
+# of the temperature's logarithm: its largest absolute value, and its accuracy
 _BOUND = 2.5
 _ACCURACY = 5e-3
 

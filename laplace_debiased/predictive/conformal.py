@@ -10,6 +10,8 @@ from math import ceil, inf
 
 from torch import Tensor
 
+from laplace_debiased.rows.checks import check_between
+
 
 def conformal_threshold(scores: Tensor, coverage: float) -> float:
     """Compute what a further score stays below, with a probability.
@@ -26,8 +28,7 @@ def conformal_threshold(scores: Tensor, coverage: float) -> float:
     Raises:
         ValueError: If the probability is out of range.
     """
-    if not 0 < coverage < 1:
-        raise ValueError(f"`coverage` must lie in (0, 1), got {coverage}.")
+    check_between("coverage", coverage, "(0, 1)")
     rank = ceil((len(scores) + 1) * coverage - 1e-9)
     if rank > len(scores):
         return inf

@@ -19,7 +19,7 @@ samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import sqrt
 
 import torch
@@ -50,7 +50,8 @@ from laplace_debiased.rows.substitution import (
 NUM_SAMPLES, MANY_OUTPUTS = 64, 256
 # a layer's input and output, their tangents, and what computes them
 _ACTIVATIONS_HELD = 8
-_COPIED_ENTRIES, _CHECK = 2**19, 0xC4
+_COPIED_ENTRIES = 2**19
+_CHECK_SEED = 0xC4
 _REMEDY = "Predict by backward passes: set `la.forward_samples = None`."
 
 
@@ -109,7 +110,7 @@ def _bucket(
     """Draw a block's coordinates in a bucket, and rotate them out of the eigenbasis.
 
     Rows and columns are dealt to groups at random, and each group of rows has another
-    group of columns in each of the buckets.
+    group of columns in each of the buckets: each coordinate is in exactly one.
     """
     for_places, for_signs = generators
     (left, right), device = basis, precisions.device
@@ -225,7 +226,7 @@ def check_forward_mode(model: nn.Module, params: Sequence[Tensor], X: Inputs) ->
 
 def _normal(shape: torch.Size) -> Tensor:
     """Return normal numbers that are always the same."""
-    generator = torch.Generator().manual_seed(_CHECK)
+    generator = torch.Generator().manual_seed(_CHECK_SEED)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
@@ -301,8 +302,14 @@ class SampledPredictive:
         Raises:
             ForwardModeError: If the network has no forward derivative.
         """
+        return self._moments(self.changes(X, batch_size), kind)
+
+    def _moments(
+        self, changes: Iterable[tuple[Tensor, Tensor]], kind: str
+    ) -> tuple[Tensor, Tensor]:
+        """Estimate the moments from what :meth:`changes` yields."""
         mean, total = torch.empty(0), torch.zeros(())
-        for output, change in self.changes(X, batch_size):
+        for output, change in changes:
             mean, total = output, total.to(change) + _term(change, kind)
         covariance = total / self._num_samples
         if kind != "diagonal":
@@ -327,15 +334,13 @@ class SampledPredictive:
         Raises:
             ForwardModeError: As in :meth:`moments`.
         """
-        own = self._posterior
+        own, chunks = self._posterior, self._chunks(X, batch_size)
         mean, variances = torch.empty(0), []
-        try:
-            for shift in shifts:
-                self._posterior = own + torch.as_tensor(shift).to(own.deltas)
-                mean, variance = self.moments(X, batch_size, "diagonal")
-                variances.append(variance)
-        finally:
-            self._posterior = own
+        for shift in shifts:
+            shifted = own + torch.as_tensor(shift).to(own.deltas)
+            changes = self._changes(shifted, chunks)
+            mean, variance = self._moments(changes, "diagonal")
+            variances.append(variance)
         return mean, torch.stack(variances, -1)
 
     def changes(self, X: Inputs, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -351,10 +356,15 @@ class SampledPredictive:
         Raises:
             ForwardModeError: As in :meth:`moments`.
         """
-        chunks = self._chunks(X, batch_size) if batch_size else [X]
+        yield from self._changes(self._posterior, self._chunks(X, batch_size))
+
+    def _changes(
+        self, posterior: EigenbasisMatrix, chunks: Sequence[Inputs]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Do so for a posterior precision, and examples in chunks."""
         for number in range(self._num_samples):
             changes = sampled_change(
-                self._posterior, self._params, number, self._num_samples, self._seed
+                posterior, self._params, number, self._num_samples, self._seed
             )
             parts = [
                 output_change(
@@ -367,6 +377,8 @@ class SampledPredictive:
 
     def _chunks(self, X: Inputs, batch_size: int) -> list[Inputs]:
         """Split examples, once the network is known to have forward derivatives."""
+        if batch_size == 0:
+            return [X]
         count = min(batch_size, 2)
         few = some_examples(X, batch_size, count)
         check_forward_mode(self._model, self._params, few)

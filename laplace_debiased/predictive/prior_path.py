@@ -57,10 +57,11 @@ class PriorInterval:
 
         Args:
             variances: Variances at the nodes ``[..., K]``.
-            prior_precision: Prior precisions of any shape, which may require gradients.
+            prior_precision: Prior precisions, a scalar or ``[grid]``, which may require
+                gradients.
 
         Returns:
-            Variances ``[..., *shape of prior_precision]``.
+            Variances ``[...]`` or ``[..., grid]``.
 
         Raises:
             ValueError: If a prior precision lies outside of the interval.
@@ -79,7 +80,7 @@ class PriorInterval:
         return (logs @ self._weights(prior_precision).to(logs)).exp()
 
     def _weights(self, prior_precision: Tensor) -> Tensor:
-        """Weights of the nodes ``[K, *shape]``: sums of Chebyshev polynomials."""
+        """Weights of the nodes ``[K(, grid)]``: sums of Chebyshev polynomials."""
         center, half = self._center_and_half
         count = self._count
         nodes = torch.as_tensor(chebyshev.chebpts1(count))
@@ -92,7 +93,7 @@ class PriorInterval:
         polynomials = [torch.ones_like(x), x]
         while len(polynomials) < count:
             polynomials.append(2 * x * polynomials[-1] - polynomials[-2])
-        # [k, K] and [k, *shape] -> [K, *shape]
+        # [k, K] and [k, grid] -> [K, grid]
         return torch.tensordot(
             scaled.to(x.device), torch.stack(polynomials), ([0], [0])
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from laplace_debiased.predictive.figures import new_figure, save
 from laplace_debiased.predictive.label_scores import LabelScores
 from laplace_debiased.predictive.scores import (
     NUM_BINS,
@@ -174,14 +175,8 @@ class PredictionReport:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                'Figures need matplotlib: pip install "laplace-debiased[benchmarks]"'
-            ) from error
         count = 2 if self.risks is None else 3
-        figure = Figure(figsize=(3 * count, 2.6), layout="constrained")
+        figure = new_figure(3 * count, 2.6)
         first, *middle, last = figure.subplots(1, count)
         first.plot([0, 1], [0, 1], "k:", lw=1)
         first.plot(*self._reliability(), ".-")
@@ -195,9 +190,7 @@ class PredictionReport:
             middle[0].plot(shares, self.risks)
             middle[0].set(xlabel="coverage", ylabel="share of mistakes", ylim=(0, None))
         self._draw_epistemic(last)
-        if path is not None:
-            figure.savefig(path, dpi=200)
-        return figure
+        return save(figure, path)
 
     def _reliability(self) -> tuple[Tensor, Tensor]:
         """Mean confidence and accuracy in bins; levels and coverages as they are."""

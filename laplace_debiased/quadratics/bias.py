@@ -34,6 +34,7 @@ from laplace_debiased.quadratics.derivatives import directional_derivatives
 from laplace_debiased.quadratics.eigenspace import top_eigenspace
 from laplace_debiased.quadratics.gram import gram_eigenspace, gram_is_cheaper
 from laplace_debiased.quadratics.report import BiasReport, Comparison
+from laplace_debiased.rows.checks import check_choice
 from laplace_debiased.rows.inputs import (
     Batch,
     check_finite_inputs,
@@ -167,12 +168,8 @@ def _check_kinds(
     directions: str, num_directions: int, curvature: str, params: Sequence[Tensor]
 ) -> None:
     """Refuse kinds that are not known, and too many directions."""
-    for name, value, choices in (
-        ("directions", directions, DIRECTIONS),
-        ("curvature", curvature, CURVATURES),
-    ):
-        if value not in choices:
-            raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+    check_choice("directions", directions, DIRECTIONS)
+    check_choice("curvature", curvature, CURVATURES)
     num_params = sum(param.numel() for param in params)
     too_many = directions == "eigenvectors" and num_directions >= num_params
     if num_directions < 1 or too_many:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from laplace_debiased.curvature.curvlinops_adapter import CURVATURES
 from laplace_debiased.rows.batches import select_rows, with_examples
+from laplace_debiased.rows.checks import check_choice
 from laplace_debiased.rows.inputs import (
     Batch,
     Inputs,
@@ -61,6 +61,7 @@ from laplace_debiased.rows.substitution import (
     largest_activation,
     run,
 )
+from laplace_debiased.rows.user_warnings import warn_user
 
 MODES = ("auto", "forward", "reverse")
 
@@ -158,12 +159,8 @@ def directional_derivatives(
     """
     check_real(params)
     check_repeatable(model_func)
-    for name, value, choices in (
-        ("curvature", curvature, CURVATURES),
-        ("mode", mode, MODES),
-    ):
-        if value not in choices:
-            raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+    check_choice("curvature", curvature, CURVATURES)
+    check_choice("mode", mode, MODES)
     OutputCurvature(loss_func)  # refuses what is not supported
     num_params = sum(param.numel() for param in params)
     if directions.ndim != 2 or len(directions) != num_params:
@@ -196,7 +193,7 @@ def directional_derivatives(
     if not slopes:
         raise ValueError("The data source is empty: there is nothing to measure.")
     if probabilities:
-        warn(ends_in_link(loss_func), stacklevel=4)
+        warn_user(ends_in_link(loss_func))
     return DirectionalDerivatives(
         torch.cat(slopes),
         torch.cat(curvatures),

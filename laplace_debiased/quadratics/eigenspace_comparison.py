@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from laplace_debiased.predictive.figures import save
 from laplace_debiased.quadratics.eigenspace import Eigenspace, overlap, principal_angles
-from laplace_debiased.quadratics.ranks import rank_figure, rank_ranges, save
+from laplace_debiased.quadratics.ranks import rank_figure, rank_ranges
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

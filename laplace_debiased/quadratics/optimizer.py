@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from laplace_debiased.quadratics.cg import cg, rescale
+from laplace_debiased.rows.checks import check_between
 from laplace_debiased.rows.interrupts import on_failure
 from laplace_debiased.rows.selection import check_real
 from laplace_debiased.rows.sharing import MATH_ATTENTION, everywhere, thread_restored
@@ -202,14 +203,13 @@ class DebiasedCG(Optimizer):
         subspace: bool = False,
         debias: bool = True,
     ):
-        for name, value, low, high in (
-            ("lr", lr, 0, float("inf")),
-            ("damping", damping, 0, float("inf")),
-            ("rtol", rtol, 0, 1),
-            ("warm_start", warm_start, 0, 1),
+        for name, value, interval in (
+            ("lr", lr, "[0, inf)"),
+            ("damping", damping, "[0, inf)"),
+            ("rtol", rtol, "[0, 1]"),
+            ("warm_start", warm_start, "[0, 1]"),
         ):
-            if not low <= value <= high:
-                raise ValueError(f"`{name}` must lie in [{low}, {high}], got {value}.")
+            check_between(name, value, interval)
         if adapt_damping and damping == 0:
             raise ValueError("`adapt_damping` needs a positive `damping`, got 0.")
         if max_iterations < 1:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from laplace_debiased.predictive.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,16 +38,5 @@ def rank_figure(num_panels: int) -> tuple[Figure, list[Axes]]:
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("`plot` needs matplotlib: install it.") from error
-    figure = Figure(figsize=(6, 2.6 * num_panels), layout="constrained")
+    figure = new_figure(6, 2.6 * num_panels)
     return figure, list(figure.subplots(num_panels, 1, squeeze=False)[:, 0])
-
-
-def save(figure: Figure, path: str | Path | None) -> Figure:
-    """Save a figure, if there is a path, and return it."""
-    if path is not None:
-        figure.savefig(path, dpi=200)
-    return figure

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from laplace_debiased.quadratics.ranks import rank_figure, rank_ranges, save
+from laplace_debiased.predictive.figures import save
+from laplace_debiased.quadratics.ranks import rank_figure, rank_ranges
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

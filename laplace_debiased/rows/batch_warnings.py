@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import MutableMapping
 from typing import Any
-from warnings import warn
 
 from torch import Tensor, nn
 
 from laplace_debiased.rows.arguments import ignored_keys, without_targets
 from laplace_debiased.rows.inputs import Inputs
+from laplace_debiased.rows.user_warnings import warn_user
 
 # transformers' classes whose loss compares an output with the next token: XLM's and
 # XLNet's do not
@@ -28,10 +28,9 @@ def warn_of_ignored_keys(network: nn.Module, X: Inputs, target_key: str) -> None
     """
     ignored = ignored_keys(network, without_targets(network, X, target_key))
     if ignored:
-        warn(
+        warn_user(
             f"The model is called without the entries {ignored} of batches, since "
-            f"{type(network).__name__}.forward has no arguments of these names.",
-            stacklevel=6,
+            f"{type(network).__name__}.forward has no arguments of these names."
         )
 
 
@@ -50,13 +49,12 @@ def warn_of_own_tokens(network: nn.Module, X: Inputs, y: Any, key: str) -> None:
     if not isinstance(y, Tensor) or y.shape != tokens.shape:
         return
     if ((y == tokens.to(y.device)) | (y == _NO_TARGET)).all():
-        warn(
+        warn_user(
             "The targets are the tokens of the inputs themselves. The loss of "
             f"{type(network).__name__} would shift them, but that of a posterior does "
             "not: let the loader yield the next token of each, and "
             f"{_NO_TARGET} at the end, by `torch.nn.functional.pad(labels[:, 1:], "
-            f"(0, 1), value={_NO_TARGET})`.",
-            stacklevel=6,
+            f"(0, 1), value={_NO_TARGET})`."
         )
 
 

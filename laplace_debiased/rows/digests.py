@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_debiased.rows.checks import plain_text
 from laplace_debiased.rows.model_state import is_plain
 
 
@@ -46,6 +47,8 @@ def _parts(value: Any) -> Iterator[bytes]:
             yield from _parts(item)
     elif isinstance(value, Set):
         yield from _parts(sorted(map(repr, value)))
+    elif isinstance(value, str):
+        yield f"str {plain_text(value)!r} ".encode()
     else:
         own = value.__qualname__ if isinstance(value, type) else repr(value)
         yield f"{type(value).__name__} {own} ".encode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping
 from copy import copy
 from typing import Any
-from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss
 
 from laplace_debiased.rows.positions import num_positions
 from laplace_debiased.rows.targets import label_targets
+from laplace_debiased.rows.user_warnings import warn_user
 
 Inputs = Tensor | MutableMapping[str, Any]
 # what a data source yields: inputs and targets, with a row for each example
@@ -107,11 +107,10 @@ def warn_of_autocast(device: torch.device) -> None:
         device: The network's device.
     """
     if torch.is_autocast_enabled(device.type):
-        warn(
+        warn_user(
             "`torch.autocast` is on around the fit: sums of squared rows are rounded, "
             "too, and small eigenvalues are lost. Let it begin in the network's own "
-            "`forward`; factors are then in single precision.",
-            stacklevel=4,
+            "`forward`; factors are then in single precision."
         )
 
 

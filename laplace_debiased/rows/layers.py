@@ -82,6 +82,22 @@ class Layer:
         return self.matrix is not None
 
     @property
+    def gradient_shape(self) -> list[int]:
+        """Shape of the gradient covariance, or of its diagonal."""
+        return (1 if self.is_diagonal else 2) * [self.d_out]
+
+    def input_shape(self, joint: bool = False) -> list[int]:
+        """Shape of the input covariance, or of its diagonal, that of one-hot rows.
+
+        Args:
+            joint: Whether the bias is a further column of the matrix.
+
+        Returns:
+            The shape.
+        """
+        return (1 if self.is_embedding else 2) * [self.d_in + joint]
+
+    @property
     def parameters(self) -> tuple[int, ...]:
         """Positions of the layer's parameters, the matrix first."""
         return tuple(p for p in (self.matrix, self.vector) if p is not None)

@@ -50,7 +50,7 @@ class Accumulator(Protocol):
         """Begin a batch of examples with weights ``[batch]``."""
 
     def add_inputs(self, layer: Layer, rows: Tensor | OneHotRows) -> None:
-        """Take input rows ``[batch, S, groups, d_in / groups]``."""
+        """Take input rows ``[batch, S, groups, d_in]``."""
 
     def add_gradients(self, layer: Layer, rows: Tensor) -> None:
         """Take the gradient rows ``[batch, S, groups, d_out / groups]`` of a column."""

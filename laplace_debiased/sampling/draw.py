@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from laplace_debiased.rows.checks import check_between
+
 
 def draw_points(
     scores: Tensor,
@@ -49,8 +51,7 @@ def draw_points(
         >>> abs(torch.stack(sums).mean() - scores.sum()) < 0.2
         tensor(True)
     """
-    if not 0 < floor <= 1:
-        raise ValueError(f"`floor` must lie in (0, 1], got {floor}.")
+    check_between("floor", floor, "(0, 1]")
     if not (scores.isfinite() & (scores >= 0)).all():
         raise ValueError("`scores` must be finite and at least zero.")
     if strata is not None and strata.shape != scores.shape:

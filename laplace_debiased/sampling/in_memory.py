@@ -91,6 +91,7 @@ class _Batch:
         """Count the points of a pair or mapping by its targets.
 
         Raises:
+            TypeError: If targets are no tensor.
             ValueError: If it is neither, its targets are missing or have no rows, or
                 the inputs of a pair have other rows.
         """
@@ -116,7 +117,9 @@ class _Batch:
         size = _length(leaves[target])
         if size is None and np.ndim(leaves[target]) > 0:
             kind = type(leaves[target]).__name__
-            raise TypeError(f"Targets must be a tensor, got {kind}.")
+            raise TypeError(
+                f"`{name}` must yield targets that are a tensor, got {kind}."
+            )
         if size is None:
             raise ValueError(
                 f"`{name}` yields single examples, whose targets have no rows: it must "
@@ -179,6 +182,7 @@ class PointsInMemory(Dataset):
         name: The loader's name in messages.
 
     Raises:
+        TypeError: If targets are no tensor.
         ValueError: If the points of a batch cannot be counted, or a draw cannot tell
             them apart.
     """

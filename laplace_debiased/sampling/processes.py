@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from heapq import heapify, heapreplace
 from io import BytesIO
 from typing import Any, TypeVar
-from warnings import warn
 
 import torch
 from torch import Tensor, distributed, nn
 
 from laplace_debiased.curvature.decomposition import symmetric_eigh, symmetric_eighs
+from laplace_debiased.rows.user_warnings import warn_user
 
 Value = TypeVar("Value")
 
@@ -211,7 +211,7 @@ class Group(Alone):
         try:
             self._agree(f"{type(error).__name__}: {error}")
         except ProcessError as gone:
-            warn(f"No other process was told: {gone}", stacklevel=2)
+            warn_user(f"No other process was told: {gone}")
 
 
 ALONE = Alone()

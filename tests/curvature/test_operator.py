@@ -338,6 +338,29 @@ def test_state_dict_of_another_format_is_refused():
         linear_operator.load_state_dict(state_dict)
 
 
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"settings": None}, r"lacks \['settings'\]"),
+        ({"directions": []}, "'directions': 0, .* but 2 layers"),
+    ],
+)
+def test_state_dict_that_is_not_whole_is_refused(entries, message):
+    first = operator(network("mlp"), *sources("mlp"))
+    other = operator(network("mlp"), *sources("mlp"))
+    given = first.state_dict() | entries
+    before = matrix(other)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict({k: v for k, v in given.items() if v is not None})
+    assert torch.equal(matrix(other), before)
+
+
+def test_an_operator_needs_parameters():
+    model, data = network("mlp"), [batch("mlp", SIZE)]
+    with pytest.raises(ValueError, match="`params` is empty"):
+        DebiasedKFACLinearOperator(model, nn.CrossEntropyLoss(), [], data, data)
+
+
 def test_unsupported_parameters_are_refused_when_it_is_computed():
     model = nn.Sequential(nn.Bilinear(4, 4, 3)).double()
     model.forward = lambda x: model[0](x, x)

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from curvlinops.kfac import KFACType
 from laplace import KronLaplace
+from laplace.utils.enums import Likelihood
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -195,8 +197,26 @@ NUMBERS = [
     {"budget": 20, "fisher_rank": np.int64(1), "pool_size": np.int64(40)},
     {"num_folds": np.int64(3), "seed": np.int32(4)},
     {"estimator": "two_batch", "direction_fraction": np.float64(0.3)},
+    {"estimator": "two_batch", "direction_fraction": np.float32(0.3)},
     {"class_axis": np.int64(-1)},
 ]
+
+
+def test_members_of_enumerations_are_saved_as_their_texts(tmp_path):
+    train = loader()
+    la = debiased(
+        network("mlp"),
+        Likelihood.CLASSIFICATION,
+        asdl_fisher_kwargs={"kfac_approx": KFACType.EXPAND},
+    )
+    la.fit(train, checkpoint=tmp_path)
+    by_texts = {"asdl_fisher_kwargs": {"kfac_approx": "expand"}}
+    other = debiased(network("mlp"), "classification", **by_texts)
+    other.load_state_dict(la.state_dict())
+    assert torch.equal(posterior(other), posterior(la))
+    resumed = debiased(network("mlp"), "classification", **by_texts)
+    resumed.fit(train, checkpoint=tmp_path)  # refused if its settings were others
+    assert torch.equal(posterior(resumed), posterior(la))
 
 
 @pytest.mark.parametrize("settings", NUMBERS, ids=lambda own: ", ".join(own))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_debiased.posterior.tuning import GaussianNLL
+from laplace_debiased.posterior.grid_search import GaussianNLL
 from tests.fits import debiased
 
 GRID = {"log_prior_prec_min": -3, "log_prior_prec_max": 3, "grid_size": 25}

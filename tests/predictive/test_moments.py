@@ -4,7 +4,6 @@ from laplace.curvature import CurvatureInterface
 from torch import nn
 
 from laplace_debiased import EigenbasisMatrix
-from laplace_debiased.predictive.blocks import KINDS
 from laplace_debiased.predictive.last_layer import last_layer_covariance
 from laplace_debiased.predictive.moments import LinearizedPredictive
 from laplace_debiased.rows.linearization import Linearization
@@ -13,6 +12,7 @@ from tests.cases import NETWORKS, NUM_OUTPUTS, MeanOverSequence, batch, network
 from tests.curvature.test_eigenbasis import random_matrix
 from tests.dense import relative_error
 
+KINDS = ("full", "diagonal", "joint")
 SIZE = 7
 
 

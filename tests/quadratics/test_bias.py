@@ -255,7 +255,7 @@ def test_table_and_figure_name_what_points_are_compared_with(problem):
 def test_figure_needs_matplotlib(problem, monkeypatch):
     own = report(problem)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="`plot` needs matplotlib"):
+    with pytest.raises(ImportError, match="Figures need matplotlib"):
         own.plot()
 
 
