@@ -147,7 +147,6 @@ def test_all_that_follows_a_fit_gives_what_the_cpu_gives(subset, workers, tmp_pa
         on_cpu = torch.load(tmp_path / device.type, "cpu", weights_only=True)
         moved = debiased(network("resnet").to(device), subset=subset)
         moved.load_state_dict(on_cpu)
-        assert torch.equal(moved(Z.to(device)), la(Z.to(device)))
         found.append(
             {
                 "temperature": torch.tensor(chosen.temperature, device=device),
@@ -158,6 +157,7 @@ def test_all_that_follows_a_fit_gives_what_the_cpu_gives(subset, workers, tmp_pa
                 "nll": torch.tensor(report.posterior.nll, device=device),
                 "sets": torch.as_tensor(sets, device=device).double(),
                 "loaded": other(Z.cpu()).to(device),
+                "moved": moved(Z),
                 "standard errors": torch.tensor(
                     list(la.curvature_standard_errors.values()), device=device
                 ),
