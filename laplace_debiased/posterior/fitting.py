@@ -238,7 +238,7 @@ def set_params(la: KronDebiasedLaplace, params: list[Tensor]) -> None:
     la.n_layers = len(params)
     # checked with the parameters that are known by now, in the dtype that they have
     la._set_prior_precision(la._prior_precision)
-    la.prior_mean = la._prior_mean
+    la.prior_mean = torch.as_tensor(la._prior_mean, dtype=la._dtype)
     la.sigma_noise = la._sigma_noise
 
 

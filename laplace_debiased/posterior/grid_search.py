@@ -7,14 +7,14 @@ which no prior precision changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torchmetrics
-from laplace.utils import validate
+from laplace.utils import RunningNLLMetric
 from laplace.utils.enums import Likelihood, LinkApprox, PredType
 from torch import Tensor
 from torch.distributions import MultivariateNormal
@@ -220,21 +220,32 @@ def _losses_from_one_pass(
         if la.class_axis is not None:
             mean = points(mean, la.n_outputs)
             at_nodes = at_nodes.reshape(*mean.shape, -1)
-        loss = loss_of(la.backend)
-        # metrics may take labels as integers alone
-        y = targets_of_points(la.model, y, loss, mean).to(y.dtype)
-        counted = is_counted(loss, y)
+        y, counted = _targets(la, y, mean, metric)
         mean, at_nodes, y = mean[counted], at_nodes[counted], y[counted]
         variances = path.at(at_nodes, interval.to(mean))  # [batch, C, grid]
         for own, variance in zip(metrics, variances.unbind(2), strict=True):
             if link is not None:
                 own.update(link.probit(mean, variance), y)
                 continue
-            try:
-                own.update(mean, variance[:, :, None], y)
-            except TypeError:  # one of mean and targets, such as the squared error
-                own.update(mean, y)
+            _update(own, mean, variance[:, :, None], y)
     return [own.compute().sum().item() for own in metrics]
+
+
+def _targets(
+    la: KronDebiasedLaplace, y: Tensor, output: Tensor, loss: Loss
+) -> tuple[Tensor, Tensor]:
+    """Arrange targets as predictions are; tell which of them count ``[points]``."""
+    own = loss_of(la.backend)
+    # metrics may take labels as integers alone
+    y = targets_of_points(la.model, y, own, output).to(y.dtype)
+    if la.likelihood == Likelihood.CLASSIFICATION and not y.is_floating_point():
+        y = y.long()
+    elif isinstance(loss, RunningNLLMetric):
+        raise ValueError(
+            f"Validation targets must be class indices, got {y.dtype}: of "
+            "probabilities, pass `y.argmax(1)`, or a `loss` of your own."
+        )
+    return y, is_counted(own, y)
 
 
 def _loss(
@@ -243,10 +254,48 @@ def _loss(
     val_loader: DataLoader,
     predictive: dict[str, Any],
 ) -> float:
-    """Compute the loss at the present prior precision."""
-    if isinstance(loss, torchmetrics.Metric):
-        loss.reset()
+    """Compute the loss at the present prior precision.
+
+    laplace-torch's own ``validate`` compares targets ``[batch]`` with a column.
+    """
+    judged = _judged(la, loss, val_loader, predictive)
     try:
-        return validate(la, val_loader, loss, dict_key_y=la.dict_key_y, **predictive)
+        if isinstance(loss, torchmetrics.Metric):
+            loss.reset()
+            for own in judged:
+                _update(loss, *own)
+            return loss.compute().sum().item()
+        parts = list(judged)
+        if not parts:
+            raise ValueError("`val_loader` yields no data.")
+        return loss(*map(torch.cat, zip(*parts, strict=True))).item()
     except torch.linalg.LinAlgError:  # the covariance is singular
         return inf
+
+
+def _judged(
+    la: KronDebiasedLaplace,
+    loss: Loss,
+    val_loader: DataLoader,
+    predictive: dict[str, Any],
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield predictions and targets of batches, but for those that do not count."""
+    for batch in val_loader:
+        X, y = inputs_and_targets(batch, la.backend)
+        if not len(y):
+            continue
+        prediction = la(X, fitting=True, **predictive)
+        found = prediction if isinstance(prediction, tuple) else (prediction,)
+        y, counted = _targets(la, y, found[0], loss)
+        yield tuple(own[counted] for own in (*found, y))
+
+
+def _update(metric: torchmetrics.Metric, *predictions_and_targets: Tensor) -> None:
+    """Add a batch to a metric, which may be one of means and targets alone."""
+    mean, *others, y = predictions_and_targets
+    try:
+        metric.update(mean, *others, y)
+    except TypeError:
+        if not others:
+            raise
+        metric.update(mean, y)

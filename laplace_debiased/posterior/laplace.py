@@ -738,6 +738,7 @@ class KronDebiasedLaplace(KronLaplace):
 
     def _find_candidates(self, X: Inputs, batch_size: int) -> list[Tensor]:
         """Return the parameters that the posterior could be over."""
+        self._candidates = [p for p in self.model.parameters() if p.requires_grad]
         return self._candidates
 
     @thread_restored
@@ -1108,7 +1109,8 @@ class KronDebiasedLaplace(KronLaplace):
             init_prior_prec: Where to start.
             prior_structure: Whether there is one precision for all parameters.
             val_loader: Yields validation data.
-            loss: What is minimized on them.
+            loss: What is minimized on them: a metric, or a function of predictions and
+                targets, which are classes, or have the outputs' shape.
             log_prior_prec_min: Beginning of the grid.
             log_prior_prec_max: End of the grid.
             grid_size: Number of its points.

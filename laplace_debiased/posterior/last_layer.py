@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from laplace_debiased.posterior import predicting, state
 from laplace_debiased.posterior.checkpoint import is_same
 from laplace_debiased.posterior.laplace import KronDebiasedLaplace
 from laplace_debiased.posterior.likelihoods import kind_of
+from laplace_debiased.posterior.network_copy import following
 from laplace_debiased.posterior.settings import DECOMPOSITION_TOLERANCE, Settings
 from laplace_debiased.posterior.upstream import PicklableExtractor
 from laplace_debiased.predictive.forward_mode import (
@@ -48,7 +51,8 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
     differs. As in laplace-torch, ``override=False`` is refused.
 
     Args:
-        model: The trained network, which is copied.
+        model: The trained network, which is copied; the copy gets its present values
+            with each fit.
         likelihood: ``"classification"``, ``"binary_classification"``, ``"regression"``
             or ``"reward_modeling"``.
         sigma_noise: As in ``KronLLLaplace``, like all that follow until ``magnitudes``.
@@ -113,6 +117,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
 
     mean: Tensor
     model: FeatureExtractor
+    _original: weakref.ref[nn.Module] | None
 
     @thread_restored  # in inference mode, the copy would have parameters for it alone
     def __init__(
@@ -174,6 +179,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         KronLLLaplace.__init__(self, *given)
         self.damping = damping  # laplace-torch's class forgets it on the way
         self.model = PicklableExtractor(self.model, dict_key_y)
+        self._original = weakref.ref(network[0])
         self._check_settings(likelihood)
 
     @property
@@ -196,6 +202,7 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             raise AttributeError("The last layer is not known before the first fit.")
         return layer
 
+    @thread_restored
     def fit(
         self,
         train_loader: DataLoader,
@@ -210,13 +217,19 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             raise ValueError(
                 "Last-layer Laplace approximations do not support `override=False`."
             )
-        super().fit(
-            train_loader,
-            override,
-            progress_bar,
-            magnitude_loader=magnitude_loader,
-            checkpoint=checkpoint,
-        )
+        with self._following_original():
+            super().fit(
+                train_loader,
+                override,
+                progress_bar,
+                magnitude_loader=magnitude_loader,
+                checkpoint=checkpoint,
+            )
+
+    def _following_original(self) -> AbstractContextManager[None]:
+        """Let the copy have the values that the user's network has by now."""
+        original = None if self._original is None else self._original()
+        return following(self._network, original)
 
     def partial_fit(
         self,
@@ -322,6 +335,16 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
             "last_layer_name": self._last_layer_name,
             "found_last_layer": self.model._last_layer_name,
         }
+
+    @thread_restored
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See :meth:`KronDebiasedLaplace.load_state_dict`."""
+        with self._following_original():
+            super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """See :meth:`KronDebiasedLaplace`; copies follow no network."""
+        return super().__getstate__() | {"_original": None}
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         state.check_origin(self, state_dict)

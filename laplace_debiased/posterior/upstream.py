@@ -155,12 +155,13 @@ def counted_targets(
     Raises:
         ValueError: If targets are not valid, or probabilities of classes.
     """
-    y = check_targets(mean, targets_of_points(model, y, loss, mean), loss)
+    y = targets_of_points(model, y, loss, mean)
     if isinstance(loss, nn.CrossEntropyLoss) and y.is_floating_point():
         raise ValueError(
             f"Targets must be class indices, got {y.dtype}: of probabilities, pass "
             "`y.argmax(1)`."
         )
+    y = check_targets(mean, y, loss)
     return y, is_counted(loss, y)
 
 

@@ -248,11 +248,15 @@ def divided(costs: Sequence[float], count: int) -> list[int]:
     return owners
 
 
+_WRAPPERS = nn.parallel.DistributedDataParallel, nn.DataParallel
+
+
 def own_module(model: nn.Module) -> nn.Module:
-    """Return the network in a wrapper for training by several processes.
+    """Return the network in wrappers for training, whose names of parameters differ.
 
     Args:
-        model: The network, or ``DistributedDataParallel`` of it.
+        model: The network, or ``DistributedDataParallel`` or ``DataParallel`` of it, or
+            what ``torch.compile`` returns.
 
     Returns:
         The network.
@@ -260,8 +264,14 @@ def own_module(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If its parameters are divided among processes.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+    while True:
+        compiled = getattr(model, "_orig_mod", None)
+        if isinstance(compiled, nn.Module):
+            model = compiled
+        elif isinstance(model, _WRAPPERS):
+            model = model.module
+        else:
+            break
     if not distributed.is_available():
         return model
     from torch.distributed.fsdp import FullyShardedDataParallel

@@ -488,6 +488,20 @@ def test_numpy_integers_are_integers():
     assert torch.equal(posterior(la), posterior(reference))
 
 
+def test_what_requires_gradients_is_asked_with_each_fit():
+    model = network("mlp")
+    la = debiased(model)
+    la.fit(loader())
+    model[0].requires_grad_(False)
+    la.fit(loader())
+    expected = debiased(model)
+    expected.fit(loader())
+    assert torch.equal(posterior(la), posterior(expected))
+    model[0].requires_grad_(True)
+    la.fit(loader())
+    assert la.n_params == sum(param.numel() for param in model.parameters())
+
+
 def test_a_model_without_trainable_parameters_is_refused():
     model = network("mlp").requires_grad_(False)
     with pytest.raises(ValueError, match="no parameters with `requires_grad=True`"):

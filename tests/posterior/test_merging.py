@@ -11,7 +11,7 @@ from laplace_debiased.posterior import fitting
 from laplace_debiased.sampling.folds import Fold, Folds
 from tests import dense
 from tests.cases import batch, network
-from tests.fits import SUBSETS, debiased
+from tests.fits import SUBSETS, debiased, posterior
 
 SIZES = (31, 16, 23)
 
@@ -125,6 +125,17 @@ def test_order_and_grouping_do_not_matter(make, magnitudes, tmp_path):
     # spectra are known along directions of their parts alone
     assert error < (1e-12 if magnitudes == "kfac" else 0.1)
     assert torch.allclose(first.H.to_matrix().trace(), second.H.to_matrix().trace())
+
+
+def test_posteriors_that_were_loaded_or_fitted_twice_are_merged(make):
+    parts = [fitted(make(), data) for data in datasets()]
+    expected = restored(make, parts)
+    parts[0] = restored(make, parts[:1])
+    parts[1].fit(loader(datasets()[1]))
+    assert (
+        dense.relative_error(posterior(restored(make, parts)), posterior(expected))
+        < 1e-12
+    )
 
 
 def test_a_merged_posterior_goes_on(make):

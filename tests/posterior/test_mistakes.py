@@ -52,7 +52,7 @@ def test_batches_of_three_entries(kind, X):
 
 
 def test_targets_that_are_arrays(X):
-    with pytest.raises(TypeError, match="Targets must be a tensor, got ndarray"):
+    with pytest.raises(TypeError, match="targets that are a tensor, got ndarray"):
         fitted().fit([(X, torch.zeros(4).long().numpy())])
 
 

@@ -202,6 +202,18 @@ NUMBERS = [
 ]
 
 
+@pytest.mark.parametrize("subset", SUBSETS)
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_posteriors_of_wrapped_networks_are_those_of_the_network(subset, wrap):
+    model, train = network("mlp"), loader()
+    la, other = (debiased(own, subset=subset) for own in (wrap(model), model))
+    la.fit(train)
+    other.load_state_dict(la.state_dict())
+    assert torch.equal(posterior(other), posterior(la))
+    la.load_state_dict(merge([other, la]))
+    assert la.n_data == 2 * SIZE
+
+
 def test_members_of_enumerations_are_saved_as_their_texts(tmp_path):
     train = loader()
     la = debiased(

@@ -9,7 +9,8 @@ from torch.distributions import MultivariateNormal
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_debiased.posterior.grid_search import GaussianNLL
-from tests.fits import debiased
+from tests.cases import batch
+from tests.fits import LOSSES, debiased
 
 GRID = {"log_prior_prec_min": -3, "log_prior_prec_max": 3, "grid_size": 25}
 
@@ -75,6 +76,58 @@ def test_choice_equals_the_best_of_all_grid_points(likelihood, outputs):
     assert 0 < best < len(grid) - 1  # so that the choice is not the grid's end
     la.optimize_prior_precision(method="gridsearch", val_loader=val, **GRID)
     assert torch.allclose(la.prior_precision, grid[best].double())
+
+
+def gaussian_nll(mean, variance, y):
+    assert mean.shape == y.shape
+    return (0.5 * ((mean - y) ** 2 / variance[:, 0] + variance[:, 0].log())).mean()
+
+
+def brier(p, y):
+    assert p.shape == y.shape
+    return ((p - y) ** 2).mean()
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "loss"),
+    [("regression", gaussian_nll), ("binary_classification", brier)],
+)
+def test_functions_get_targets_of_the_outputs_shape(likelihood, loss):
+    chosen = []
+    for form in (lambda y: y, lambda y: y[:, 0]):
+        X, y = batch("mlp", 60, LOSSES[likelihood])
+        y = form(y[:, :1])
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+        la = debiased(model, likelihood)
+        la.fit(DataLoader(TensorDataset(X, y), 20))
+        la.optimize_prior_precision(
+            method="gridsearch", val_loader=[(X, y)], loss=loss, **GRID
+        )
+        chosen.append(la.prior_precision)
+    assert torch.equal(*chosen)
+
+
+@pytest.mark.parametrize("link_approx", ["probit", "mc"])
+def test_classes_may_be_any_integers_and_some_ignored(link_approx):
+    la, val = fitted("classification", 3, 0.3)
+    ((X, y),) = DataLoader(val.dataset, len(val.dataset))
+    options = {"method": "gridsearch", "link_approx": link_approx, **GRID}
+    chosen = []
+    for own, classes in (
+        (X, y.int()),
+        (torch.cat([X, X]), torch.cat([y, -100 + 0 * y])),
+    ):
+        torch.manual_seed(0)
+        la.optimize_prior_precision(val_loader=[(own, classes)], **options)
+        chosen.append(la.prior_precision)
+    assert torch.equal(*chosen)
+    with pytest.raises(ValueError, match=r"pass `y.argmax\(1\)`, or a `loss`"):
+        la.optimize_prior_precision(
+            val_loader=[(X, torch.eye(3).double()[y])], **options
+        )
+    with pytest.raises(ValueError, match="no data"):
+        la.optimize_prior_precision(val_loader=[], loss=brier, **options)
 
 
 def test_metrics_of_the_user_are_reset_for_each_grid_point():
