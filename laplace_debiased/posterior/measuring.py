@@ -1,8 +1,15 @@
-"""From folds of points to debiased curvature."""
+"""From folds of points to debiased curvature.
+
+A fit makes up to three sets of passes. *Pools*, if points are drawn, take forward
+passes alone: for scores to draw by, input covariances and the loss. The points that are
+*used* take backward passes, for gradient covariances; with ``ggn``, they take them
+again, along the directions of other folds. In cross-fit, each fold makes all of them;
+with two batches, the second one alone gives magnitudes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, count
@@ -22,14 +29,7 @@ from laplace_debiased.curvature.debias import (
 from laplace_debiased.curvature.eigenbasis import check_finite
 from laplace_debiased.curvature.kronecker import Kronecker, Spectrum
 from laplace_debiased.curvature.streams import Curvature, GGNCurvature, KFACCurvature
-from laplace_debiased.posterior.influences import (
-    InputScale,
-    not_told,
-    of_factors,
-    of_pools,
-    scale_of_gradients,
-    scores_of,
-)
+from laplace_debiased.posterior.error_of_fit import Passes, error_of_fit
 from laplace_debiased.posterior.sampling_error import SamplingError
 from laplace_debiased.posterior.settings import Settings
 from laplace_debiased.posterior.sources import Source
@@ -140,15 +140,11 @@ class _Measured(NamedTuple):
 
     Args:
         curvature: Their curvature.
-        used: The points with backward passes, by fold.
-        seen: A summary for each fold that gave magnitudes.
-        surveys: Passes over the pools of each fold; None if points were not drawn.
+        passes: What the passes told of the points.
     """
 
     curvature: Curvature
-    used: list[Fold]
-    seen: list[SweepSummary]
-    surveys: list[SweepSummary] | None
+    passes: Passes
 
 
 def measure(
@@ -179,14 +175,14 @@ def measure(
         ValueError: If data are not valid, or curvature is not finite.
     """
     found = _of_all_layers(source, folds, settings, seed, earlier, at_a_time)
-    surveys = found.surveys or found.seen
+    surveys = found.passes.surveys or found.passes.seen
     loss = torch.stack([at_least_single(summary.loss) for summary in surveys])
     weights = torch.tensor(folds.shares, dtype=loss.dtype, device=loss.device)
     return Estimate(
         found.curvature,
         (weights * loss).sum(),
-        found.seen[0].num_outputs,
-        _error(source, folds, found, settings),
+        found.passes.seen[0].num_outputs,
+        error_of_fit(source, folds, found.passes, settings),
         all(summary.are_probabilities for summary in surveys),
     )
 
@@ -208,19 +204,19 @@ def _of_all_layers(
     ):
         own = source.part(source.layers[end - size : end], index)
         before = earlier and earlier._replace(factors=earlier.factors[end - size : end])
-        used = parts[0].used if parts else None
+        used = parts[0].passes.used if parts else None
         parts.append(_of_layers(own, folds, settings, seed, before, used))
     first, curvatures = parts[0], [own.curvature for own in parts]
     kind: Any = type(first.curvature)  # that of all parts
     seen, surveys = (
         [SweepSummary.of_layers(own) for own in zip(*summaries, strict=True)]
         for summaries in (
-            [own.seen for own in parts],
-            [own.surveys or [] for own in parts],
+            [own.passes.seen for own in parts],
+            [own.passes.surveys or [] for own in parts],
         )
     )
     curvature = kind.of_layers(curvatures)
-    return _Measured(curvature, first.used, seen, surveys or None)
+    return _Measured(curvature, Passes(first.passes.used, seen, surveys or None))
 
 
 def _of_layers(
@@ -246,7 +242,8 @@ def _of_layers(
         )
     else:
         curvature, seen = _ggn(source, used, pool, shares, is_cross_fit, seeds, earlier)
-    return _Measured(curvature, used, seen, None if pool is None else pool.summaries)
+    surveys = None if pool is None else pool.summaries
+    return _Measured(curvature, Passes(used, seen, surveys))
 
 
 def _drawn(
@@ -329,69 +326,6 @@ def _finite(own: list[LayerTensors], source: Source) -> list[LayerTensors]:
     """Refuse curvature that overflowed; turn half precision into single."""
     check_finite(source.layers, own)
     return [layer.map(at_least_single) for layer in own]
-
-
-def _error(
-    source: Source, folds: Folds, found: _Measured, settings: Settings
-) -> SamplingError | None:
-    """Estimate the sampling error, if the source tells what each point contributes."""
-    if not source.takes_weights:
-        return None
-    used, measured, shares = found.used, found.seen, folds.shares
-    pools = found.surveys or []
-    surveys = pools or measured
-    if folds.explicit or not settings.cross_fit:
-        # only the second fold gives magnitudes
-        used, measured, shares, pools = used[1:], measured[1:], [1.0], pools[1:]
-    contributions = [
-        share * summary.contributions
-        for share, summary in zip(shares, measured, strict=True)
-        if summary.contributions is not None
-    ]
-    is_exact, inputs = settings.magnitudes == "ggn", None
-    drawn = torch.cat(contributions)
-    if is_exact:
-        terms = drawn
-    elif pools:  # input covariances are those of the last pool
-        inputs = InputScale.of_pass(pools[-1], torch.ones(pools[-1].num_data))
-        terms = drawn = scale_of_gradients(source.layers, [inputs], [1.0]) * drawn
-    else:
-        pairs = zip(measured, used, strict=True)
-        scales = [InputScale.of_pass(own, fold.weights) for own, fold in pairs]
-        terms = of_factors(source.layers, contributions, scales, shares)
-        drawn = scale_of_gradients(source.layers, scales, shares) * drawn
-    of_pool = pool_noise = None
-    if pools:
-        traces = terms.double().sum(0)
-        of_pool, pool_noise = of_pools(source.layers, traces, pools, shares, inputs)
-    passes = zip(shares, used, measured, strict=True)
-    return SamplingError.of_points(
-        [layer.name for layer in source.layers],
-        terms,
-        torch.cat([own.losses for own in surveys if own.losses is not None]),
-        folds.num_data,
-        of_pool,
-        _noise(source, passes, drawn, is_exact),
-        pool_noise,
-        folds.apart,
-    )
-
-
-def _noise(
-    source: Source,
-    passes: Iterable[tuple[float, Fold, SweepSummary]],
-    drawn: Tensor,
-    is_exact: bool,
-) -> Tensor | None:
-    """Find what random numbers gave of contributions, at most; None without any."""
-    scores = [
-        share
-        * fold.weights.to(drawn.device)[:, None]
-        * scores_of(source.layers, own, is_exact)
-        for share, fold, own in passes
-        if own.is_random
-    ]
-    return not_told(drawn, torch.cat(scores)) if scores else None
 
 
 def _unzipped(pairs: Iterator[tuple[Factors, SweepSummary]]) -> tuple[list, list]:
