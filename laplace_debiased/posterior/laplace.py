@@ -291,7 +291,7 @@ class KronDebiasedLaplace(KronLaplace):
         known = kind_of(likelihood).known
         given = (own_module(model), known, *prior, *batches, *curvature)
         super().__init__(*given)
-        self._check_settings(likelihood)
+        self._check_settings(likelihood, damping)
 
     def _configure(
         self,
@@ -316,9 +316,10 @@ class KronDebiasedLaplace(KronLaplace):
         self._calibration: Calibration | None = None
         self._is_tuned = self._is_warned = self._is_sampling_known = False
 
-    def _check_settings(self, likelihood: Likelihood | str) -> None:
+    def _check_settings(self, likelihood: Likelihood | str, damping: bool) -> None:
         """Refuse settings that do not go with laplace-torch's, or the likelihood."""
         self.likelihood = likelihood
+        self.damping = damping  # laplace-torch's last-layer class forgets it
         check_knows_labels(likelihood, self._backend_cls)
         self.settings.check_damping(self.damping)
         fitting.check_backend(self)

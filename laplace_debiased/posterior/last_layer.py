@@ -177,10 +177,9 @@ class KronDebiasedLLLaplace(KronDebiasedLaplace, KronLLLaplace):
         data = feature_reduction, dict_key_x, dict_key_y, backend, last_layer_name
         given = (*network, *prior, *data, damping, backend_kwargs, asdl_fisher_kwargs)
         KronLLLaplace.__init__(self, *given)
-        self.damping = damping  # laplace-torch's class forgets it on the way
         self.model = PicklableExtractor(self.model, dict_key_y)
         self._original = weakref.ref(network[0])
-        self._check_settings(likelihood)
+        self._check_settings(likelihood, damping)
 
     @property
     def fitted_params(self) -> list[Tensor]:

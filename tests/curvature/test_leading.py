@@ -169,7 +169,7 @@ def test_effective_numbers_of_parameters_are_within_the_bound(pooled, small_is_l
         two_batch(
             factors,
             lambda U, own: project(factors, U, own),
-            partial(decompose, tolerance=t),
+            decomposition=partial(decompose, tolerance=t),
         ).magnitudes[0]
         for t in (0.0, tolerance)
     )
