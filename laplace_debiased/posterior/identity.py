@@ -38,9 +38,9 @@ def check_not_replaced(model: nn.Module, params: Sequence[Tensor]) -> None:
     if gone:
         raise ValueError(
             f"{gone} of the posterior's parameters are no longer the model's, which "
-            "has new ones, such as by `load_state_dict(..., assign=True)`: build a new "
-            "posterior of the model, and fit it. Without `assign`, values are copied "
-            "into the parameters that there are."
+            "has new ones, such as by `load_state_dict(..., assign=True)`: fit or load "
+            "the posterior again. Without `assign`, values are copied into the "
+            "parameters that there are."
         )
 
 

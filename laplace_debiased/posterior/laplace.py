@@ -739,8 +739,12 @@ class KronDebiasedLaplace(KronLaplace):
 
     def _find_candidates(self, X: Inputs, batch_size: int) -> list[Tensor]:
         """Return the parameters that the posterior could be over."""
-        self._candidates = [p for p in self.model.parameters() if p.requires_grad]
+        self._candidates = self._trainable()
         return self._candidates
+
+    def _trainable(self) -> list[Tensor]:
+        """The parameters that require gradients by now."""
+        return [param for param in self.model.parameters() if param.requires_grad]
 
     @thread_restored
     def __call__(
@@ -1412,6 +1416,7 @@ class KronDebiasedLaplace(KronLaplace):
         return vars(self) | detached | {"_backend": None}  # made where it is needed
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        self._candidates = self._trainable()
         state.load(self, state_dict)
 
     @property

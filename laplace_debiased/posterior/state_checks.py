@@ -117,8 +117,8 @@ def _check_candidates(saved: Sequence[str], own: Sequence[str]) -> None:
             raise ValueError(
                 f"`state_dict` has other candidates: {len(missing)} parameters, such "
                 f"as {missing[0]!r}, are not in the model or need no gradients "
-                f"{there}. Set `requires_grad` before you build the posterior (with "
-                "`peft`, `is_trainable=True`)."
+                f"{there}. Set `requires_grad` as it was there (with `peft`, "
+                "`is_trainable=True`)."
             )
 
 

@@ -22,11 +22,12 @@ USES = {
     "kinds": lambda la: la.parameter_kinds,
     "save": lambda la: la.state_dict(),
 }
-# with all weights, whose candidates are not looked for again
-FITS = {
-    "fit": lambda la: la.fit(loader()),
+FURTHER = {  # of a last layer, there are none
     "further data": lambda la: la.fit(loader(), override=False),
     "stream": lambda la: la.partial_fit((X, Y)),
+}
+ANEW = {
+    "fit": lambda la: la.fit(loader()),
     "load": lambda la: la.load_state_dict(SAVED),
 }
 
@@ -48,13 +49,13 @@ def replace(la, assign=True):
 @pytest.mark.parametrize(
     ("subset", "use"),
     [(subset, use) for subset in SUBSETS for use in USES]
-    + [("all", use) for use in FITS],
+    + [("all", use) for use in FURTHER],
 )
 def test_replaced_parameters_are_refused(subset, use):
     la = fitted(subset)
     replace(la)
     with pytest.raises(ValueError, match=MESSAGE):
-        (USES | FITS)[use](la)
+        (USES | FURTHER)[use](la)
 
 
 def test_predictions_that_keep_no_covariance_are_refused_too():
@@ -66,17 +67,33 @@ def test_predictions_that_keep_no_covariance_are_refused_too():
         la(X)
 
 
-@pytest.mark.parametrize("use", USES | FITS)
+@pytest.mark.parametrize("use", USES | FURTHER | ANEW)
 def test_parameters_with_other_values_are_the_same(use):
     la = fitted()
     replace(la, assign=False)
-    (USES | FITS)[use](la)
+    (USES | FURTHER | ANEW)[use](la)
 
 
-def test_a_new_posterior_is_of_the_new_parameters():
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_a_posterior_that_is_fitted_again_is_of_the_new_parameters(subset):
+    la = fitted(subset)
+    before = la.mean
+    if subset == "all":
+        replace(la)
+    else:  # its network is a copy of this one
+        model = network("mlp")
+        la = debiased(model, subset=subset, prior_precision=2.0)
+        values = {key: 2 * value for key, value in model.state_dict().items()}
+        model.load_state_dict(values, assign=True)
+    la.fit(loader())
+    assert torch.equal(la.mean, 2 * before)
+    assert la(X).isfinite().all()
+
+
+def test_a_posterior_that_is_loaded_again_is_of_the_new_parameters():
     la = fitted()
-    replace(la)
-    again = debiased(la.model, prior_precision=2.0)
-    again.fit(loader())
-    assert torch.equal(again.mean, 2 * la.mean)
-    assert again(X).isfinite().all()
+    before = la(X)
+    values = {key: value.clone() for key, value in la.model.state_dict().items()}
+    la.model.load_state_dict(values, assign=True)
+    la.load_state_dict(SAVED)
+    assert torch.equal(la(X), before)
