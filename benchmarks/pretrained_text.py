@@ -28,11 +28,11 @@ from shared.pretrained import (
     Task,
     package_file,
     parameters_before,
-    run_methods,
     run_seeds,
     scores_of,
 )
 from shared.pretrained import table as table_of
+from shared.pretrained_methods import run_methods
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset

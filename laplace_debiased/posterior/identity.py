@@ -66,13 +66,7 @@ def identity(
     backend = (la._backend_cls.__name__, la._backend_kwargs, la._asdl_fisher_kwargs)
     of_model = {id(param): name for name, param in model.named_parameters()}
     own = (la._key, [of_model[id(param)] for param in la.fitted_params])
-    options = (
-        settings,
-        backend,
-        la.likelihood,
-        la.class_axis,
-        *progress[1:],
-    )
+    options = (settings, backend, la.likelihood, la.class_axis, *progress[1:])
     named = (dict(model.named_parameters()), dict(model.named_buffers()))
     fitted = [name for name, own in named[0].items() if own.requires_grad]
     points = [_of_fold(fold, of_batch) for fold in folds.folds]

@@ -36,9 +36,7 @@ from laplace_debiased.predictive.last_layer import (
     last_layer_variances,
 )
 from laplace_debiased.rows.batches import select_rows
-from laplace_debiased.rows.inputs import (
-    Inputs,
-)
+from laplace_debiased.rows.inputs import Inputs
 from laplace_debiased.rows.sharing import thread_restored
 from laplace_debiased.sampling.processes import own_module
 
